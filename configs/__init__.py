@@ -1,0 +1,1 @@
+"""Hydra's primary configuration: YAML only. A package, because Hydra looks for ``__init__.py``."""

@@ -1,0 +1,75 @@
+"""Everything a plugin author imports. Standard library and pluggy only."""
+
+from servelab.core.context import Context, Oracle
+from servelab.core.errors import (
+    CapabilityError,
+    ConfigError,
+    LedgerError,
+    PlanError,
+    PluginError,
+    ServeLabError,
+    ViewError,
+    WorkloadError,
+)
+from servelab.core.facts import HardwareFacts, Limits, ModelFacts
+from servelab.core.families.cost import CostModel
+from servelab.core.families.executor import Executor
+from servelab.core.families.kvcache import KVCache
+from servelab.core.families.observer import Observer
+from servelab.core.families.scheduler import CostView, KVBudget, KVView, Queue, Scheduler, StepView
+from servelab.core.families.task import Task
+from servelab.core.families.workload import Workload
+from servelab.core.hookspecs import hookimpl
+from servelab.core.layout import Capacity, KVLayout, Pool
+from servelab.core.plan import Background, Hold, Outcome, Preemption, StepPlan, Tokens, Verdict
+from servelab.core.request import SLO, Arrival, Cancel, Phase, RequestSpec, RequestView, Truth
+from servelab.core.spec import HOOK_API, Paper, PluginSpec
+
+__all__ = [
+    "HOOK_API",
+    "SLO",
+    "Arrival",
+    "Background",
+    "Cancel",
+    "CapabilityError",
+    "Capacity",
+    "ConfigError",
+    "Context",
+    "CostModel",
+    "CostView",
+    "Executor",
+    "HardwareFacts",
+    "Hold",
+    "KVBudget",
+    "KVCache",
+    "KVLayout",
+    "KVView",
+    "LedgerError",
+    "Limits",
+    "ModelFacts",
+    "Observer",
+    "Oracle",
+    "Outcome",
+    "Paper",
+    "Phase",
+    "PlanError",
+    "PluginError",
+    "PluginSpec",
+    "Pool",
+    "Preemption",
+    "Queue",
+    "RequestSpec",
+    "RequestView",
+    "Scheduler",
+    "ServeLabError",
+    "StepPlan",
+    "StepView",
+    "Task",
+    "Tokens",
+    "Truth",
+    "Verdict",
+    "ViewError",
+    "Workload",
+    "WorkloadError",
+    "hookimpl",
+]

@@ -1,0 +1,315 @@
+"""From a checked configuration to a run: facts, layout, capacity, parts, engine, in that order."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from servelab.core import __version__
+from servelab.core.capabilities import Selected, check_capabilities
+from servelab.core.config import Choice, RunConfig, SLOConfig
+from servelab.core.context import Context, seeded
+from servelab.core.engine.engine import Engine
+from servelab.core.errors import CapabilityError, PluginError, ServeLabError
+from servelab.core.facts import HardwareFacts, Limits, ModelFacts
+from servelab.core.families import KINDS
+from servelab.core.layout import Capacity, KVLayout
+from servelab.core.registry import Registry
+from servelab.core.request import SLO, Arrival, Cancel, Truth
+
+if TYPE_CHECKING:
+    from servelab.core.families.cost import CostModel
+    from servelab.core.families.executor import Executor
+    from servelab.core.families.kvcache import KVCache
+    from servelab.core.families.task import Task
+    from servelab.core.families.workload import Workload
+    from servelab.core.records import RequestFinished
+
+INFO_SCHEMA = 1
+"""Version of ``Run.info``; raised when a key changes meaning or goes away."""
+
+LIBRARIES = ("hydra-core", "omegaconf", "pluggy", "pydantic", "torch", "transformers", "triton", "numpy")
+"""Libraries whose versions are recorded where they are installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything a task needs, built and checked."""
+
+    config: RunConfig
+    registry: Registry
+    task: Task
+    engine: Engine
+    executor: Executor
+    cost: CostModel
+    workload: Workload
+    truths: dict[str, Truth]
+    """True outcomes of live requests by id, filled by the driver; executors and declared oracles read it."""
+    observers: tuple[object, ...]
+    info: dict[str, Any]
+    """What identifies the run, in JSON types: settings, plugins, versions, seed, stamps, KV layout."""
+    run_dir: Path | None
+
+
+def compose(config: RunConfig, registry: Registry, *, run_dir: Path | None = None) -> Run:
+    """Build a run.
+
+    Args:
+        config: checked settings.
+        registry: where its plugins are.
+        run_dir: where observers and tasks may write; None: nowhere.
+
+    Raises:
+        CapabilityError: parts that cannot work together, all problems at once, or a KV pool that is too small.
+        PluginError: a factory failed or returned something else than its family asks for.
+    """
+    selected = [Selected(kind, registry.spec(kind, choice.name)) for kind, choice in config.choices()]
+    check_capabilities(selected, registry)
+    build = _Builder(config, registry, run_dir)
+
+    kvcache: KVCache = build.one("kvcache")
+    layout = kvcache.layout(build.model)
+    _check_layout(layout, config.kvcache.name)
+    executor: Executor = build.one("executor")
+    try:
+        capacity = executor.capacity(layout)
+        _check_capacity(capacity, layout, kvcache, config, build.limits)
+        workload = build.one("workload")
+        if default := _slo(config.slo):
+            workload = DefaultSLO(workload, default)
+        cost: CostModel = build.one("cost")
+        scheduler = build.one("scheduler")
+        observers = tuple(build("observer", choice) for choice in config.observers)
+        engine = Engine(
+            index=0,
+            scheduler=scheduler,
+            scheduler_name=config.scheduler.name,
+            kvcache=kvcache,
+            kvcache_name=config.kvcache.name,
+            layout=layout,
+            capacity=capacity,
+            limits=build.limits,
+            model=build.model,
+            hardware=build.hardware,
+            cost=cost,
+            horizon=executor.horizon,
+            checks=config.engine.checks,
+        )
+        task: Task = build.one("task")
+        info = _info(config, registry, selected, layout, capacity, workload)
+    except BaseException:
+        executor.close()
+        raise
+    return Run(
+        config=config,
+        registry=registry,
+        task=task,
+        engine=engine,
+        executor=executor,
+        cost=cost,
+        workload=workload,
+        truths=build.truths,
+        observers=observers,
+        info=info,
+        run_dir=run_dir,
+    )
+
+
+class DefaultSLO:
+    """A workload whose requests get the run's bounds where they state none."""
+
+    def __init__(self, workload: Workload, slo: SLO) -> None:
+        self._workload, self._slo = workload, slo
+
+    def arrivals(self) -> Iterator[Arrival | Cancel]:
+        return map(self._bounded, self._workload.arrivals())
+
+    def react(self, finished: RequestFinished) -> Iterable[Arrival | Cancel]:
+        return map(self._bounded, self._workload.react(finished))
+
+    def describe(self) -> dict[str, Any]:
+        return self._workload.describe()
+
+    def _bounded(self, item: Arrival | Cancel) -> Arrival | Cancel:
+        if isinstance(item, Cancel) or item.spec.slo is not None:
+            return item
+        return replace(item, spec=replace(item.spec, slo=self._slo))
+
+
+class _Builder:
+    """Calls factories, each with its settings and its own context."""
+
+    def __init__(self, config: RunConfig, registry: Registry, run_dir: Path | None) -> None:
+        self.config, self.registry, self.run_dir = config, registry, run_dir
+        self.model = ModelFacts(**config.model.model_dump())
+        self.hardware = HardwareFacts(**config.hardware.model_dump()) if config.hardware else None
+        limits = config.engine.model_dump(exclude={"checks", "max_model_len"})
+        self.limits = Limits(max_model_len=config.engine.max_model_len or self.model.max_position, **limits)
+        self.truths: dict[str, Truth] = {}
+
+    def one(self, kind: str) -> Any:
+        """The run's only plugin of a kind."""
+        return self(kind, getattr(self.config, kind))
+
+    def __call__(self, kind: str, choice: Choice) -> Any:
+        spec = self.registry.spec(kind, choice.name)
+        factory = self.registry.resolve(kind, choice.name, "factory")
+        where = f"{kind} {choice.name!r} of {self.registry.provider(kind, choice.name)}"
+        context = Context(
+            kind=kind,
+            name=choice.name,
+            rng=seeded(self.config.seed, kind, choice.name),
+            model=self.model,
+            hardware=self.hardware,
+            limits=self.limits,
+            oracle=self.truths.__getitem__ if kind == "executor" or spec.oracle else None,
+            run_dir=self.run_dir,
+        )
+        try:
+            made = factory(choice.config, context)
+        except ServeLabError:
+            raise
+        except Exception as exc:
+            raise PluginError(
+                f"{kind} {choice.name!r} could not be built",
+                where=where,
+                why=f"its factory {spec.factory} raised {type(exc).__name__}: {exc}",
+                do="a factory raises ConfigError for settings it cannot work with; SERVELAB_TRACEBACK=1 shows where",
+            ) from exc
+        lacking = [name for name in _members(KINDS[kind].protocol) if not hasattr(made, name)]
+        if lacking:
+            raise PluginError(
+                f"{kind} {choice.name!r} is not a {KINDS[kind].protocol.partition(':')[2]}",
+                where=where,
+                why=f"what its factory returned, {made!r:.60}, has no {', '.join(lacking)}",
+                do=f"implement the protocol {KINDS[kind].protocol}",
+            )
+        return made
+
+
+def _members(protocol: str) -> list[str]:
+    """Names that a family's protocol asks for."""
+    module, _, name = protocol.partition(":")
+    cls = getattr(import_module(module), name)
+    declared = {*vars(cls), *vars(cls).get("__annotations__", ())}
+    return sorted(member for member in declared if not member.startswith("_"))
+
+
+def _check_layout(layout: object, kvcache: str) -> None:
+    if not isinstance(layout, KVLayout) or not layout.pools:
+        raise PluginError(
+            f"kvcache {kvcache!r} proposed no usable layout",
+            where=f"kvcache {kvcache!r}, layout()",
+            why=f"it returned {layout!r:.60}",
+            do="return a KVLayout with at least one pool",
+        )
+
+
+def _check_capacity(
+    capacity: Capacity, layout: KVLayout, kvcache: KVCache, config: RunConfig, limits: Limits
+) -> None:
+    """Every pool must be able to hold one request of the greatest length, or that request would wait for ever."""
+    executor, longest = config.executor.name, limits.max_model_len
+    for pages in filter(None, (capacity.device_pages, capacity.host_pages)):
+        if len(pages) != len(layout.pools):
+            raise PluginError(
+                f"executor {executor!r} reports pages for {len(pages)} pools",
+                where=f"executor {executor!r}, capacity()",
+                why=f"the layout has {len(layout.pools)}",
+                do="report one number per pool, in the order of the layout",
+            )
+    for pool, have in zip(layout.pools, capacity.device_pages, strict=True):
+        need = kvcache.pages_for(pool, None, longest)
+        if need > have:
+            fits = kvcache.tokens_in(pool, have)
+            raise CapabilityError(
+                "KV memory cannot hold one request of the greatest length",
+                where=f"pool {pool.id!r} of kvcache {config.kvcache.name!r} on executor {executor!r}",
+                why=f"{longest} tokens need {need} pages of {pool.page_tokens} tokens, the pool has {have}",
+                do=f"raise executor.num_kv_pages to at least {need}, "
+                f"or lower engine.max_model_len to at most {fits}",
+            )
+
+
+def _slo(config: SLOConfig) -> SLO | None:
+    """The run's default bounds in nanoseconds; None if it states none."""
+    bounds = {
+        f"{name.removesuffix('_ms')}_ns": None if ms is None else round(ms * 1e6)
+        for name, ms in config.model_dump().items()
+    }
+    return SLO(**bounds) if any(ns is not None for ns in bounds.values()) else None
+
+
+# ---------------------------------------------------------------- information
+
+
+def _info(
+    config: RunConfig,
+    registry: Registry,
+    selected: Iterable[Selected],
+    layout: KVLayout,
+    capacity: Capacity,
+    workload: Workload,
+) -> dict[str, Any]:
+    plugins = [_plugin_info(one, registry) for one in selected]
+    return {
+        "schema": INFO_SCHEMA,
+        "servelab": __version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "libraries": _versions(),
+        "seed": config.seed,
+        "clock": config.clock.name,
+        "settings": config.settings(),
+        "plugins": plugins,
+        "stamps": [f"oracle: {plugin['name']}" for plugin in plugins if plugin["oracle"]],
+        "kv": _kv_info(layout, capacity),
+        "workload": workload.describe(),
+    }
+
+
+def _plugin_info(one: Selected, registry: Registry) -> dict[str, Any]:
+    spec, provider = one.spec, registry.provider(one.kind, one.spec.name)
+    return {
+        "kind": one.kind,
+        "name": spec.name,
+        "distribution": provider.distribution,
+        "version": provider.version,
+        "paper": str(spec.paper),
+        "deviations": list(spec.deviations),
+        "tier": spec.tier,
+        "oracle": spec.oracle,
+    }
+
+
+def _kv_info(layout: KVLayout, capacity: Capacity) -> dict[str, Any]:
+    host = capacity.host_pages or (0,) * len(layout.pools)
+    pools = [
+        {
+            "id": pool.id,
+            "layers": len(pool.layers),
+            "page_tokens": pool.page_tokens,
+            "bytes_per_page": pool.bytes_per_page,
+            "codec": pool.codec,
+            "key_space": pool.key_space,
+            "pages": pages,
+            "host_pages": host_pages,
+        }
+        for pool, pages, host_pages in zip(layout.pools, capacity.device_pages, host, strict=True)
+    ]
+    return {"addressing": layout.addressing, "bytes_per_token": layout.bytes_per_token, "pools": pools}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found

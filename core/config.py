@@ -1,0 +1,312 @@
+"""The configuration of a run: sections, defaults, and one message that names every mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from servelab.core.errors import ConfigError, PluginError, nearest
+from servelab.core.families import KINDS
+from servelab.core.registry import Registry
+
+
+class Section(BaseModel):
+    """Base of our own sections. Plugins' models are plain pydantic models of their own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Choice(Section):
+    """One selected plugin with its validated settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    name: str = Field(description="Name of the plugin within its kind.")
+    config: Any = Field(default=None, description="Its settings; None if it takes none.")
+
+    def settings(self) -> dict[str, Any]:
+        """Every effective setting, defaults included, in JSON types."""
+        fields = self.config.model_dump(mode="json") if isinstance(self.config, BaseModel) else {}
+        return {"name": self.name, **fields}
+
+
+class ModelConfig(Section):
+    """Shape of the model, see ``core/facts.py``."""
+
+    name: str = Field(description="Name shown in reports.")
+    layers: int = Field(ge=1, description="Decoder layers.")
+    hidden: int = Field(ge=1, description="Width of the residual stream, in elements.")
+    heads: int = Field(ge=1, description="Query heads per layer.")
+    kv_heads: int = Field(ge=1, description="Key and value heads per layer; divides heads.")
+    head_dim: int = Field(ge=1, description="Width of one head, in elements.")
+    ffn: int = Field(ge=1, description="Inner width of the feed-forward network (of one expert), in elements.")
+    vocab: int = Field(ge=1, description="Size of the vocabulary, in tokens.")
+    max_position: int = Field(ge=1, description="Longest context, in tokens.")
+    dtype_bytes: float = Field(
+        default=2.0, gt=0, description="Bytes per weight and per KV element before any quantization."
+    )
+    windows: tuple[int | None, ...] = Field(
+        default=(),
+        description="Per layer, the sliding window in tokens or null for full attention; empty: all full.",
+    )
+    experts: int = Field(default=0, ge=0, description="Experts per layer; 0: a dense model.")
+    experts_per_token: int = Field(default=0, ge=0, description="Experts each token runs through.")
+
+
+class HardwareConfig(Section):
+    """Peak figures of one device; null where a profile does not state the figure."""
+
+    name: str = Field(description="Name shown in reports.")
+    flops: float | None = Field(default=None, gt=0, description="Dense matrix FLOP/s at the model's dtype.")
+    memory_bytes: int | None = Field(default=None, gt=0, description="Device memory, in bytes.")
+    memory_bytes_per_s: float | None = Field(
+        default=None, gt=0, description="Memory bandwidth, in bytes per second."
+    )
+    host_link_bytes_per_s: float | None = Field(
+        default=None, gt=0, description="Bandwidth between device and host, in bytes per second."
+    )
+
+
+class EngineConfig(Section):
+    """Limits of the device and how closely the engine checks its plugins."""
+
+    max_batch_tokens: int = Field(
+        default=8192, ge=1, description="Tokens one launch may run per step, drafts included."
+    )
+    max_batch_requests: int = Field(default=1024, ge=1, description="Requests one launch may name.")
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompt plus output tokens of one request; null: the model's max_position.",
+    )
+    lanes: int = Field(default=1, ge=1, description="Batches the device runs side by side.")
+    max_in_flight: int = Field(
+        default=1, ge=1, description="Launches queued per lane; 2 lets the scheduler plan one step ahead."
+    )
+    checks: Literal["basic", "full"] = Field(
+        default="basic",
+        description="full also checks the KV ledger's integrity and the lifetime of views; slower.",
+    )
+
+
+class SLOConfig(Section):
+    """Bounds that goodput counts, for requests that state none of their own; null: not bounded."""
+
+    ttft_ms: float | None = Field(default=None, gt=0, description="Time to first token, in milliseconds.")
+    tpot_ms: float | None = Field(
+        default=None, gt=0, description="Mean time per output token after the first, in milliseconds."
+    )
+    e2el_ms: float | None = Field(default=None, gt=0, description="End-to-end latency, in milliseconds.")
+
+
+class ClockConfig(Section):
+    """Who owns time."""
+
+    name: Literal["virtual", "wall"] = Field(
+        default="virtual",
+        description="virtual: the cost model prices every launch, runs repeat bit by bit; wall: time passes.",
+    )
+
+
+class RunConfig(Section):
+    """Everything that decides a run. One section per kind of plugin; null: none of that kind."""
+
+    seed: int = Field(default=0, ge=0, description="Every generator of the run derives from it.")
+    scheduler: Choice = Field(description="What each request does next.")
+    kvcache: Choice = Field(description="Which pages a request gets.")
+    prefix: Choice | None = Field(default=None, description="Reuse of computed KV.")
+    semantic: Choice | None = Field(default=None, description="Answers before the engine.")
+    quant: Choice | None = Field(default=None, description="Weight and activation formats.")
+    kvquant: Choice | None = Field(default=None, description="KV codec.")
+    kernel: Choice | None = Field(default=None, description="Attention and linear kernels.")
+    spec: Choice | None = Field(default=None, description="Speculation: drafts and their length.")
+    grammar: Choice | None = Field(default=None, description="Token masks.")
+    router: Choice | None = Field(default=None, description="Dispatch over several engines.")
+    app: Choice | None = Field(default=None, description="Graphs of calls and tools.")
+    cost: Choice = Field(description="Price of a batch.")
+    observers: tuple[Choice, ...] = Field(default=(), description="Who watches, in order of notification.")
+    workload: Choice = Field(description="The traffic.")
+    executor: Choice = Field(description="Where it runs.")
+    task: Choice = Field(description="What is done with the run.")
+    model: ModelConfig = Field(description="Shape of the model.")
+    hardware: HardwareConfig | None = Field(default=None, description="The device; null: unknown.")
+    engine: EngineConfig = Field(default=EngineConfig(), description="Limits and checks.")
+    slo: SLOConfig = Field(default=SLOConfig(), description="Default bounds of requests.")
+    clock: ClockConfig = Field(default=ClockConfig(), description="Who owns time.")
+
+    def choices(self) -> list[tuple[str, Choice]]:
+        """Every selected plugin as ``(kind, choice)``, in the order of ``KINDS``; observers in their own."""
+        found: list[tuple[str, Choice]] = []
+        for kind in KINDS:
+            value = self.observers if kind == "observer" else getattr(self, kind)
+            found += [(kind, c) for c in (value if isinstance(value, tuple) else (value,)) if c is not None]
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """Every effective setting of the run, defaults included, in JSON types."""
+        out: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Choice):
+                out[name] = value.settings()
+            elif name == "observers":
+                out[name] = [choice.settings() for choice in self.observers]
+            else:
+                out[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        return out
+
+
+PLUGIN_SECTIONS: dict[str, str] = {
+    ("observers" if kind == "observer" else kind): kind for kind in KINDS
+}
+"""Section name -> kind of the plugins it selects."""
+
+
+_UNKNOWN = Choice(name="unknown")
+
+
+def validate(raw: Mapping[str, Any], registry: Registry) -> RunConfig:
+    """Check a whole configuration at once.
+
+    Raises:
+        ConfigError: one error that names every problem by its dotted path.
+    """
+    problems: list[str] = []
+    # null is "not stated" for our own sections; an unknown key stays, to be refused by its name
+    data = {str(k): v for k, v in raw.items() if v is not None or k not in RunConfig.model_fields}
+    for section, kind in PLUGIN_SECTIONS.items():
+        known_problems = len(problems)
+        if section == "observers":
+            data[section] = _observers(data.get(section, ()), registry, problems)
+            continue
+        choice = _choice(section, kind, data[section], registry, problems) if section in data else None
+        if choice is None and RunConfig.model_fields[section].is_required():
+            if len(problems) == known_problems:
+                problems.append(f"{section}: missing; {nearest('', registry.names(kind))}")
+            choice = _UNKNOWN  # its problem is told: the model below must not tell it again
+        data[section] = choice
+    config: RunConfig | None = None
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as exc:
+        problems += describe(exc, RunConfig)
+    else:
+        problems += _across(config)
+    if problems or config is None:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise ConfigError(
+            "\n".join([f"{count} in the configuration:", *(f"  - {p}" for p in problems)]),
+            do="`servelab plugins` lists all plugins, `servelab show KIND NAME` the settings of one",
+        )
+    return config
+
+
+def _observers(value: Any, registry: Registry, problems: list[str]) -> tuple[Choice, ...]:
+    if not isinstance(value, (list, tuple)):
+        problems.append(f"observers: must be a list of names or of mappings with a name (got {value!r})")
+        return ()
+    found: list[Choice] = []
+    for index, item in enumerate(value):
+        choice = _choice(f"observers.{index}", "observer", item, registry, problems)
+        if choice is None:
+            continue
+        if choice in found:
+            problems.append(f"observers.{index}: {choice.name!r} is listed twice with the same settings")
+        found.append(choice)
+    return tuple(found)
+
+
+def _choice(path: str, kind: str, value: Any, registry: Registry, problems: list[str]) -> Choice | None:
+    """One plugin section, or None with the problem noted (or when it says that there is none)."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        problems.append(f"{path}: must be a mapping with a name (got {value!r})")
+        return None
+    fields = {str(key): item for key, item in value.items()}
+    if "name" not in fields:
+        problems.append(f"{path}.name: missing; {nearest('', registry.names(kind))}")
+        return None
+    name = fields.pop("name")
+    if name is None or name == "none":
+        return None  # whatever else the section holds was for the plugin it replaces
+    if not isinstance(name, str):
+        problems.append(f"{path}.name: must be a name (got {name!r})")
+        return None
+    try:
+        model = registry.resolve(kind, name, "config")
+    except PluginError as exc:
+        problems.append(f"{path}.name: {_indented(exc)}")
+        return None
+    if model is None:
+        problems += [f"{path}.{key}: {kind} {name!r} takes no settings (got {fields[key]!r})" for key in fields]
+        return Choice(name=name)
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        problems.append(f"{path}.name: the config of {kind} {name!r} is {model!r}, not a pydantic model")
+        return None
+    try:
+        return Choice(name=name, config=model.model_validate(fields))
+    except ValidationError as exc:
+        problems += describe(exc, model, path)
+        return None
+
+
+def _across(config: RunConfig) -> list[str]:
+    """Rules between sections and between fields."""
+    problems: list[str] = []
+    model, length = config.model, config.engine.max_model_len
+    if length is not None and length > model.max_position:
+        problems.append(
+            f"engine.max_model_len: must be at most model.max_position, {model.max_position} (got {length})"
+        )
+    if model.heads % model.kv_heads:
+        problems.append(f"model.kv_heads: must divide model.heads, {model.heads} (got {model.kv_heads})")
+    if model.windows and len(model.windows) != model.layers:
+        problems.append(
+            f"model.windows: must have one entry per layer, {model.layers} (got {len(model.windows)})"
+        )
+    if model.experts_per_token > model.experts:
+        problems.append(
+            f"model.experts_per_token: must be at most model.experts, {model.experts} "
+            f"(got {model.experts_per_token})"
+        )
+    return problems
+
+
+def describe(exc: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """A pydantic error as lines ``path: message (got value)``, with the nearest names after an unknown field."""
+    lines: list[str] = []
+    for error in exc.errors(include_url=False):
+        loc = error["loc"]
+        path = ".".join([*([prefix] if prefix else []), *map(str, loc)]) or "(root)"
+        if error["type"] == "extra_forbidden":
+            known = nearest(str(loc[-1]), _fields_at(model, loc[:-1]))
+            lines.append(f"{path}: unknown field (got {error['input']!r}); {known}")
+        elif error["type"] == "missing":
+            lines.append(f"{path}: missing")
+        elif error["type"] == "value_error":  # a validator's own sentence
+            lines.append(f"{path}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})")
+        else:
+            lines.append(f"{path}: {error['msg']} (got {error['input']!r})")
+    return lines
+
+
+def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
+    """Field names of the model found by following an error's location; empty where it cannot be followed."""
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        inner = [t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)] if field else []
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _indented(exc: Exception) -> str:
+    return str(exc).replace("\n", "\n    ")

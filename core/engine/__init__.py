@@ -1,0 +1,1 @@
+"""The event-driven engine: queues, KV ledger, plan validation, drivers."""

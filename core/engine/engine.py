@@ -1,0 +1,801 @@
+"""The engine: an event-driven state machine, ``handle(event, now_ns) -> [Command]``.
+
+It never blocks and never reads a clock. ``handle`` reads: collect what happened; when the instant is
+over, for each free lane plan, validate, apply and launch; on completion commit and emit.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from servelab.core.engine.ledger import Ledger, Transfer
+from servelab.core.engine.state import Request
+from servelab.core.engine.validate import PlanCheck
+from servelab.core.engine.views import ProgramView, StepView, renew_views
+from servelab.core.errors import PluginCallError, PluginError, ServeLabError, WorkloadError
+from servelab.core.events import (
+    Abort,
+    Arrive,
+    Batch,
+    Command,
+    Emit,
+    Event,
+    InstanceLost,
+    Interrupt,
+    Launch,
+    LaunchDone,
+    Schedule,
+    SetTimer,
+    StartTransfer,
+    Timer,
+    ToolDone,
+    TransferDone,
+)
+from servelab.core.facts import HardwareFacts, Limits, ModelFacts
+from servelab.core.families.cost import CostModel
+from servelab.core.families.kvcache import KVCache
+from servelab.core.families.scheduler import Scheduler
+from servelab.core.layout import Capacity, KVLayout
+from servelab.core.plan import Background, Outcome, StepPlan, Tokens
+from servelab.core.records import (
+    Planned,
+    Record,
+    RequestAdmitted,
+    RequestArrived,
+    RequestFinished,
+    RequestPreempted,
+    StepDone,
+    TransferEnded,
+    TransferStarted,
+)
+from servelab.core.request import Phase, RequestSpec, RequestView
+
+Terminal = Literal["finished", "rejected", "aborted", "failed"]
+
+
+class _Flight:
+    """A launch on its way."""
+
+    __slots__ = ("batch", "start_ns")
+
+    def __init__(self, batch: Batch, start_ns: int) -> None:
+        self.batch = batch
+        self.start_ns = start_ns
+
+
+class _Lane:
+    """One batch stream of the device."""
+
+    __slots__ = ("flights", "hold", "hold_until", "index", "last_end_ns", "steps_left")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.flights: deque[_Flight] = deque()
+        self.hold: list[Tokens | Background] | None = None
+        """Work to repeat without asking the scheduler."""
+        self.steps_left = 0
+        self.hold_until: int | None = None
+        self.last_end_ns = 0
+        """When its last launch ended; one planned ahead starts then, not when it was planned."""
+
+
+class Engine:
+    """One instance: queues, KV ledger, lanes, one scheduler.
+
+    Args:
+        index: number of the instance, stamped on its records.
+        horizon: the executor's ``horizon``: steps before some request of a batch finishes.
+        checks: ``full`` adds epoch-checked views and an integrity check when all requests have ended.
+        predictor: answers ``StepView.predict``; None: the run has none.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: int = 0,
+        scheduler: Scheduler,
+        scheduler_name: str,
+        kvcache: KVCache,
+        kvcache_name: str,
+        layout: KVLayout,
+        capacity: Capacity,
+        limits: Limits,
+        model: ModelFacts,
+        cost: CostModel,
+        horizon: Callable[[Batch, int], int],
+        hardware: HardwareFacts | None = None,
+        checks: Literal["basic", "full"] = "basic",
+        predictor: Callable[[RequestView, float], int] | None = None,
+    ) -> None:
+        self.index = index
+        self.scheduler_name = scheduler_name
+        self.layout = layout
+        self.capacity = capacity
+        self.limits = limits
+        self.model = model
+        self.hardware = hardware
+        self.cost = cost
+        self.predictor = predictor
+        self.full_checks = checks == "full"
+        self.plan_log = True
+        """Emit ``Planned`` records; drivers turn it off when nobody listens."""
+
+        self.now_ns = 0
+        self.step = 0
+        self.epoch = 0
+        """Changes before and after every call of the scheduler."""
+        self.ledger = Ledger(kvcache, kvcache_name, layout, capacity)
+        self.requests: dict[str, Request] = {}
+        """Every live request."""
+        self.waiting: OrderedDict[str, Request] = OrderedDict()
+        self.running: dict[str, Request] = {}
+        self.paused: dict[str, Request] = {}
+        self.swapped: dict[str, Request] = {}
+        self.queues = (self.waiting, self.running, self.paused, self.swapped)
+        self.programs: dict[str, ProgramView] = {}
+        self.transfers: dict[int, Transfer] = {}
+        self.arrived = 0
+        self.ended: dict[Terminal, int] = {"finished": 0, "rejected": 0, "aborted": 0, "failed": 0}
+
+        self._plan = scheduler.plan
+        self._learn: Callable[[Record], None] | None = getattr(scheduler, "on_event", None)
+        self._horizon = horizon
+        self._lanes = [_Lane(i) for i in range(limits.lanes)]
+        self._launches = 0
+        self._plans = 0
+        self._lost: str | None = None
+        self._out: list[Command] = []
+        self._view = StepView(self)
+        self._handlers: dict[type, Callable[..., None]] = {
+            Arrive: self._arrive,
+            Abort: self._abort,
+            LaunchDone: self._launch_done,
+            TransferDone: self._transfer_done,
+            Timer: self._tick,
+            ToolDone: self._tick,
+            InstanceLost: self._instance_lost,
+            Schedule: self._schedule,
+        }
+
+    # ---------------------------------------------------------------- the loop
+
+    def handle(self, event: Event, now_ns: int) -> list[Command]:
+        """Take in one event; returns what the driver must do, in order.
+
+        Raises:
+            PlanError: the scheduler's plan cannot be executed; nothing of it was applied.
+            PluginCallError: the scheduler raised; the state is as before the call.
+            LedgerError: the kvcache plugin broke page accounting.
+        """
+        self._out = out = []
+        self.now_ns = now_ns
+        self._handlers[type(event)](event)
+        return out
+
+    def _schedule(self, _: Schedule) -> None:
+        for lane in self._lanes:
+            while self._can_launch(lane):
+                if lane.hold is not None and self._repeat(lane):
+                    continue
+                if not self.requests or not self._plan_lane(lane):
+                    break
+
+    def _can_launch(self, lane: _Lane) -> bool:
+        flights = lane.flights
+        if not flights:
+            return self._lost is None
+        return len(flights) < self.limits.max_in_flight and flights[-1].batch.steps == 1
+
+    def _plan_lane(self, lane: _Lane) -> bool:
+        """Ask, validate, apply, launch. False when there is nothing (more) to do now."""
+        plan = self._ask(lane)
+        self._plans += 1
+        PlanCheck(self, lane.index, self._plans).run(plan)
+        changed = self._apply(plan)
+        if plan.wake_at is not None:
+            self._out.append(SetTimer(plan.wake_at))
+        if not plan.work:
+            if changed or plan.deferred:
+                self._log_plan(lane, plan, 0)
+            # freed pages or an emptier queue may let it plan work now; if it still waits, so do we
+            return changed and not any(x.flights for x in self._lanes) and not self.transfers
+        steps = 1
+        if plan.hold is not None:
+            lane.hold, lane.steps_left, lane.hold_until = plan.work, plan.hold.max_steps, plan.hold.until_ns
+            if plan.hold.until_ns is not None:
+                self._out.append(SetTimer(plan.hold.until_ns))
+            steps = plan.hold.max_steps
+        self._launch(lane, plan.work, steps, plan)
+        return True
+
+    def _ask(self, lane: _Lane) -> StepPlan:
+        view = self._view
+        view.lane = lane.index
+        self.epoch += 1
+        if self.full_checks:
+            renew_views(self)
+        try:
+            return self._plan(view)
+        except ServeLabError:
+            raise
+        except Exception as exc:
+            raise PluginCallError(
+                f"scheduler {self.scheduler_name!r} raised {type(exc).__name__}: {exc}",
+                where=f"plan(), step {self.step}, lane {lane.index}, t={self.now_ns} ns",
+                why="the exception is chained below (SERVELAB_TRACEBACK=1 shows it)",
+                do="mend the plugin; its conformance suite reproduces most such faults",
+            ) from exc
+        finally:
+            self.epoch += 1
+
+    # ------------------------------------------------------- applying a plan
+
+    def _apply(self, plan: StepPlan) -> bool:
+        """Everything but the work. True if anything changed."""
+        if not (plan.preemptions or plan.rejections or plan.aborts or plan.swap_ins):
+            return False
+        for verdict in plan.rejections:
+            self._end(verdict.request._r, "rejected", verdict.reason)
+        for verdict in plan.aborts:
+            self._end(verdict.request._r, "aborted", verdict.reason)
+        for p in plan.preemptions:
+            self._preempt(p.request._r, p.mode, p.reason)
+        for verdict in plan.swap_ins:
+            r = verdict.request._r
+            self._move(r, self.swapped, Phase.LOADING)
+            self._start(self.ledger.swap_in(r))
+        return True
+
+    def _preempt(self, r: Request, mode: str, reason: str) -> None:
+        lost = 0
+        source = self.running if r.phase is Phase.RUNNING else self.paused
+        if mode == "recompute":
+            del source[r.id]
+            self.ledger.release(r.lease)
+            lost = r.forget_progress(self.ledger.open(r.id))
+            r.phase = Phase.WAITING
+            self.waiting[r.id] = r
+            self.waiting.move_to_end(r.id, last=False)
+        elif mode == "swap":
+            self._move(r, source, Phase.SWAPPING)
+            self._start(self.ledger.swap_out(r))
+        else:
+            self._move(r, source, Phase.PAUSED)
+            self.paused[r.id] = r
+        r.preemptions += 1
+        self._emit(
+            RequestPreempted(
+                t_ns=self.now_ns, engine=self.index, request=r.id, mode=mode, reason=reason, lost_tokens=lost
+            )
+        )
+
+    def _move(self, r: Request, source: dict[str, Request], phase: Phase) -> None:
+        del source[r.id]
+        r.phase = phase
+
+    def _admit(self, r: Request) -> None:
+        """A waiting or paused request is about to run."""
+        if r.phase is Phase.PAUSED:
+            del self.paused[r.id]
+        else:
+            del self.waiting[r.id]
+            resumed = r.admitted_ns is not None
+            if not resumed:
+                r.admitted_ns = self.now_ns
+            self._emit(
+                RequestAdmitted(
+                    t_ns=self.now_ns,
+                    engine=self.index,
+                    request=r.id,
+                    resumed=resumed,
+                    cached_tokens=r.cached,
+                )
+            )
+        r.phase = Phase.RUNNING
+        self.running[r.id] = r
+
+    def _launch(
+        self, lane: _Lane, work: list[Tokens | Background], max_steps: int, plan: StepPlan | None
+    ) -> None:
+        """Reserve pages, fence them, and send the batch off."""
+        requests: list[Request] = []
+        tokens: list[int] = []
+        starts: list[int] = []
+        samples: list[bool] = []
+        extras: dict[int, Tokens] = {}
+        background: tuple[Background, ...] = ()
+        copies: list[tuple[int, int, int]] = []
+        running, reserve, index = Phase.RUNNING, self.ledger.reserve, lane.index
+        for item in work:
+            if isinstance(item, Background):
+                background += (item,)
+                continue
+            r = item.request._r
+            n = item.n
+            if r.phase is not running:
+                self._admit(r)
+            if item.plain:
+                if n > r.slack:
+                    reserve(r, n)
+                r.slack -= n
+                starts.append(r.computed + r.flying)
+                r.flying += n
+                left = r.pending - n
+                if left:
+                    r.pending = left
+                    samples.append(False)
+                else:
+                    r.expected += 1
+                    r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
+                    samples.append(True)
+            else:
+                extras[len(requests)] = item
+                start, sample = self._launch_special(item, r)
+                starts.append(start)
+                samples.append(sample)
+            if r.lease.copies:
+                copies += r.lease.copies
+                r.lease.copies = []
+            r.launches += 1
+            r.lane = index
+            requests.append(r)
+            tokens.append(n)
+        leases = [r.lease for r in requests]
+        self.ledger.launched(leases)
+        self._launches += 1
+        batch = Batch(
+            index,
+            self._launches,
+            self.step,
+            1,
+            requests,
+            leases,
+            tokens,
+            starts,
+            samples,
+            extras,
+            background,
+            tuple(copies),
+        )
+        if max_steps > 1:
+            batch.steps = self._hold_steps(lane, batch, max_steps)
+        if lane.hold is not None:
+            lane.steps_left -= batch.steps
+        if plan is not None:
+            self._log_plan(lane, plan, batch.steps)
+        self.step += batch.steps
+        lane.flights.append(_Flight(batch, self.now_ns))
+        self._out.append(Launch(batch))
+
+    def _hold_steps(self, lane: _Lane, batch: Batch, steps: int) -> int:
+        """How many equal steps the launch may run: until a cap, a finish, or KV memory ends."""
+        for r in batch.requests:
+            left = r.max_new_tokens - r.generated - r.expected + 1
+            if left < steps:
+                steps = left
+        if steps > 1:
+            steps = self._horizon(batch, steps)
+        if steps > 1:
+            steps = 1 + self.ledger.promise(lane.index, batch.requests, steps - 1)
+        return steps
+
+    def _launch_special(self, item: Tokens, r: Request) -> tuple[int, bool]:
+        """Book an item with layers, drafts or rewrites. Returns its start position and whether it samples."""
+        n, start = item.n, r.computed + r.flying
+        if item.advance != "append":
+            return (r.computed - n if item.advance == "rewrite" else start), False
+        if item.layers and r.layer_cursor:
+            start -= n  # the chunk was booked by its first layers
+        else:
+            self.ledger.reserve(r, n + item.draft)
+            r.slack -= n + item.draft
+            r.flying += n + item.draft
+            r.pending = max(0, r.pending - n)
+        if item.layers:
+            end = item.layers[1]
+            r.layer_chunk = n
+            r.layer_cursor = end if end < self.model.layers else 0
+            if r.layer_cursor:
+                return start, False
+        if r.pending:
+            return start, False
+        r.expected += 1
+        if not item.draft:  # with drafts the next token depends on what is accepted
+            r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
+        return start, True
+
+    def _repeat(self, lane: _Lane) -> bool:
+        """Launch the held work once more. False (and the hold is over) if it cannot go on."""
+        work = lane.hold
+        assert work is not None
+        over = lane.steps_left < 1 or (lane.hold_until is not None and self.now_ns >= lane.hold_until)
+        if not over:
+            free = list(self.ledger.free())
+            for item in work:
+                assert isinstance(item, Tokens)
+                r = item.request._r
+                if r.pending != 1:
+                    over = True
+                    break
+                if not r.slack:
+                    for i, need in enumerate(self.ledger.missing(r, 1)):
+                        free[i] -= need
+            over = over or min(free) < 0
+        if over:
+            lane.hold = None
+            return False
+        self._launch(lane, work, lane.steps_left, None)
+        return True
+
+    def _break_holds(self, keep: _Lane | None = None) -> None:
+        """Something happened: lanes that repeat a plan must ask again."""
+        for lane in self._lanes:
+            if lane is not keep and lane.hold is not None:
+                lane.hold = None
+                if lane.flights and lane.flights[-1].batch.steps > 1:
+                    self._out.append(Interrupt(lane.index, lane.flights[-1].batch.launch))
+
+    # --------------------------------------------------------- what happened
+
+    def _arrive(self, event: Arrive) -> None:
+        spec = event.spec
+        if spec.id in self.requests:
+            raise WorkloadError(
+                f"request id {spec.id!r} arrived twice",
+                where=f"t={self.now_ns} ns",
+                why="the first is still live",
+                do="give every request of a run its own id",
+            )
+        if spec.prompt_tokens < 1 or spec.max_new_tokens < 1:
+            raise WorkloadError(
+                f"request {spec.id!r} has {spec.prompt_tokens} prompt and {spec.max_new_tokens} new tokens",
+                why="both must be at least 1",
+                do="mend the workload",
+            )
+        self._break_holds()
+        room = self.limits.max_model_len - spec.prompt_tokens
+        r = Request(spec, self.now_ns, min(spec.max_new_tokens, max(room, 1)), self.ledger.open(spec.id))
+        self.requests[r.id] = r
+        self.waiting[r.id] = r
+        self.arrived += 1
+        if spec.program is not None:
+            program = self.programs.setdefault(spec.program, ProgramView(spec.program, self.now_ns))
+            program.turns += 1
+            program.live += 1
+            r.program_arrival_ns = program.arrival_ns
+        slo = spec.slo
+        self._emit(
+            RequestArrived(
+                t_ns=self.now_ns,
+                engine=self.index,
+                request=r.id,
+                prompt_tokens=spec.prompt_tokens,
+                max_new_tokens=spec.max_new_tokens,
+                request_class=spec.request_class,
+                priority=spec.priority,
+                tenant=spec.tenant,
+                program=spec.program,
+                turn=spec.turn,
+                slo_ttft_ns=slo.ttft_ns if slo else None,
+                slo_tpot_ns=slo.tpot_ns if slo else None,
+                slo_e2el_ns=slo.e2el_ns if slo else None,
+            )
+        )
+        if self._lost is not None:
+            self._end(r, "failed", self._lost)
+        elif room < 1:
+            self._end(
+                r,
+                "rejected",
+                f"prompt of {spec.prompt_tokens} tokens leaves no room for output: max_model_len is "
+                f"{self.limits.max_model_len}",
+            )
+
+    def _abort(self, event: Abort) -> None:
+        r = self.requests.get(event.request_id)
+        if r is not None:
+            self._break_holds()
+            self._end(r, "aborted", event.reason)
+
+    def _tick(self, _: Timer | ToolDone) -> None:
+        self._break_holds()
+
+    def _launch_done(self, event: LaunchDone) -> None:
+        lane = self._lanes[event.lane]
+        if not lane.flights or lane.flights[0].batch.launch != event.launch:
+            if self._lost is not None:
+                return  # the instance was lost with this launch
+            raise PluginError(
+                f"launch {event.launch} of lane {event.lane} ended out of order",
+                why="launches of a lane end in the order they were started",
+                do="mend the driver or executor",
+            )
+        self._break_holds(keep=lane)
+        flight = lane.flights.popleft()
+        self.ledger.settle(lane.index)
+        emitted, done = self._commit(lane, flight, event)
+        self.ledger.landed(flight.batch.leases)
+        batch = flight.batch
+        start_ns = max(flight.start_ns, lane.last_end_ns)
+        lane.last_end_ns = event.ends_ns[-1]
+        self._emit(
+            StepDone(
+                t_ns=self.now_ns,
+                engine=self.index,
+                lane=lane.index,
+                step=batch.first_step,
+                start_ns=start_ns,
+                ends_ns=list(event.ends_ns),
+                requests=[r.id for r in batch.requests],
+                tokens=batch.tokens,
+                emitted=emitted,
+                waiting=len(self.waiting),
+                running=len(self.running),
+                free_pages=self.ledger.free(),
+            )
+        )
+        for r, reason in done:
+            self._end(r, "finished", reason)
+        if done:
+            self._break_holds()
+
+    def _commit(
+        self, lane: _Lane, flight: _Flight, event: LaunchDone
+    ) -> tuple[list[int], list[tuple[Request, str]]]:
+        """Book the outcomes; returns the output tokens each request got, and who finished why."""
+        batch, ends = flight.batch, event.ends_ns
+        steps = len(ends)
+        if len(event.outcomes) != len(batch.requests) or not 1 <= steps <= batch.steps:
+            raise PluginError(
+                f"launch {batch.launch} came back with {len(event.outcomes)} outcomes and {steps} steps",
+                why=f"it had {len(batch.requests)} requests and at most {batch.steps} steps",
+                do="mend the executor",
+            )
+        if len(self._lanes) == 1:  # interrupted: give back the numbers of steps that did not run
+            self.step -= batch.steps - steps
+        leases, extras, end, finished = batch.leases, batch.extras, ends[-1], Phase.FINISHED
+        emitted: list[int] = []
+        done: list[tuple[Request, str]] = []
+        for i, r in enumerate(batch.requests):
+            if r.lease is not leases[i] or r.phase is finished:
+                emitted.append(0)  # preempted or ended meanwhile: its outcome is dropped
+                continue
+            out: Outcome = event.outcomes[i]
+            r.launches -= 1
+            new = out.tokens
+            count = len(new)
+            emitted.append(count)
+            if i in extras:
+                self._commit_special(extras[i], r, out, end, batch)
+                if out.finish is not None or r.generated >= r.max_new_tokens:
+                    done.append((r, out.finish or "length"))
+                continue
+            n = batch.tokens[i]
+            r.computed += n
+            r.flying -= n
+            if not batch.samples[i]:
+                if count:
+                    self._bad_outcome(r, batch, count, "none: its prompt is not finished")
+                continue
+            if count != steps:
+                self._bad_outcome(r, batch, count, f"{steps}, one per step")
+            r.expected -= 1
+            r.generated += count
+            r.output += new
+            if steps == 1:
+                r.token_times.append(end)
+            else:
+                r.token_times += ends
+                more = steps - 1
+                if more > r.slack:
+                    self.ledger.reserve(r, more)
+                r.slack -= more
+                r.computed += more
+            if out.finish is not None or r.generated >= r.max_new_tokens:
+                done.append((r, out.finish or "length"))
+        return emitted, done
+
+    def _commit_special(self, item: Tokens, r: Request, out: Outcome, end: int, batch: Batch) -> None:
+        count = len(out.tokens)
+        if item.advance != "append":
+            if count:
+                self._bad_outcome(r, batch, count, "none: rewritten tokens bring no output")
+            return
+        final = not item.layers or item.layers[1] == self.model.layers
+        sampled = batch.samples[batch.requests.index(r)]
+        if not 0 <= out.accepted <= item.draft or count != (1 + out.accepted if sampled else 0):
+            self._bad_outcome(
+                r, batch, count, f"{1 + out.accepted if sampled else 0} with {out.accepted} of {item.draft} drafts"
+            )
+        if not final:
+            return
+        r.computed += item.n + out.accepted
+        r.flying -= item.n + item.draft
+        r.slack += item.draft - out.accepted
+        r.drafted += item.draft
+        r.accepted += out.accepted
+        if not sampled:
+            return
+        r.expected -= 1
+        room = r.max_new_tokens - r.generated
+        r.generated += min(count, room)
+        r.output += out.tokens[:room]
+        r.token_times += [end] * min(count, room)
+        if item.draft:
+            r.pending = max(0, r.prompt_tokens + r.generated + r.expected - r.computed - r.flying)
+
+    def _bad_outcome(self, r: Request, batch: Batch, count: int, wanted: str) -> None:
+        raise PluginError(
+            f"the executor reported {count} output tokens for request {r.id}",
+            where=f"launch {batch.launch}, lane {batch.lane}",
+            why=f"expected {wanted}",
+            do="mend the executor's launch()",
+        )
+
+    def _transfer_done(self, event: TransferDone) -> None:
+        transfer = self.transfers.pop(event.transfer, None)
+        if transfer is None:
+            return  # the instance was lost with it
+        self._break_holds()
+        live = self.requests.get(transfer.request_id)
+        r = live if live is not None and live.lease is transfer.lease else None
+        self.ledger.finish_transfer(transfer, r)
+        self._emit(TransferEnded(t_ns=self.now_ns, engine=self.index, transfer=transfer.id))
+        if r is None:
+            return
+        if transfer.direction == "out":
+            r.phase = Phase.SWAPPED
+            self.swapped[r.id] = r
+        else:
+            r.phase = Phase.RUNNING
+            self.running[r.id] = r
+
+    def _start(self, transfer: Transfer) -> None:
+        self.transfers[transfer.id] = transfer
+        self._emit(
+            TransferStarted(
+                t_ns=self.now_ns,
+                engine=self.index,
+                transfer=transfer.id,
+                request=transfer.request_id,
+                direction=transfer.direction,
+                pages=sum(map(len, transfer.source)),
+                bytes=transfer.bytes,
+            )
+        )
+        self._out.append(StartTransfer(transfer))
+
+    def price_swap(self, r: Request) -> int:
+        """Nanoseconds to move a request's pages to or from the host tier."""
+        tables = r.lease.tables if any(r.lease.tables) else r.lease.host_tables
+        size = sum(len(t) * p.bytes_per_page for t, p in zip(tables, self.layout.pools, strict=True))
+        probe = Transfer(0, r.id, "out", r.lease, tables, tables, size, sum(1 for t in tables if t))
+        return self.cost.transfer_time(probe)
+
+    def _instance_lost(self, event: InstanceLost) -> None:
+        self._lost = event.reason
+        for lane in self._lanes:
+            lane.hold = None
+            self.ledger.settle(lane.index)
+            for flight in lane.flights:
+                self.ledger.landed(flight.batch.leases)
+            lane.flights.clear()
+        for transfer in self.transfers.values():
+            self.ledger.landed([transfer.lease])
+        self.transfers.clear()
+        self._end_all("failed", event.reason)
+
+    def stop(self, now_ns: int, outcome: Terminal, reason: str) -> list[Command]:
+        """End every live request (the run is over, interrupted or failed). In-flight work is forgotten."""
+        self._out = []
+        self.now_ns = now_ns
+        for lane in self._lanes:
+            lane.hold = None
+        self._end_all(outcome, reason)
+        return self._out
+
+    # ------------------------------------------------------------- accounting
+
+    def _end_all(self, outcome: Terminal, reason: str) -> None:
+        for r in list(self.requests.values()):
+            self._end(r, outcome, reason)
+
+    def _end(self, r: Request, outcome: Terminal, reason: str) -> None:
+        """The one terminal event of a request; its pages return when nothing in flight names them."""
+        for queue in self.queues:
+            queue.pop(r.id, None)
+        del self.requests[r.id]
+        r.phase = Phase.FINISHED
+        self.ledger.release(r.lease)
+        self.ended[outcome] += 1
+        if r.spec.program is not None:
+            program = self.programs[r.spec.program]
+            program.live -= 1
+            if r.spec.is_last_turn and not program.live:
+                del self.programs[program.id]
+        self._emit(
+            RequestFinished(
+                t_ns=self.now_ns,
+                engine=self.index,
+                request=r.id,
+                outcome=outcome,
+                reason=reason,
+                output_tokens=r.generated,
+                preemptions=r.preemptions,
+                cached_tokens=r.cached,
+            )
+        )
+
+    def _emit(self, record: Record) -> None:
+        self._out.append(Emit(record))
+        if self._learn is not None:
+            self._learn(record)
+
+    def _log_plan(self, lane: _Lane, plan: StepPlan, held: int) -> None:
+        if not self.plan_log:
+            return
+        self._out.append(
+            Emit(
+                Planned(
+                    t_ns=self.now_ns,
+                    engine=self.index,
+                    lane=lane.index,
+                    step=self.step,
+                    work=[(i.request.id, i.n) for i in plan.work if isinstance(i, Tokens)],
+                    preempted=[(p.request.id, p.mode, p.reason) for p in plan.preemptions],
+                    swapped_in=_verdicts(plan.swap_ins),
+                    rejected=_verdicts(plan.rejections),
+                    aborted=_verdicts(plan.aborts),
+                    deferred=_verdicts(plan.deferred),
+                    held=held,
+                    wake_at=plan.wake_at,
+                )
+            )
+        )
+
+    # ------------------------------------------------------------- inspection
+
+    @property
+    def in_flight(self) -> int:
+        """Launches and transfers on their way."""
+        return sum(len(lane.flights) for lane in self._lanes) + len(self.transfers)
+
+    def stall_reason(self) -> str:
+        """Why nothing will ever happen again, for ``StallError``."""
+        head = next(iter(self.waiting.values()), None) or next(iter(self.requests.values()))
+        need = self.ledger.missing(head, max(head.pending, 1))
+        return (
+            f"{len(self.waiting)} waiting, {len(self.running)} running, {len(self.paused)} paused, "
+            f"{len(self.swapped)} swapped; request {head.id} ({head.phase}) has {head.pending} tokens pending and "
+            f"needs {tuple(need)} pages, {self.ledger.free()} are free"
+        )
+
+    def check_integrity(self) -> None:
+        """Recount pages, queues and terminal events. Linear; for tests and the end of a checked run.
+
+        Raises:
+            LedgerError: pages do not add up.
+            PluginError: a request is in no queue or in two, or ended twice.
+        """
+        self.ledger.check_integrity()
+        moving = {t.request_id for t in self.transfers.values()}
+        phases = (Phase.WAITING, Phase.RUNNING, Phase.PAUSED, Phase.SWAPPED)
+        for r in self.requests.values():
+            homes = [p for q, p in zip(self.queues, phases, strict=True) if r.id in q]
+            in_transit = r.phase in (Phase.SWAPPING, Phase.LOADING) and r.id in moving
+            if homes != ([] if in_transit else [r.phase]):
+                raise PluginError(f"request {r.id} is {r.phase} but queued as {homes}")
+            flying_bound = r.prompt_tokens + r.generated + r.expected
+            if not 0 <= r.computed + r.flying <= flying_bound + r.drafted or r.slack < 0:
+                raise PluginError(f"request {r.id} counts do not add up", why=repr(r.view.freeze()))
+        if self.arrived != len(self.requests) + sum(self.ended.values()):
+            raise PluginError(
+                f"{self.arrived} requests arrived, {len(self.requests)} are live and {self.ended} ended",
+                why="every request gets exactly one terminal event",
+            )
+
+
+def _verdicts(items: Sequence[object]) -> list[tuple[str, str]]:
+    return [(v.request.id, v.reason) for v in items]  # type: ignore[attr-defined]

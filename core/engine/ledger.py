@@ -1,0 +1,461 @@
+"""The KV ledger: who holds which page, how often, and whether something in flight still names it.
+
+The core owns identity, reference counts and fences; the kvcache plugin chooses pages. Every page of a
+pool is free, held (one reference per table that lists it and per outside holder) or withdrawn.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from servelab.core.engine.state import Lease, Request
+from servelab.core.errors import LedgerError
+from servelab.core.families.kvcache import KVCache
+from servelab.core.layout import Capacity, KVLayout
+
+WITHDRAWN = -1
+"""Reference count of a page that a resize took out of its pool."""
+
+
+@dataclass(slots=True)
+class Transfer:
+    """Pages on their way between tiers. Both sides are fenced until it ends."""
+
+    id: int
+    request_id: str
+    direction: Literal["out", "in"]
+    lease: Lease
+    source: list[list[int]]
+    """Pages read, per pool."""
+    destination: list[list[int]]
+    """Pages written, per pool, same lengths."""
+    bytes: int
+    calls: int
+    """Separate copies this takes if adjacent pages move together."""
+
+
+class _Tier:
+    """Reference counts of one pool on one tier."""
+
+    __slots__ = ("external", "free", "promised", "refs", "total", "withdraw")
+
+    def __init__(self, pages: int) -> None:
+        self.refs = [0] * pages
+        self.free = pages
+        self.total = pages
+        """Pages not withdrawn."""
+        self.promised = 0
+        """Free pages set aside for the later steps of a held launch."""
+        self.withdraw = 0
+        """Pages to take out as soon as they are free."""
+        self.external: Counter[int] = Counter()
+        """References held outside leases (prefix stores)."""
+
+
+class Ledger:
+    """Accounts for every page of every pool.
+
+    Raises:
+        LedgerError: from any call that would lose, double-book or over-release a page, and when the
+            kvcache plugin chooses pages that are not free.
+    """
+
+    def __init__(self, kvcache: KVCache, name: str, layout: KVLayout, capacity: Capacity) -> None:
+        self.kvcache = kvcache
+        self.name = name
+        self.layout = layout
+        self.pools = layout.pools
+        self._device = [_Tier(n) for n in capacity.device_pages]
+        host = capacity.host_pages or (0,) * len(self.pools)
+        self._host = [_Tier(n) for n in host]
+        self._leases: dict[int, Lease] = {}
+        self._transfers = 0
+        self._promises: dict[int, list[int]] = {}
+        for i in range(len(self.pools)):
+            kvcache.attach(i, "device", capacity.device_pages[i])
+            if host[i]:
+                kvcache.attach(i, "host", host[i])
+
+    # ------------------------------------------------------------ questions
+
+    @property
+    def has_host_tier(self) -> bool:
+        return any(t.refs for t in self._host)
+
+    def free(self, tier: str = "device") -> tuple[int, ...]:
+        """Free pages per pool, promises deducted."""
+        return tuple(t.free - t.promised for t in (self._device if tier == "device" else self._host))
+
+    def total(self, tier: str = "device") -> tuple[int, ...]:
+        """Pages per pool that are not withdrawn."""
+        return tuple(t.total for t in (self._device if tier == "device" else self._host))
+
+    def missing(self, r: Request, n: int) -> list[int]:
+        """Further device pages, per pool, for ``n`` more tokens of the request; copies on write included."""
+        if n <= r.slack:
+            return [0] * len(self.pools)
+        scheduled = r.computed + r.flying
+        out = []
+        for i, pool in enumerate(self.pools):
+            table = r.lease.tables[i]
+            need = self.kvcache.pages_for(pool, r.view, scheduled + n) - len(table)
+            out.append(max(need, 0) + (self._shared_tail(i, table, scheduled) is not None))
+        return out
+
+    def releasable(self, leases: Sequence[Lease]) -> list[int]:
+        """Device pages, per pool, that releasing these leases together frees at once."""
+        idle = [lease for lease in leases if not lease.in_flight]
+        out = []
+        for i, tier in enumerate(self._device):
+            refs = tier.refs
+            if len(idle) == 1:
+                out.append(sum(refs[p] == 1 for p in idle[0].tables[i]))
+            else:
+                held = Counter(p for lease in idle for p in lease.tables[i])
+                out.append(sum(refs[p] == count for p, count in held.items()))
+        return out
+
+    def _shared_tail(self, i: int, table: list[int], tokens: int) -> int | None:
+        """Index of the partly filled page that the next token is written to, if others hold it too."""
+        index, offset = divmod(tokens, self.pools[i].page_tokens)
+        if offset and index < len(table) and self._device[i].refs[table[index]] > 1:
+            return index
+        return None
+
+    def _slack(self, r: Request) -> int:
+        scheduled = r.computed + r.flying
+        capacity = None
+        for i, pool in enumerate(self.pools):
+            table = r.lease.tables[i]
+            if self._shared_tail(i, table, scheduled) is not None:
+                return 0  # the next write must come through reserve() to copy the page first
+            tokens = self.kvcache.tokens_in(pool, len(table))
+            capacity = tokens if capacity is None or tokens < capacity else capacity
+        return (capacity or 0) - scheduled
+
+    # -------------------------------------------------------------- actions
+
+    def open(self, owner: str) -> Lease:
+        """A lease on nothing yet."""
+        lease = Lease(owner, len(self.pools))
+        self._leases[id(lease)] = lease
+        return lease
+
+    def reserve(self, r: Request, n: int) -> None:
+        """Make room for ``n`` more tokens in every pool, all or nothing; updates ``r.slack``."""
+        if n <= r.slack:
+            return
+        needs = self.missing(r, n)
+        for i, need in enumerate(needs):
+            left = self._device[i].free - self._device[i].promised
+            if need > left:
+                raise LedgerError(
+                    f"request {r.id} cannot get {need} pages",
+                    where=f"pool {self.pools[i].id!r}, kvcache {self.name!r}",
+                    why=f"{left} pages are free",
+                    do="preempt first, or plan fewer tokens",
+                )
+        lease = r.lease
+        scheduled = r.computed + r.flying
+        for i, need in enumerate(needs):
+            if not need:
+                continue
+            table = lease.tables[i]
+            pages = self._take(i, "device", need, r)
+            tail = self._shared_tail(i, table, scheduled)
+            if tail is not None:
+                old = table[tail]
+                table[tail] = pages.pop()
+                lease.copies.append((i, old, table[tail]))
+                self._drop_refs(i, "device", [old])
+            table.extend(pages)
+        r.slack = self._slack(r)
+
+    def promise(self, lane: int, requests: Sequence[Request], tokens: int) -> int:
+        """Set pages aside so that each request can grow by up to ``tokens`` more; returns how many fit.
+
+        Used for the later steps of a held launch: the pages are not taken until the steps have run.
+        """
+        free = [t.free - t.promised for t in self._device]
+
+        def needs(n: int) -> list[int] | None:
+            total = [0] * len(free)
+            for r in requests:
+                if n > r.slack:
+                    for i, need in enumerate(self.missing(r, n)):
+                        total[i] += need
+                        if total[i] > free[i]:
+                            return None
+            return total
+
+        fits, best = 0, [0] * len(free)
+        low, high = 1, tokens
+        probe = tokens  # most often everything fits
+        while low <= high:
+            total = needs(probe)
+            if total is None:
+                high = probe - 1
+            else:
+                fits, best, low = probe, total, probe + 1
+            probe = (low + high) // 2
+        if any(best):
+            self._promises[lane] = best
+            for tier, n in zip(self._device, best, strict=True):
+                tier.promised += n
+        return fits
+
+    def settle(self, lane: int) -> None:
+        """End the promise of a lane; its requests reserve what they really used."""
+        for tier, n in zip(self._device, self._promises.pop(lane, ()), strict=False):
+            tier.promised -= n
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """The child shares every page of the parent; whoever writes to a partly filled page copies it."""
+        if child.lease.tables != [[] for _ in self.pools]:
+            raise LedgerError(f"fork target {child.id} already holds pages", do="fork into a new request")
+        for i, table in enumerate(parent.lease.tables):
+            refs = self._device[i].refs
+            for page in table:
+                refs[page] += 1
+            child.lease.tables[i] = list(table)
+        parent.slack = self._slack(parent)
+        child.slack = self._slack(child)
+
+    def trim(self, r: Request, tokens: int) -> None:
+        """Keep pages for the first ``tokens`` tokens only (rejected drafts, unused reservations)."""
+        if tokens < r.computed + r.flying:
+            raise LedgerError(
+                f"request {r.id} cannot be trimmed to {tokens} tokens",
+                why=f"{r.computed + r.flying} are computed or in flight",
+            )
+        for i, pool in enumerate(self.pools):
+            table = r.lease.tables[i]
+            keep = self.kvcache.pages_for(pool, r.view, tokens) if tokens else 0
+            extra = table[keep:]
+            del table[keep:]
+            if extra:
+                self._drop_refs(i, "device", extra)
+        r.slack = self._slack(r)
+
+    def release(self, lease: Lease) -> None:
+        """The owner is done. Pages return now, or when the last launch or transfer naming them ends."""
+        if lease.released:
+            raise LedgerError(f"lease of {lease.owner} released twice")
+        lease.released = True
+        if not lease.in_flight:
+            self._reap(lease)
+
+    def launched(self, leases: Iterable[Lease]) -> None:
+        """Fence these leases: a launch names their pages."""
+        for lease in leases:
+            lease.in_flight += 1
+
+    def landed(self, leases: Iterable[Lease]) -> None:
+        """A launch or transfer that named these leases has ended."""
+        for lease in leases:
+            lease.in_flight -= 1
+            if lease.released and not lease.in_flight:
+                self._reap(lease)
+
+    def _reap(self, lease: Lease) -> None:
+        for i in range(len(self.pools)):
+            if lease.tables[i]:
+                self._drop_refs(i, "device", lease.tables[i])
+            if lease.host_tables[i]:
+                self._drop_refs(i, "host", lease.host_tables[i])
+        lease.tables = [[] for _ in self.pools]
+        lease.host_tables = [[] for _ in self.pools]
+        del self._leases[id(lease)]
+
+    def retain(self, pool: int, page: int) -> None:
+        """An outside holder (a prefix store) adds a reference to a held page."""
+        tier = self._device[pool]
+        if tier.refs[page] < 1:
+            raise LedgerError(f"page {page} of pool {pool} is not held, so it cannot be retained")
+        tier.refs[page] += 1
+        tier.external[page] += 1
+
+    def drop(self, pool: int, page: int) -> None:
+        """The outside holder lets go."""
+        tier = self._device[pool]
+        if not tier.external[page]:
+            raise LedgerError(f"page {page} of pool {pool} was not retained")
+        tier.external[page] -= 1
+        if not tier.external[page]:
+            del tier.external[page]
+        self._drop_refs(pool, "device", [page])
+
+    def resize(self, pool: int, delta: int) -> None:
+        """Take ``-delta`` device pages out of a pool (now if free, else once freed), or put back ``delta``.
+
+        A pool never grows beyond its capacity at composition.
+        """
+        tier = self._device[pool]
+        if delta > 0:
+            unwanted = min(delta, tier.withdraw)
+            tier.withdraw -= unwanted
+            back = [p for p, refs in enumerate(tier.refs) if refs == WITHDRAWN][: delta - unwanted]
+            for page in back:
+                tier.refs[page] = 0
+            tier.free += len(back)
+            tier.total += len(back)
+            if back:
+                self.kvcache.released(pool, "device", back)
+            return
+        tier.withdraw += min(-delta, tier.total - tier.withdraw)
+        now = min(tier.withdraw, tier.free - tier.promised)
+        for page in self._take(pool, "device", now, None) if now else ():
+            tier.refs[page] = WITHDRAWN
+        tier.withdraw -= now
+        tier.total -= now
+
+    # ------------------------------------------------------------ transfers
+
+    def swap_out(self, r: Request) -> Transfer:
+        """Start moving a request's pages to the host tier; raises if the host lacks room."""
+        lease = r.lease
+        self._need_host([len(t) for t in lease.tables], r.id)
+        source = [list(t) for t in lease.tables]
+        for i, table in enumerate(source):
+            lease.host_tables[i] = self._take(i, "host", len(table), r) if table else []
+        return self._transfer(r, "out", source, [list(t) for t in lease.host_tables])
+
+    def swap_in(self, r: Request) -> Transfer:
+        """Start moving a swapped request's pages back to the device."""
+        lease = r.lease
+        for i, table in enumerate(lease.host_tables):
+            left = self._device[i].free - self._device[i].promised
+            if len(table) > left:
+                raise LedgerError(
+                    f"request {r.id} cannot be swapped in",
+                    where=f"pool {self.pools[i].id!r}",
+                    why=f"it needs {len(table)} pages, {left} are free",
+                )
+        for i, table in enumerate(lease.host_tables):
+            lease.tables[i] = self._take(i, "device", len(table), r) if table else []
+        return self._transfer(r, "in", [list(t) for t in lease.host_tables], [list(t) for t in lease.tables])
+
+    def finish_transfer(self, transfer: Transfer, r: Request | None) -> None:
+        """The bytes are in place: the side they came from is released. ``r`` is None if its request ended."""
+        lease = transfer.lease
+        tier = "device" if transfer.direction == "out" else "host"
+        tables = lease.tables if tier == "device" else lease.host_tables
+        for i, pages in enumerate(transfer.source):
+            if pages:
+                self._drop_refs(i, tier, pages)
+            tables[i] = []
+        self.landed([lease])
+        if r is not None:
+            r.slack = self._slack(r) if transfer.direction == "in" else 0
+
+    def _transfer(
+        self, r: Request, direction: Literal["out", "in"], source: list[list[int]], to: list[list[int]]
+    ) -> Transfer:
+        r.lease.in_flight += 1
+        self._transfers += 1
+        size = sum(len(t) * p.bytes_per_page for t, p in zip(source, self.pools, strict=True))
+        calls = sum(_runs(a, b) for a, b in zip(source, to, strict=True))
+        return Transfer(self._transfers, r.id, direction, r.lease, source, to, size, calls)
+
+    def _need_host(self, needs: Sequence[int], request_id: str) -> None:
+        for i, need in enumerate(needs):
+            if need > self._host[i].free:
+                raise LedgerError(
+                    f"request {request_id} cannot be swapped out",
+                    where=f"host tier of pool {self.pools[i].id!r}",
+                    why=f"it needs {need} pages, {self._host[i].free} are free",
+                    do="preempt by recompute, or give the executor more host pages",
+                )
+
+    # -------------------------------------------------------------- private
+
+    def _take(self, i: int, tier_name: str, n: int, r: Request | None) -> list[int]:
+        tier = (self._device if tier_name == "device" else self._host)[i]
+        pages = list(self.kvcache.choose(i, tier_name, n, r.view if r is not None else None))
+        refs = tier.refs
+        if len(pages) != n:
+            raise LedgerError(
+                f"kvcache {self.name!r} chose {len(pages)} pages, asked for {n}",
+                where=f"{tier_name} pool {self.pools[i].id!r}",
+                why=f"{tier.free} pages are free",
+                do="choose() must return exactly n free pages",
+            )
+        for page in pages:
+            if not 0 <= page < len(refs) or refs[page] != 0:
+                state = "outside the pool" if not 0 <= page < len(refs) else f"held ({refs[page]} references)"
+                raise LedgerError(
+                    f"kvcache {self.name!r} chose page {page}, which is not free",
+                    where=f"{tier_name} pool {self.pools[i].id!r}",
+                    why=f"the page is {state}",
+                    do="keep the free list in step with choose() and released()",
+                )
+            refs[page] = 1
+        tier.free -= n
+        return pages
+
+    def _drop_refs(self, i: int, tier_name: str, pages: Sequence[int]) -> None:
+        tier = (self._device if tier_name == "device" else self._host)[i]
+        refs = tier.refs
+        freed = []
+        for page in pages:
+            count = refs[page] - 1
+            if count < 0:
+                raise LedgerError(f"page {page} of {tier_name} pool {self.pools[i].id!r} released twice")
+            refs[page] = count
+            if not count:
+                freed.append(page)
+        if not freed:
+            return
+        if tier.withdraw and tier_name == "device":
+            gone = freed[: tier.withdraw]
+            tier.withdraw -= len(gone)
+            tier.total -= len(gone)
+            for page in gone:
+                refs[page] = WITHDRAWN
+            del freed[: len(gone)]
+        tier.free += len(freed)
+        if freed:
+            self.kvcache.released(i, tier_name, freed)
+
+    def check_integrity(self) -> None:
+        """Recount everything. Linear in pages; run by tests and by ``checks=full`` when a run ends.
+
+        Raises:
+            LedgerError: counts and tables disagree.
+        """
+        for name, tiers in (("device", self._device), ("host", self._host)):
+            for i, tier in enumerate(tiers):
+                held: Counter[int] = Counter(tier.external)
+                for lease in self._leases.values():
+                    table = (lease.tables if name == "device" else lease.host_tables)[i]
+                    if len(set(table)) != len(table):
+                        raise LedgerError(f"lease of {lease.owner} lists a {name} page twice", why=f"{table}")
+                    held.update(table)
+                for page, refs in enumerate(tier.refs):
+                    if refs != held[page] and not (refs == WITHDRAWN and not held[page]):
+                        raise LedgerError(
+                            f"{name} page {page} of pool {self.pools[i].id!r} has {refs} references",
+                            why=f"tables and holders account for {held[page]}",
+                        )
+                if tier.total != len(tier.refs) - tier.refs.count(WITHDRAWN):
+                    raise LedgerError(f"{name} pool {self.pools[i].id!r} counts {tier.total} pages in all")
+                if tier.free != tier.refs.count(0):
+                    raise LedgerError(
+                        f"{name} pool {self.pools[i].id!r} counts {tier.free} free pages",
+                        why=f"{tier.refs.count(0)} have no reference",
+                    )
+                if not 0 <= tier.promised <= tier.free:
+                    raise LedgerError(
+                        f"{tier.promised} pages promised, {tier.free} free", where=f"{name} {self.pools[i].id!r}"
+                    )
+
+
+def _runs(source: Sequence[int], destination: Sequence[int]) -> int:
+    """Copies needed when pages adjacent on both sides move together."""
+    pairs = list(zip(source, destination, strict=True))
+    return sum(
+        k == 0 or a != pairs[k - 1][0] + 1 or b != pairs[k - 1][1] + 1 for k, (a, b) in enumerate(pairs)
+    )

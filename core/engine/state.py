@@ -1,0 +1,109 @@
+"""The engine's own record of a request. Policies see it through ``RequestView``; executors may read it."""
+
+from __future__ import annotations
+
+from servelab.core.plan import Tokens
+from servelab.core.request import Phase, RequestSpec, RequestView
+
+
+class Lease:
+    """The pages one sequence holds, per pool.
+
+    A lease can outlive its request: after release its pages stay fenced until every launch and transfer
+    that names them has ended (``in_flight`` is zero).
+    """
+
+    __slots__ = ("copies", "host_tables", "in_flight", "owner", "released", "tables")
+
+    def __init__(self, owner: str, pools: int) -> None:
+        self.owner = owner
+        self.tables: list[list[int]] = [[] for _ in range(pools)]
+        self.host_tables: list[list[int]] = [[] for _ in range(pools)]
+        self.in_flight = 0
+        self.released = False
+        self.copies: list[tuple[int, int, int]] = []
+        """(pool, source, destination) page copies due before the next launch (copy-on-write)."""
+
+
+class Request:
+    """Mutable state, written only by the engine and the ledger. Counts in tokens, times in nanoseconds.
+
+    Always: ``pending = prompt + generated + expected - computed - flying`` (0 once the output cap is
+    reached in flight), and ``slack = capacity of the held pages - computed - flying``.
+    """
+
+    __slots__ = (
+        "accepted",
+        "admitted_ns",
+        "arrival_ns",
+        "cached",
+        "computed",
+        "drafted",
+        "expected",
+        "flying",
+        "generated",
+        "id",
+        "lane",
+        "launches",
+        "layer_chunk",
+        "layer_cursor",
+        "lease",
+        "mark",
+        "max_new_tokens",
+        "one",
+        "output",
+        "pending",
+        "phase",
+        "preemptions",
+        "program_arrival_ns",
+        "prompt_tokens",
+        "seen",
+        "slack",
+        "spec",
+        "token_times",
+        "view",
+    )
+
+    def __init__(self, spec: RequestSpec, arrival_ns: int, max_new_tokens: int, lease: Lease) -> None:
+        self.id = spec.id
+        self.spec = spec
+        self.prompt_tokens = spec.prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.arrival_ns = arrival_ns
+        self.program_arrival_ns = arrival_ns
+        self.admitted_ns: int | None = None
+        self.phase = Phase.WAITING
+        self.computed = 0
+        self.generated = 0
+        self.flying = 0
+        self.expected = 0
+        """Output tokens that launches in flight will bring."""
+        self.pending = spec.prompt_tokens
+        self.slack = 0
+        self.layer_cursor = 0
+        self.layer_chunk = 0
+        self.cached = 0
+        self.preemptions = 0
+        self.drafted = 0
+        self.accepted = 0
+        self.token_times: list[int] = []
+        self.output: list[int] = []
+        self.lease = lease
+        self.launches = 0
+        """Launches in flight that name it, all on ``lane``."""
+        self.lane = 0
+        self.mark = -1
+        """Number of the last plan that named it, to find duplicates."""
+        self.view = RequestView(self)
+        self.seen = self.view
+        """What schedulers are shown: the view, or with ``checks=full`` one that expires with the call."""
+        self.one = Tokens(self.view, 1)
+
+    def forget_progress(self, lease: Lease) -> int:
+        """Back to nothing computed, output so far kept (recompute). Returns the tokens lost."""
+        lost = self.computed
+        self.computed = self.flying = self.expected = self.launches = 0
+        self.layer_cursor = self.layer_chunk = self.cached = self.slack = 0
+        self.pending = self.prompt_tokens + self.generated
+        self.lease = lease
+        return lost

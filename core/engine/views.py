@@ -1,0 +1,277 @@
+"""What a scheduler sees: live, read-only windows on the engine. No copies are made per step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from servelab.core.engine.ledger import Ledger
+from servelab.core.engine.state import Request
+from servelab.core.errors import CapabilityError, ViewError
+from servelab.core.events import Batch
+from servelab.core.facts import HardwareFacts, Limits, ModelFacts
+from servelab.core.plan import Tokens
+from servelab.core.request import VIEW_FIELDS, Phase, RequestView
+
+if TYPE_CHECKING:
+    from servelab.core.engine.engine import Engine
+
+
+class Queue:
+    """Ordered requests of one phase; reads the engine's own mapping."""
+
+    __slots__ = ("_requests",)
+
+    def __init__(self, requests: Mapping[str, Request]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[RequestView]:
+        return (r.seen for r in self._requests.values())
+
+    def __reversed__(self) -> Iterator[RequestView]:
+        return (r.seen for r in reversed(self._requests.values()))  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def first(self) -> RequestView | None:
+        for r in islice(self._requests.values(), 1):
+            return r.seen
+        return None
+
+
+class LaneQueue(Queue):
+    """As ``Queue``, without requests in flight on another lane."""
+
+    __slots__ = ("_step",)
+
+    def __init__(self, requests: Mapping[str, Request], step: StepView) -> None:
+        super().__init__(requests)
+        self._step = step
+
+    def _mine(self, requests: Iterator[Request]) -> Iterator[RequestView]:
+        lane = self._step.lane
+        return (r.seen for r in requests if not r.launches or r.lane == lane)
+
+    def __iter__(self) -> Iterator[RequestView]:
+        return self._mine(iter(self._requests.values()))
+
+    def __reversed__(self) -> Iterator[RequestView]:
+        return self._mine(reversed(self._requests.values()))  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def first(self) -> RequestView | None:
+        return next(iter(self), None)
+
+
+class KVBudget:
+    """Scratch account of free pages; see ``families/scheduler.py``."""
+
+    __slots__ = ("_ledger", "_left")
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._left = ledger.free()
+
+    def take(self, request: RequestView, n: int) -> bool:
+        r = request._r
+        if n <= r.slack:
+            return True
+        left = tuple(
+            have - need for have, need in zip(self._left, self._ledger.missing(r, n), strict=True)
+        )
+        if min(left) < 0:
+            return False
+        self._left = left
+        return True
+
+    def give_back(self, request: RequestView) -> None:
+        freed = self._ledger.releasable([request._r.lease])
+        self._left = tuple(have + n for have, n in zip(self._left, freed, strict=True))
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        return self._left
+
+
+class KVView:
+    """KV memory; see ``families/scheduler.py``."""
+
+    __slots__ = ("_ledger",)
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    @property
+    def free_pages(self) -> tuple[int, ...]:
+        return self._ledger.free()
+
+    @property
+    def total_pages(self) -> tuple[int, ...]:
+        return self._ledger.total()
+
+    @property
+    def free_host_pages(self) -> tuple[int, ...]:
+        return self._ledger.free("host")
+
+    @property
+    def total_host_pages(self) -> tuple[int, ...]:
+        return self._ledger.total("host")
+
+    @property
+    def page_tokens(self) -> tuple[int, ...]:
+        return tuple(p.page_tokens for p in self._ledger.pools)
+
+    def pages_needed(self, request: RequestView, n: int) -> tuple[int, ...]:
+        return tuple(self._ledger.missing(request._r, n))
+
+    def budget(self) -> KVBudget:
+        return KVBudget(self._ledger)
+
+
+class CostView:
+    """What-if prices; see ``families/scheduler.py``."""
+
+    __slots__ = ("_engine",)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def step_ns(self, work: list[Tokens]) -> int:
+        requests = [item.request._r for item in work]
+        return self._price(
+            requests,
+            [item.n for item in work],
+            [r.computed + r.flying for r in requests],
+            {i: item for i, item in enumerate(work) if not item.plain},
+        )
+
+    def recompute_ns(self, request: RequestView) -> int:
+        r = request._r
+        return self._price([r], [max(r.computed, 1)], [0], {})
+
+    def swap_ns(self, request: RequestView) -> int:
+        return self._engine.price_swap(request._r)
+
+    def _price(
+        self, requests: list[Request], tokens: list[int], starts: list[int], extras: dict[int, Tokens]
+    ) -> int:
+        samples = [r.pending <= n for r, n in zip(requests, tokens, strict=True)]
+        leases = [r.lease for r in requests]
+        batch = Batch(0, -1, self._engine.step, 1, requests, leases, tokens, starts, samples, extras)
+        return self._engine.cost.price(batch, 1)[0]
+
+
+class ProgramView:
+    """A program's public facts; see ``families/scheduler.py``."""
+
+    __slots__ = ("arrival_ns", "id", "live", "turns")
+
+    def __init__(self, id: str, arrival_ns: int) -> None:
+        self.id = id
+        self.arrival_ns = arrival_ns
+        self.turns = 0
+        self.live = 0
+
+
+class StepView:
+    """One per engine, reused for every plan; see ``families/scheduler.py``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.lane = 0
+        many = engine.limits.lanes > 1
+        queues = [LaneQueue(q, self) if many else Queue(q) for q in engine.queues]
+        self.waiting, self.running, self.paused, self.swapped = queues
+        self.kv = KVView(engine.ledger)
+        self.cost = CostView(engine)
+
+    @property
+    def now_ns(self) -> int:
+        return self._engine.now_ns
+
+    @property
+    def step(self) -> int:
+        return self._engine.step
+
+    @property
+    def limits(self) -> Limits:
+        return self._engine.limits
+
+    @property
+    def model(self) -> ModelFacts:
+        return self._engine.model
+
+    @property
+    def hardware(self) -> HardwareFacts | None:
+        return self._engine.hardware
+
+    def predict(self, request: RequestView, quantile: float) -> int:
+        predictor = self._engine.predictor
+        if predictor is None:
+            raise CapabilityError(
+                "no length predictor in this run",
+                where=f"StepView.predict for request {request.id}",
+                why="true lengths are hidden from policies",
+                do="select a predictor, or learn lengths from RequestFinished records in on_event",
+            )
+        return predictor(request, quantile)
+
+    def program(self, id: str) -> ProgramView:
+        try:
+            return self._engine.programs[id]
+        except KeyError:
+            raise ViewError(
+                f"program {id!r} is not known", why="no live request belongs to it", where="StepView.program"
+            ) from None
+
+
+class CheckedRequestView(RequestView):
+    """With ``checks=full``: every read fails outside the call the view was given to."""
+
+    __slots__ = ("_engine", "_epoch")
+
+    if TYPE_CHECKING:
+        _engine: Engine
+        _epoch: int
+
+    def __init__(self, request: Request, engine: Engine) -> None:
+        super().__init__(request)
+        object.__setattr__(self, "_engine", engine)
+        object.__setattr__(self, "_epoch", engine.epoch)
+
+    def _check(self, name: str) -> None:
+        if self._engine.epoch != self._epoch:
+            raise ViewError(
+                f"a request view was read ({name}) outside the call it was given to",
+                where=f"scheduler {self._engine.scheduler_name!r}, request {self._r.id}",
+                why=f"it belongs to call {self._epoch}, the engine is at {self._engine.epoch}",
+                do="keep request.id or request.freeze(), and look the request up in the next view",
+            )
+
+
+def _checked(name: str, inner: property) -> property:
+    assert inner.fget is not None
+    read = inner.fget
+
+    def get(self: CheckedRequestView) -> Any:
+        if name != "id":  # an id may always be read: it is how a stale view is replaced
+            self._check(name)
+        return read(self)
+
+    return property(get, doc=inner.__doc__)
+
+
+for _name in VIEW_FIELDS:
+    setattr(CheckedRequestView, _name, _checked(_name, vars(RequestView)[_name]))
+
+
+def renew_views(engine: Engine) -> None:
+    """Give every request a view of the current epoch (``checks=full``; linear in live requests)."""
+    for r in engine.requests.values():
+        if r.phase is not Phase.FINISHED:
+            r.seen = CheckedRequestView(r, engine)
+            r.one = Tokens(r.seen, 1)

@@ -1,0 +1,53 @@
+"""Executor: where a batch runs.
+
+Intent: own the bytes. The engine decides what runs; the executor runs it and reports what came out. It
+never decides when: on the virtual clock the cost model prices every launch, on the wall clock time passes.
+
+Capabilities: ``executor.torch`` (real weights and tokens), ``executor.sim`` (prices only),
+``executor.simulated`` (launches take no time of their own; on the wall clock the driver waits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from servelab.core.engine.ledger import Transfer
+    from servelab.core.events import Batch
+    from servelab.core.layout import Capacity, KVLayout
+    from servelab.core.plan import Outcome
+
+
+class Executor(Protocol):
+    """Runs launches. Called by the driver, never by policies; both executors honour the same contract."""
+
+    simulated: bool
+    """True if ``launch`` and ``transfer`` return at once and their time comes from the cost model."""
+
+    def capacity(self, layout: KVLayout) -> Capacity:
+        """Pages it can hold, per pool; called once, at composition."""
+        ...
+
+    def horizon(self, batch: Batch, max_steps: int) -> int:
+        """Largest ``k <= max_steps`` such that no request of the batch finishes before step ``k``.
+
+        Pure. Executors that cannot know return 1: a hold then runs as ``k`` launches of one step.
+        """
+        ...
+
+    def launch(self, batch: Batch, steps: int) -> Sequence[Outcome]:
+        """Run ``steps`` steps (``1 <= steps <= batch.steps``) and report one outcome per request.
+
+        A request for which ``batch.samples[i]`` yields exactly ``steps`` tokens (drafts: up to ``draft + 1``),
+        others none. Called once per launch, in launch order per lane.
+        """
+        ...
+
+    def transfer(self, transfer: Transfer) -> None:
+        """Move the pages of a transfer; returns when the bytes are in place."""
+        ...
+
+    def close(self) -> None:
+        """Release everything. Called once, also after errors."""
+        ...

@@ -1,0 +1,53 @@
+"""KV cache: which pages a request gets and how they are addressed.
+
+Intent: page size, addressing, choice of pages, sharing and tiers. The core's ledger owns identity,
+reference counts and fences and checks every choice; the plugin never sees bytes.
+
+Capabilities: ``kvcache.block_table``, ``kvcache.contiguous_slot``, ``kvcache.segments``,
+``kvcache.remote_spans`` (addressing, read by attention backends); ``kvcache.fork`` (copy-on-write),
+``kvcache.swap`` (host tier), ``kvcache.pin``, ``kvcache.per_head_tokens``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from servelab.core.facts import ModelFacts
+    from servelab.core.layout import KVLayout, Pool
+    from servelab.core.request import RequestView
+
+
+class KVCache(Protocol):
+    """Chooses pages for the ledger. Pages are small integers from 0, per pool and tier."""
+
+    def layout(self, model: ModelFacts) -> KVLayout:
+        """Propose pools, page sizes and addressing for a model; frozen at composition."""
+        ...
+
+    def attach(self, pool: int, tier: str, num_pages: int) -> None:
+        """A pool (by layout index) and tier exists with pages ``0..num_pages-1``, all free. Called once each."""
+        ...
+
+    def pages_for(self, pool: Pool, request: RequestView | None, tokens: int) -> int:
+        """Pages that must be held so that ``tokens`` tokens of the request are stored.
+
+        ``request`` is None in questions about any request. Non-decreasing in ``tokens``.
+        """
+        ...
+
+    def tokens_in(self, pool: Pool, pages: int) -> int:
+        """Tokens that ``pages`` pages hold; the inverse of ``pages_for``."""
+        ...
+
+    def choose(self, pool: int, tier: str, n: int, request: RequestView | None) -> Sequence[int]:
+        """``n`` distinct free pages. The ledger asks only when at least ``n`` are free, and takes them all.
+
+        Raises nothing: a choice of pages that are not free is a ``LedgerError`` naming the plugin.
+        """
+        ...
+
+    def released(self, pool: int, tier: str, pages: Sequence[int]) -> None:
+        """These pages are free again, in the order they were held."""
+        ...

@@ -1,0 +1,175 @@
+"""Scheduler: what each request does next.
+
+Intent: batch composition, admission, order, victims, and what happens to KV when a turn ends. One call of
+``plan`` per free lane; the answer is data, checked and applied by the core.
+
+What must be expressible: chunked prefill, prefix hits, speculation lengths, layered prefill, preemption by
+recompute, swap or pause, swap-in ahead of need, rejection and abort with reasons, several lanes, planning
+one step ahead, periodic re-planning (``wake_at``), and long stretches of identical steps (``hold``).
+
+Capabilities: ``scheduler.layers`` (emits layer ranges), ``scheduler.swap`` (preempts by swap; needs
+``kvcache.swap``), ``scheduler.lanes``, ``scheduler.ahead`` (plans one step ahead).
+
+True of every scheduler, and tested by its suite: KV is conserved; output so far survives preemption; with
+lossless plugins greedy tokens do not depend on the schedule; the same seed gives the same plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from servelab.core.facts import HardwareFacts, Limits, ModelFacts
+    from servelab.core.plan import StepPlan, Tokens
+    from servelab.core.records import Record
+    from servelab.core.request import RequestView
+
+
+class Scheduler(Protocol):
+    """The one required method. A scheduler may also have ``on_event(record: Record) -> None``.
+
+    ``on_event`` is called for every record of this engine before the next ``plan``, in order: arrivals,
+    admissions, steps, preemptions, transfers, finishes (with output lengths). Records may be kept.
+    """
+
+    def plan(self, view: StepView) -> StepPlan:
+        """Decide what the free lane does next. Pure in the view and in the scheduler's own state."""
+        ...
+
+
+class ObservingScheduler(Scheduler, Protocol):
+    """A scheduler that also learns from history."""
+
+    def on_event(self, record: Record) -> None: ...
+
+
+class Queue(Protocol):
+    """Live, ordered, read-only collection of requests."""
+
+    def __iter__(self) -> Iterator[RequestView]: ...
+    def __reversed__(self) -> Iterator[RequestView]: ...
+    def __len__(self) -> int: ...
+    def first(self) -> RequestView | None: ...
+
+
+class KVBudget(Protocol):
+    """Scratch account of free KV pages while a plan is being made. Changing it changes nothing else."""
+
+    def take(self, request: RequestView, n: int) -> bool:
+        """Set aside what ``n`` more tokens of the request need, in every pool; False (and nothing) if short."""
+        ...
+
+    def give_back(self, request: RequestView) -> None:
+        """Count the pages that preempting the request frees at once (none while it is in flight)."""
+        ...
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Pages left, per pool."""
+        ...
+
+
+class KVView(Protocol):
+    """KV memory as a policy sees it. Per-pool tuples are in layout order."""
+
+    @property
+    def free_pages(self) -> tuple[int, ...]: ...
+    @property
+    def total_pages(self) -> tuple[int, ...]: ...
+    @property
+    def free_host_pages(self) -> tuple[int, ...]: ...
+    @property
+    def total_host_pages(self) -> tuple[int, ...]: ...
+    @property
+    def page_tokens(self) -> tuple[int, ...]: ...
+    def pages_needed(self, request: RequestView, n: int) -> tuple[int, ...]:
+        """Further pages the request needs for ``n`` more tokens."""
+        ...
+
+    def budget(self) -> KVBudget:
+        """A scratch account that starts at ``free_pages``."""
+        ...
+
+
+class CostView(Protocol):
+    """What-if prices in nanoseconds, pure."""
+
+    def step_ns(self, work: list[Tokens]) -> int:
+        """One step of this work."""
+        ...
+
+    def recompute_ns(self, request: RequestView) -> int:
+        """Computing the request's KV again in one step."""
+        ...
+
+    def swap_ns(self, request: RequestView) -> int:
+        """Moving the request's KV to or from the host, link otherwise idle."""
+        ...
+
+
+class ProgramView(Protocol):
+    """A conversation, job or agent: several requests over time."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def arrival_ns(self) -> int: ...
+    @property
+    def turns(self) -> int:
+        """Turns that have arrived."""
+        ...
+
+    @property
+    def live(self) -> int:
+        """Turns not yet finished."""
+        ...
+
+
+class StepView(Protocol):
+    """Everything a plan may depend on. Live and read-only; valid during the call."""
+
+    @property
+    def now_ns(self) -> int: ...
+    @property
+    def step(self) -> int:
+        """Number of the step being planned, counted per engine over all lanes."""
+        ...
+
+    @property
+    def lane(self) -> int:
+        """The free lane this plan is for. Requests in flight on other lanes are not shown in the queues."""
+        ...
+
+    @property
+    def waiting(self) -> Queue:
+        """Not admitted, in arrival order, preempted ones (recompute) in front."""
+        ...
+
+    @property
+    def running(self) -> Queue:
+        """Admitted, in order of admission."""
+        ...
+
+    @property
+    def paused(self) -> Queue: ...
+    @property
+    def swapped(self) -> Queue:
+        """On the host tier, ready to be swapped in."""
+        ...
+
+    @property
+    def kv(self) -> KVView: ...
+    @property
+    def cost(self) -> CostView: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def model(self) -> ModelFacts: ...
+    @property
+    def hardware(self) -> HardwareFacts | None: ...
+    def predict(self, request: RequestView, quantile: float) -> int:
+        """Predicted total output tokens; needs a predictor, else ``CapabilityError``."""
+        ...
+
+    def program(self, id: str) -> ProgramView: ...

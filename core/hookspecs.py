@@ -1,0 +1,188 @@
+"""The index of hooks. Two sorts: registration (one per kind, called once) and events (observers only).
+
+Decisions are never hooks: they are methods of the selected objects (``core/families``), called directly.
+All hooks fire in the main process, whatever the executor or clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+from servelab.core.spec import PluginSpec
+
+if TYPE_CHECKING:
+    from servelab.core.records import (
+        Planned,
+        Record,
+        RequestAdmitted,
+        RequestArrived,
+        RequestFinished,
+        RequestPreempted,
+        RunFinished,
+        RunStarted,
+        StepDone,
+        TransferEnded,
+        TransferStarted,
+    )
+
+PROJECT = "servelab"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Registration:
+    """Declare plugins. Each is called once when plugins are loaded and must be cheap: import nothing heavy.
+
+    Return the specs as any iterable. An implementation that raises disables its package, with the reason in
+    ``servelab plugins``; nothing else stops. Names are unique per kind; the first to register keeps one.
+    """
+
+    @hookspec
+    def servelab_schedulers(self) -> Iterable[PluginSpec]:
+        """Schedulers: what each request does next (``families/scheduler.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_kvcaches(self) -> Iterable[PluginSpec]:
+        """KV caches: page choice and addressing (``families/kvcache.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_prefix_stores(self) -> Iterable[PluginSpec]:
+        """Prefix stores: reuse of computed KV (``families/prefix.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_semantic_caches(self) -> Iterable[PluginSpec]:
+        """Semantic caches: answers before the engine (``families/semantic.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_quantizers(self) -> Iterable[PluginSpec]:
+        """Quantizers of weights and activations (``families/quant.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_kv_codecs(self) -> Iterable[PluginSpec]:
+        """KV codecs (``families/kvquant.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_attention_backends(self) -> Iterable[PluginSpec]:
+        """Attention and linear kernels (``families/kernel.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_speculators(self) -> Iterable[PluginSpec]:
+        """Speculators: drafts and their length (``families/spec.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_grammars(self) -> Iterable[PluginSpec]:
+        """Grammars: token masks (``families/grammar.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_routers(self) -> Iterable[PluginSpec]:
+        """Routers: dispatch, migration, roles, scaling (``families/router.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_apps(self) -> Iterable[PluginSpec]:
+        """Applications: graphs of calls and tools (``families/app.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_cost_models(self) -> Iterable[PluginSpec]:
+        """Cost models: the price of a batch (``families/cost.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_observers(self) -> Iterable[PluginSpec]:
+        """Observers: logs, traces, reports (``families/observer.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_workloads(self) -> Iterable[PluginSpec]:
+        """Workloads: the traffic (``families/workload.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_executors(self) -> Iterable[PluginSpec]:
+        """Executors: where batches run (``families/executor.py``)."""
+        raise NotImplementedError
+
+    @hookspec
+    def servelab_tasks(self) -> Iterable[PluginSpec]:
+        """Tasks: what is done with a run (``families/task.py``)."""
+        raise NotImplementedError
+
+
+class Events:
+    """What selected observers may watch. Results are ignored; an exception ends the run.
+
+    Records are shared: read them, keep them, never change them. For each record ``servelab_on_record`` fires
+    first, then the hook of its type. Observers are called in the order they are configured.
+    """
+
+    @hookspec
+    def servelab_on_record(self, record: Record) -> None:
+        """Every record, in order."""
+
+    @hookspec
+    def servelab_on_run_started(self, record: RunStarted) -> None:
+        """Once, before the first arrival."""
+
+    @hookspec
+    def servelab_on_request_arrived(self, record: RequestArrived) -> None:
+        """A request entered an engine; its true length is not in the record."""
+
+    @hookspec
+    def servelab_on_request_admitted(self, record: RequestAdmitted) -> None:
+        """A waiting request was scheduled, first or again."""
+
+    @hookspec
+    def servelab_after_plan(self, record: Planned) -> None:
+        """A plan was accepted; it starts now. Empty plans that change nothing are not reported."""
+
+    @hookspec
+    def servelab_after_step(self, record: StepDone) -> None:
+        """A launch of one or more equal steps ended and its tokens are committed."""
+
+    @hookspec
+    def servelab_on_request_preempted(self, record: RequestPreempted) -> None:
+        """A running request was taken off the device."""
+
+    @hookspec
+    def servelab_on_transfer_started(self, record: TransferStarted) -> None:
+        """Pages begin to move between tiers."""
+
+    @hookspec
+    def servelab_on_transfer_ended(self, record: TransferEnded) -> None:
+        """Pages have moved."""
+
+    @hookspec
+    def servelab_on_request_finished(self, record: RequestFinished) -> None:
+        """The one terminal record of a request: finished, rejected, aborted or failed."""
+
+    @hookspec
+    def servelab_on_run_finished(self, record: RunFinished) -> None:
+        """Once, last, also when the run failed or was interrupted: flush and close here."""
+
+
+EVENT_OF_RECORD: dict[str, str] = {
+    "run_started": "servelab_on_run_started",
+    "arrived": "servelab_on_request_arrived",
+    "admitted": "servelab_on_request_admitted",
+    "planned": "servelab_after_plan",
+    "step": "servelab_after_step",
+    "preempted": "servelab_on_request_preempted",
+    "transfer_started": "servelab_on_transfer_started",
+    "transfer_ended": "servelab_on_transfer_ended",
+    "finished": "servelab_on_request_finished",
+    "run_finished": "servelab_on_run_finished",
+}
+"""Record type (``ev``) -> the event hook that fires for it."""

@@ -1,0 +1,53 @@
+"""How KV memory is divided. Proposed by the kvcache plugin, frozen when a run is composed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Addressing = Literal["block_table", "contiguous_slot", "segments", "remote_spans"]
+KeySpace = Literal["post_rope", "pre_rope", "block_local", "latent", "x", "x_delta"]
+Tier = Literal["device", "host"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pool:
+    """Pages of equal size that are interchangeable. A page id names the same page in all its layers."""
+
+    id: str
+    layers: tuple[int, ...]
+    head_group: tuple[int, ...] | None = None
+    """KV heads stored here; None: all."""
+    captures: tuple[str, ...] = ("k", "v")
+    """What the attention backend must hand over to ``append``."""
+    key_space: KeySpace = "post_rope"
+    codec: str = "none"
+    page_tokens: int
+    bytes_per_page: int
+    """Bytes of one page over all its layers, codec metadata included."""
+    retention: Literal["full", "window", "repack"] = "full"
+    window_tokens: int | None = None
+    """With ``retention="window"``: how many recent tokens stay."""
+    tier: Tier = "device"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVLayout:
+    """The frozen layout of a run: device pools, in the order every per-pool tuple uses."""
+
+    addressing: Addressing
+    pools: tuple[Pool, ...]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """KV bytes one more token costs once pages are full, over all pools."""
+        return sum(p.bytes_per_page / p.page_tokens for p in self.pools)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capacity:
+    """How many pages an executor can hold, per pool of the layout and in layout order."""
+
+    device_pages: tuple[int, ...]
+    host_pages: tuple[int, ...] = ()
+    """Empty: no host tier, so ``swap`` preemption is refused."""

@@ -1,0 +1,252 @@
+"""One flat dict with the names and rules of ``vllm bench serve``; the rest in a ``servelab`` sub-dict."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+from servelab.core.errors import ConfigError
+from servelab.core.metrics.definitions import (
+    NS_PER_MS,
+    NS_PER_S,
+    itl_chunk_ns,
+    itl_spread_ns,
+    peak_concurrency,
+    percentile_name,
+)
+from servelab.core.metrics.distribution import Distribution
+from servelab.core.metrics.goodput import METRICS, Goodput, judge_all
+from servelab.core.metrics.timeline import STATES, EngineFacts, LogError, RequestFacts, Timeline
+
+RESULT_SCHEMA = 1
+"""Version of the result's keys; raised when one changes meaning or goes away."""
+
+ItlMode = Literal["chunk", "spread"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SummaryOptions:
+    """What may be chosen. Everything else follows from the log.
+
+    Raises:
+        ConfigError: a percentile outside 0..100, or a negative bound.
+    """
+
+    percentiles: tuple[float, ...] = (99.0,)
+    itl_mode: ItlMode = "chunk"
+    """``chunk``: one gap per chunk (vLLM); ``spread``: gaps shared out over tokens (SGLang)."""
+    rejections_are_misses: bool = True
+    tbt_bound_ns: int | None = None
+    """Bound for ``tbt_attainment``; None: not asked."""
+
+    def __post_init__(self) -> None:
+        for q in self.percentiles:
+            if not 0 <= q <= 100:
+                raise ConfigError(
+                    f"percentile {q} is outside 0..100", do="write it in percent, e.g. 99 or 99.9"
+                )
+        if self.tbt_bound_ns is not None and self.tbt_bound_ns < 0:
+            raise ConfigError("a time between tokens cannot be negative", why=f"bound {self.tbt_bound_ns} ns")
+
+
+def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict[str, Any]:
+    """All figures of a run. Every key is defined in ``docs/reference/metrics.md``.
+
+    A figure without a single sample is None, never 0.
+
+    Raises:
+        LogError: a completed request's terminal record and its steps disagree about its output.
+    """
+    options = options or SummaryOptions()
+    requests = timeline.requests.values()
+    completed = [facts for facts in requests if facts.outcome == "finished"]
+    for facts in completed:
+        _check(facts)
+    states = Counter(facts.state for facts in requests)
+    duration_s = _duration_ns(timeline) / NS_PER_S
+    inputs = sum(facts.prompt_tokens for facts in completed)
+    outputs = sum(facts.output_tokens for facts in completed)
+    goodput = judge_all(requests, timeline.last_ns, rejections_are_misses=options.rejections_are_misses)
+    latencies = _latencies(completed, options.itl_mode)
+    queueing = _queueing(completed)
+    result: dict[str, Any] = {
+        "duration": duration_s,
+        "completed": len(completed),
+        "failed": sum(states[state] for state in ("failed", "aborted", "cancelled", "rejected")),
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "request_throughput": _ratio(len(completed), duration_s),
+        "request_goodput": _ratio(goodput.total.good, duration_s) if goodput.stated else None,
+        "output_throughput": _ratio(outputs, duration_s),
+        "total_token_throughput": _ratio(inputs + outputs, duration_s),
+        "max_output_tokens_per_s": float(busiest_second(completed)),
+        "max_concurrent_requests": peak_concurrency(
+            (facts.arrival_ns, facts.last_ns) for facts in completed if facts.last_ns is not None
+        ),
+    }
+    for metric, distribution in latencies.items():
+        result.update(statistics_ms(metric, distribution, options.percentiles))
+    result["servelab"] = {
+        "schema_version": RESULT_SCHEMA,
+        "itl_mode": options.itl_mode,
+        "percentile_method": "linear",
+        "rejections_are_misses": options.rejections_are_misses,
+        "run": _run(timeline),
+        "requests": {"arrived": len(requests), **{state: states[state] for state in STATES}},
+        "samples": {m: samples.count for m, samples in {**latencies, "queueing": queueing}.items()},
+        "length_capped_requests": sum(facts.reason == "length" for facts in completed),
+        **_attainment(goodput, duration_s),
+        **_tbt(latencies["itl"], options.tbt_bound_ns),
+        "preemptions": timeline.preemptions,
+        "recomputed_tokens": timeline.recomputed_tokens,
+        "cached_tokens": sum(facts.cached_tokens for facts in requests),
+        **statistics_ms("queueing", queueing, options.percentiles),
+        "batch": _batch(timeline.engines.values()),
+        "kv": _kv(timeline),
+    }
+    return result
+
+
+def _check(facts: RequestFacts) -> None:
+    if facts.output_tokens != facts.reported_tokens:
+        raise LogError(
+            f"the log disagrees with itself about the output of request {facts.id}",
+            why=f"its steps emitted {facts.output_tokens} tokens, its end reports {facts.reported_tokens}",
+            do="feed the whole log; if it is whole, report a bug of the engine",
+        )
+
+
+def _duration_ns(timeline: Timeline) -> int:
+    """First arrival to the last terminal record; to the end of the log if a request is still open."""
+    if not timeline.requests:
+        return 0
+    start = min(facts.arrival_ns for facts in timeline.requests.values())
+    ends = [facts.ended_ns for facts in timeline.requests.values()]
+    return max(timeline.last_ns if end is None else end for end in ends) - start
+
+
+def _ratio(amount: float, per: float) -> float | None:
+    return amount / per if per else None
+
+
+def statistics_ms(
+    metric: str, samples: Distribution, percentiles: Sequence[float]
+) -> dict[str, float | None]:
+    """``mean_``, ``median_``, ``std_`` and the percentiles of nanosecond samples, in milliseconds."""
+    figures = {"mean": samples.mean(), "median": samples.percentile(50), "std": samples.std()}
+    figures |= {percentile_name(q): samples.percentile(q) for q in percentiles}
+    return {f"{name}_{metric}_ms": None if ns is None else ns / NS_PER_MS for name, ns in figures.items()}
+
+
+def _latencies(completed: Sequence[RequestFacts], itl_mode: ItlMode) -> dict[str, Distribution]:
+    gaps: Counter[float] = Counter()
+    for facts in completed:
+        if itl_mode == "spread" and facts.sizes is not None:
+            gaps.update(itl_spread_ns(facts.times, facts.sizes))
+        else:
+            gaps.update(itl_chunk_ns(facts.times))
+    return {
+        "ttft": Distribution.of(facts.ttft_ns for facts in completed if facts.ttft_ns is not None),
+        "tpot": Distribution.of(facts.tpot_ns for facts in completed if facts.output_tokens > 1),
+        "itl": Distribution(gaps),
+        "e2el": Distribution.of(facts.e2el_ns for facts in completed if facts.e2el_ns is not None),
+    }
+
+
+def _queueing(completed: Iterable[RequestFacts]) -> Distribution:
+    return Distribution.of(f.admitted_ns - f.arrival_ns for f in completed if f.admitted_ns is not None)
+
+
+def busiest_second(completed: Sequence[RequestFacts]) -> int:
+    """Most output tokens of completed requests in one second, counted from their first arrival."""
+    if not completed:
+        return 0
+    origin = min(facts.arrival_ns for facts in completed)
+    buckets: Counter[int] = Counter()
+    for facts in completed:
+        times = facts.times
+        upto = None if facts.sizes is None else [0, *accumulate(facts.sizes)]
+        first = 0
+        while first < len(times):
+            second = (times[first] - origin) // NS_PER_S
+            end = bisect_left(times, origin + (second + 1) * NS_PER_S, first)
+            buckets[second] += end - first if upto is None else upto[end] - upto[first]
+            first = end
+    return max(buckets.values(), default=0)
+
+
+def _run(timeline: Timeline) -> dict[str, Any]:
+    finished = timeline.finished
+    status = finished.status if finished else "unknown"
+    return {
+        "status": status,
+        "reason": finished.reason if finished else "the log has no end of run",
+        "partial": status != "ok",
+        "engines": len(timeline.engines),
+    }
+
+
+def _attainment(goodput: Goodput, duration_s: float) -> dict[str, Any]:
+    by_metric = {
+        metric: goodput.by_metric[metric].attainment for metric in METRICS if metric in goodput.by_metric
+    }
+    return {
+        "slo_good": goodput.total.good if goodput.stated else None,
+        "slo_judged": goodput.total.judged if goodput.stated else None,
+        "slo_attainment": goodput.total.attainment,
+        "slo_attainment_by_metric": by_metric,
+        "slo_attainment_by_class": {
+            name: tally.attainment for name, tally in sorted(goodput.by_class.items())
+        },
+        "token_goodput": _ratio(goodput.good_tokens, duration_s) if goodput.stated else None,
+    }
+
+
+def _tbt(gaps: Distribution, bound_ns: int | None) -> dict[str, float | None]:
+    if bound_ns is None:
+        return {"tbt_bound_ms": None, "tbt_attainment": None}
+    return {"tbt_bound_ms": bound_ns / NS_PER_MS, "tbt_attainment": gaps.share_at_most(bound_ns)}
+
+
+def _batch(engines: Iterable[EngineFacts]) -> dict[str, Any]:
+    engines = list(engines)
+    steps = sum(engine.steps for engine in engines)
+    return {
+        "launches": sum(engine.launches for engine in engines),
+        "steps": steps,
+        "mean_requests": _ratio(sum(engine.batch_requests for engine in engines), steps),
+        "max_requests": max((engine.max_batch_requests for engine in engines), default=0),
+        "mean_tokens": _ratio(sum(engine.batch_tokens for engine in engines), steps),
+        "max_tokens": max((engine.max_batch_tokens for engine in engines), default=0),
+    }
+
+
+def _kv(timeline: Timeline) -> list[dict[str, Any]]:
+    """Pages in use per pool: the run's info knows how many there are, the steps how many are free."""
+    engines = [engine for engine in timeline.engines.values() if engine.min_free]
+    stated = (timeline.info.get("kv") or {}).get("pools") or []
+    width = max([len(stated), *(len(engine.min_free) for engine in engines)])
+    return [_pool(i, stated[i] if i < len(stated) else {}, engines) for i in range(width)]
+
+
+def _pool(index: int, stated: dict[str, Any], engines: Sequence[EngineFacts]) -> dict[str, Any]:
+    pages: int | None = stated.get("pages")
+    engines = [engine for engine in engines if index < len(engine.min_free)]
+    peak = mean = None
+    if pages is not None and engines:
+        peak = pages - min(engine.min_free[index] for engine in engines)
+        observed = sum(engine.observed_ns for engine in engines)
+        free = _ratio(sum(engine.free_integral[index] for engine in engines), observed)
+        mean = None if free is None else pages - free
+    return {
+        "pool": stated.get("id", str(index)),
+        "pages": pages,
+        "peak_pages": peak,
+        "mean_pages": mean,
+        "peak_use": None if peak is None or not pages else peak / pages,
+        "mean_use": None if mean is None or not pages else mean / pages,
+    }

@@ -1,0 +1,72 @@
+"""Makes the command line forgiving: Hydra's three spellings (``k=v``, ``+k=v``, ``++k=v``) become one.
+
+Whether a ``+`` is needed depends on whether a group is in the defaults list and whether a field is in a YAML
+file. Users cannot know either, and Hydra's messages about it mislead, so both spellings are accepted:
+
+- ``scheduler=x`` and ``+scheduler=x`` choose a technique; ``executor=x`` and ``+executor=x`` a fixed part;
+- ``scheduler.field=v`` sets a field whether or not a file mentions it (pydantic refuses unknown ones);
+- ``quant=null`` (or ``none``) leaves a part out;
+- a misspelt section is refused here, with the nearest name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from servelab.core.config import RunConfig
+from servelab.core.errors import ConfigError, nearest
+from servelab.core.families import KINDS
+
+TECHNIQUES = frozenset(kind.name for kind in KINDS.values() if kind.technique) | {"hardware", "experiment"}
+"""Groups outside the defaults list: Hydra wants a ``+``."""
+CHOSEN = frozenset({"executor", "workload", "task", "model", "clock", "slo"})
+"""Groups in the defaults list: Hydra refuses a ``+``."""
+SECTIONS = frozenset(RunConfig.model_fields)
+ROOTS = SECTIONS | TECHNIQUES | {"hydra"}
+
+_OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
+_OTHER_CONFIG = ("-cn", "-cp", "--config-name", "--config-path")
+_TAKES_VALUE = frozenset({*_OTHER_CONFIG, "-cd", "--config-dir", "-p", "--package", "-sc", "-c", "--cfg", "-i", "--info"})
+
+
+def normalize(argv: Sequence[str]) -> list[str]:
+    """Rewrite the overrides among Hydra's arguments.
+
+    Raises:
+        ConfigError: an override names a section that does not exist.
+    """
+    if any(arg.partition("=")[0] in _OTHER_CONFIG for arg in argv):
+        return list(argv)  # another primary configuration has its own sections
+    out: list[str] = []
+    skip = False
+    for arg in argv:
+        match = None if skip or arg.startswith("-") else _OVERRIDE.fullmatch(arg)
+        skip = arg in _TAKES_VALUE
+        out.append(arg if match is None else _rewrite(arg, **match.groupdict()))
+    return out
+
+
+def _rewrite(arg: str, sign: str, key: str, value: str) -> str:
+    root, _, rest = key.partition(".")
+    if root not in ROOTS:
+        if sign:
+            return arg  # a stranger's own group; pydantic has the last word
+        raise ConfigError(
+            f"unknown section {root!r}",
+            where=f"command line: {arg}",
+            do=nearest(root, ROOTS),
+        )
+    if root == "hydra":
+        return arg
+    if rest:
+        return f"++{key}={value}" if root in SECTIONS else arg
+    if root in SECTIONS and root in KINDS.keys() | {"hardware"} and value in ("null", "none"):
+        return f"++{key}={{name:null}}"
+    if value.startswith("{"):
+        return f"++{key}={value}"  # a whole section, not the name of a file
+    if root in TECHNIQUES:
+        return f"+{key}={value}"
+    if root in CHOSEN:
+        return f"{key}={value}"
+    return arg

@@ -1,0 +1,149 @@
+"""What a scheduler returns: a decision as data. The core validates it and applies it, never repairs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from servelab.core.request import RequestView
+
+PreemptMode = Literal["recompute", "swap", "pause"]
+Advance = Literal["append", "rewrite", "none"]
+
+
+class Tokens:
+    """Run ``n`` tokens of one request.
+
+    There is no prefill or decode phase in the contract: a request runs some of its pending tokens.
+
+    Args:
+        request: who.
+        n: how many of its pending tokens, at least 1.
+        layers: ``(first, end)`` layers to run, end exclusive; None: all. A chunk that stops early must be
+            continued from ``end`` with the same ``n`` before it counts as computed (layered prefill).
+        token_mask: which of the tokens are recomputed, for selective recompute; executor's format.
+        advance: ``append`` computes new positions; ``rewrite`` recomputes ``n`` positions already
+            computed; ``none`` runs them and keeps no KV.
+        draft: draft tokens verified after them (speculation); pages are reserved for these too.
+        barrier_group: items sharing a group must run the same number of tokens in this launch.
+    """
+
+    __slots__ = ("advance", "barrier_group", "draft", "layers", "n", "plain", "request", "token_mask")
+
+    def __init__(
+        self,
+        request: RequestView,
+        n: int,
+        layers: tuple[int, int] | None = None,
+        token_mask: object = None,
+        advance: Advance = "append",
+        draft: int = 0,
+        barrier_group: str | None = None,
+    ) -> None:
+        self.request = request
+        self.n = n
+        self.layers = layers
+        self.token_mask = token_mask
+        self.advance = advance
+        self.draft = draft
+        self.barrier_group = barrier_group
+        self.plain = layers is None and advance == "append" and not draft and barrier_group is None
+
+    def __repr__(self) -> str:
+        extra = "" if self.plain else f", layers={self.layers}, advance={self.advance!r}, draft={self.draft}"
+        return f"Tokens({self.request.id}, {self.n}{extra})"
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """Work that belongs to no request, run in the same launch (draft training, index building, ...)."""
+
+    kind: str
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """Take a running request off the device.
+
+    ``recompute`` drops its KV and requeues it (its output so far is kept); ``swap`` moves its KV to the
+    host tier; ``pause`` keeps the KV on the device and stops running it.
+    """
+
+    request: RequestView
+    mode: PreemptMode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A request and the reason for what happens (or does not happen) to it."""
+
+    request: RequestView
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Repeat the plan's work for up to ``max_steps`` steps without asking again.
+
+    The core ends a hold early at any event (arrival, finish, abort, timer, transfer), when the next
+    step would not fit in KV memory, and at ``until_ns``.
+    """
+
+    max_steps: int
+    until_ns: int | None = None
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one lane does next. Empty means: nothing, ask again at the next event or at ``wake_at``."""
+
+    work: list[Tokens | Background] = field(default_factory=list)
+    preemptions: list[Preemption] = field(default_factory=list)
+    swap_ins: list[Verdict] = field(default_factory=list)
+    rejections: list[Verdict] = field(default_factory=list)
+    """Waiting requests that are refused for good."""
+    aborts: list[Verdict] = field(default_factory=list)
+    """Admitted requests that are ended."""
+    deferred: list[Verdict] = field(default_factory=list)
+    """Why a waiting request was passed over; for the plan log, changes nothing."""
+    wake_at: int | None = None
+    """Ask again at this time even if nothing happens."""
+    hold: Hold | None = None
+
+    def run(self, request: RequestView, n: int) -> None:
+        """Append ``Tokens(request, n)``."""
+        self.work.append(request.next_token if n == 1 else Tokens(request, n))
+
+    def preempt(self, request: RequestView, mode: PreemptMode, reason: str) -> None:
+        self.preemptions.append(Preemption(request, mode, reason))
+
+    def swap_in(self, request: RequestView, reason: str) -> None:
+        self.swap_ins.append(Verdict(request, reason))
+
+    def reject(self, request: RequestView, reason: str) -> None:
+        self.rejections.append(Verdict(request, reason))
+
+    def abort(self, request: RequestView, reason: str) -> None:
+        self.aborts.append(Verdict(request, reason))
+
+    def defer(self, request: RequestView, reason: str) -> None:
+        self.deferred.append(Verdict(request, reason))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a launch did for one request, as the executor reports it.
+
+    ``tokens`` are the new output ids over all steps of the launch, in order; empty for a prompt chunk
+    that was not the last. ``finish`` is set by the executor when it saw the end (``stop``).
+    """
+
+    tokens: tuple[int, ...] = ()
+    accepted: int = 0
+    """Draft tokens accepted; the tokens include them."""
+    finish: str | None = None
+    rewritten: int = 0
+    exit_layer: int | None = None
+    stash_bytes: int = 0

@@ -1,0 +1,198 @@
+"""Log records: what happened, as the engine emits it. Metrics, reports and observers read only these.
+
+Every record has ``t_ns`` (when) and ``engine`` (index of the instance). Records of one engine come in time
+order. ``to_dict`` gives the JSON form with ``"ev"`` naming the type; ``from_dict`` reads it back. True
+output lengths never appear before a request has finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+LOG_SCHEMA = 1
+"""Version of the record fields; raised when one changes meaning or goes away."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Record:
+    ev: ClassVar[str]
+    t_ns: int
+    engine: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class RunStarted(Record):
+    """First record of a run. ``info`` holds whatever identifies it (settings, versions, seed, stamps)."""
+
+    ev = "run_started"
+    info: Mapping[str, Any]
+    schema: int = LOG_SCHEMA
+
+
+@dataclass(slots=True, kw_only=True)
+class RunFinished(Record):
+    """Last record of a run. ``status`` is ``ok``, ``interrupted`` or ``failed`` with the reason."""
+
+    ev = "run_finished"
+    status: Literal["ok", "interrupted", "failed"]
+    reason: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestArrived(Record):
+    ev = "arrived"
+    request: str
+    prompt_tokens: int
+    max_new_tokens: int
+    request_class: str = "online"
+    priority: int = 0
+    tenant: str = "default"
+    program: str | None = None
+    turn: int = 0
+    slo_ttft_ns: int | None = None
+    slo_tpot_ns: int | None = None
+    slo_e2el_ns: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestAdmitted(Record):
+    """A waiting request was scheduled: its first time, or again after a preemption."""
+
+    ev = "admitted"
+    request: str
+    resumed: bool
+    cached_tokens: int = 0
+    """Prompt tokens found in a prefix store, not computed again."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Planned(Record):
+    """One decision of the scheduler, before it runs. ``held`` steps repeat it without asking again."""
+
+    ev = "planned"
+    lane: int
+    step: int
+    work: list[tuple[str, int]]
+    """(request, tokens), in the plan's order."""
+    preempted: list[tuple[str, str, str]]
+    """(request, mode, reason)."""
+    swapped_in: list[tuple[str, str]]
+    rejected: list[tuple[str, str]]
+    aborted: list[tuple[str, str]]
+    deferred: list[tuple[str, str]]
+    """(waiting request, why it was passed over)."""
+    held: int
+    """Steps the launch may repeat; 1 without a hold."""
+    wake_at: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class StepDone(Record):
+    """A launch ended: ``len(ends_ns)`` equal steps. ``t_ns`` is the end of the last one.
+
+    In the first step request ``i`` ran ``tokens[i]`` tokens, in each later one 1. It emitted ``emitted[i]``
+    output tokens over all steps: the same number in each step. A preempted or aborted request's late
+    outcome is dropped and shows 0.
+    """
+
+    ev = "step"
+    lane: int
+    step: int
+    """Number of the first step of the launch."""
+    start_ns: int
+    ends_ns: list[int]
+    requests: list[str]
+    tokens: list[int]
+    emitted: list[int]
+    waiting: int
+    """Requests waiting when the launch ended."""
+    running: int
+    free_pages: tuple[int, ...]
+    """Per pool, free when the launch ended, before requests that finished in it give theirs back."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestPreempted(Record):
+    ev = "preempted"
+    request: str
+    mode: str
+    reason: str
+    lost_tokens: int
+    """Computed tokens that must be computed again."""
+
+
+@dataclass(slots=True, kw_only=True)
+class TransferStarted(Record):
+    ev = "transfer_started"
+    transfer: int
+    request: str
+    direction: Literal["out", "in"]
+    pages: int
+    bytes: int
+
+
+@dataclass(slots=True, kw_only=True)
+class TransferEnded(Record):
+    ev = "transfer_ended"
+    transfer: int
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestFinished(Record):
+    """The one terminal record of a request.
+
+    ``outcome`` is ``finished`` (reason ``stop`` or ``length``), ``rejected`` (never ran), ``aborted`` (by the
+    client or a policy) or ``failed`` (instance lost, run ended, plugin error).
+    """
+
+    ev = "finished"
+    request: str
+    outcome: Literal["finished", "rejected", "aborted", "failed"]
+    reason: str
+    output_tokens: int
+    preemptions: int = 0
+    cached_tokens: int = 0
+
+
+RECORDS: dict[str, type[Record]] = {
+    cls.ev: cls
+    for cls in (
+        RunStarted,
+        RequestArrived,
+        RequestAdmitted,
+        Planned,
+        StepDone,
+        RequestPreempted,
+        TransferStarted,
+        TransferEnded,
+        RequestFinished,
+        RunFinished,
+    )
+}
+
+
+def to_dict(record: Record) -> dict[str, Any]:
+    """JSON-ready form; fields at their default are left out."""
+    out: dict[str, Any] = {"ev": record.ev}
+    for f in fields(record):
+        value = getattr(record, f.name)
+        if value != f.default:
+            out[f.name] = value
+    return out
+
+
+def from_dict(data: Mapping[str, Any]) -> Record:
+    """The record behind ``to_dict``'s output.
+
+    Raises:
+        KeyError: unknown ``ev``.
+        TypeError: missing or unknown fields.
+    """
+    values = dict(data)
+    cls = RECORDS[values.pop("ev")]
+    for name in ("free_pages",):
+        if name in values:
+            values[name] = tuple(values[name])
+    return cls(**values)

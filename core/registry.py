@@ -1,0 +1,419 @@
+"""Which plugins there are: in-tree tables and strangers' packages, loaded without importing any technique.
+
+A package that cannot be loaded is set aside with the reason, and nothing else stops; only asking for one
+of its plugins by name is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NoReturn
+
+import pluggy
+
+from servelab.core import __version__
+from servelab.core.errors import ApiVersionError, PluginError, PluginLoadError, nearest
+from servelab.core.families import KINDS
+from servelab.core.hookspecs import PROJECT, Events, Registration
+from servelab.core.spec import PluginSpec
+from servelab.core.spec_check import WrongApi, check_spec
+
+GROUP = "servelab"
+"""Entry points whose value is a module with registration hooks."""
+CONFIG_GROUP = "servelab.configs"
+"""Entry points whose value is a package of Hydra YAML; the files are read, the package holds no code."""
+BLOCK_ENV = "SERVELAB_BLOCK"
+"""Comma-separated names to leave out, set by ``-p no:NAME``; in the environment so that workers see it."""
+
+HOOKS = {kind.hook: kind.name for kind in KINDS.values()}
+EVENT_HOOKS = frozenset(name for name in vars(Events) if name.startswith("servelab_"))
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """Where a plugin comes from."""
+
+    package: str
+    """Name it is registered and blocked by: its entry point, or the in-tree family folder."""
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}".rstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A package, or one plugin of it, that was set aside."""
+
+    package: str
+    provider: Provider | None
+    reason: str
+    do: str = ""
+    kind: str = ""
+    """With ``name``: the one plugin concerned; empty: the whole package."""
+    name: str = ""
+    api: bool = False
+    """Refused because it was written for another hook API."""
+
+    def __str__(self) -> str:
+        whose = f" ({self.provider})" if self.provider else ""
+        which = f" {self.kind} {self.name!r}:" if self.name else ""
+        advice = f"; {self.do}" if self.do else ""
+        return f"{self.package}{whose}:{which} {self.reason}{advice}"
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigPackage:
+    """A stranger's package of YAML on the configuration search path."""
+
+    name: str
+    provider: Provider
+    package: str
+    problem: str | None
+    """Why it cannot be read; None if it can."""
+
+
+def blocked_names() -> frozenset[str]:
+    """Packages left out of this process and its workers."""
+    return frozenset(filter(None, os.environ.get(BLOCK_ENV, "").split(",")))
+
+
+def config_packages() -> list[ConfigPackage]:
+    """All YAML packages that are not blocked, in a fixed order. In-tree ``configs`` is not among them."""
+    blocked = blocked_names()
+    return [
+        ConfigPackage(entry.name, _provider(entry), entry.value, _unreadable(entry.value))
+        for entry in _entry_points(CONFIG_GROUP)
+        if entry.name not in blocked
+    ]
+
+
+@dataclass
+class Registry:
+    """Every known plugin by ``(kind, name)``."""
+
+    specs: dict[tuple[str, str], PluginSpec] = field(default_factory=dict)
+    providers: dict[tuple[str, str], Provider] = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list)
+    config_packages: list[ConfigPackage] = field(default_factory=list)
+    _objects: dict[tuple[str, str, str], Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls) -> Registry:
+        """In-tree plugins, then installed packages by name; the first to take a name keeps it."""
+        registry = cls()
+        loader = _Loader(registry)
+        for folder in sorted({kind.folder for kind in KINDS.values()}):
+            loader.load_in_tree(folder)
+        for entry in _entry_points(GROUP):
+            loader.load_entry_point(entry)
+        registry.config_packages = config_packages()
+        for package in registry.config_packages:
+            if package.problem:
+                registry.broken.append(Broken(package.name, package.provider, package.problem))
+        loader.report_useless_blocks()
+        return registry
+
+    def add(
+        self,
+        kind: str,
+        spec: PluginSpec,
+        *,
+        provider: str = "python",
+        factory: Callable[..., Any] | None = None,
+        config: type | None = None,
+    ) -> None:
+        """Register a plugin from Python.
+
+        Args:
+            kind: its kind, a name in ``KINDS``.
+            spec: its declaration.
+            provider: who adds it, for tables and errors.
+            factory: the factory itself, instead of the import path in the spec.
+            config: the config model itself, likewise.
+
+        Raises:
+            PluginError: unknown kind, bad spec, or a name that is taken.
+        """
+        if kind not in KINDS:
+            raise PluginError(f"unknown kind of plugin {kind!r}", where=provider, do=nearest(kind, KINDS))
+        who = Provider(provider, provider, "")
+        problem = self._register(kind, spec, who)
+        if problem:
+            raise _refusal(problem)
+        if factory is not None:
+            self._objects[kind, spec.name, "factory"] = factory
+        if config is not None:
+            self._objects[kind, spec.name, "config"] = config
+
+    def names(self, kind: str) -> list[str]:
+        """Registered names of a kind, sorted."""
+        return sorted(name for k, name in self.specs if k == kind)
+
+    def spec(self, kind: str, name: str) -> PluginSpec:
+        """The declaration of a plugin.
+
+        Raises:
+            PluginLoadError: a package that is broken declares it.
+            ApiVersionError: it was written for another hook API.
+            PluginError: nobody declares it.
+        """
+        try:
+            return self.specs[kind, name]
+        except KeyError:
+            self._unknown(kind, name)
+
+    def provider(self, kind: str, name: str) -> Provider:
+        """Where a registered plugin comes from."""
+        self.spec(kind, name)
+        return self.providers[kind, name]
+
+    def unavailable(self, spec: PluginSpec) -> str | None:
+        """The reason a plugin cannot run here, or None. Imports nothing unless it has a probe."""
+        missing = [module for module in spec.imports if not _installed(module)]
+        if missing:
+            return f"needs {', '.join(missing)}, not installed"
+        if spec.probe is None:
+            return None
+        try:
+            reason = _import(spec.probe)()
+        except (Exception, SystemExit) as exc:
+            return f"its probe failed: {_describe(exc)}"
+        if reason is None or isinstance(reason, str):
+            return reason
+        return f"its probe returned {reason!r}, neither a reason nor None"
+
+    def resolve(self, kind: str, name: str, what: str) -> Any:
+        """Import a plugin's ``factory`` or ``config`` (None if it takes no settings).
+
+        Raises:
+            PluginLoadError: it is disabled here, or the import failed; the cause is chained.
+            PluginError: see ``spec``.
+        """
+        spec = self.spec(kind, name)
+        where = f"{kind} {name!r} of {self.providers[kind, name]}"
+        if reason := self.unavailable(spec):
+            raise PluginLoadError(
+                f"{kind} {name!r} is disabled",
+                where=where,
+                why=reason,
+                do=f"choose another {kind}: {', '.join(n for n in self.names(kind) if n != name) or '(none)'}",
+            )
+        if (kind, name, what) in self._objects:
+            return self._objects[kind, name, what]
+        target = getattr(spec, what)
+        if target is None:
+            return None
+        try:
+            return _import(target)
+        except (Exception, SystemExit) as exc:
+            raise PluginLoadError(
+                f"the {what} of {kind} {name!r} could not be loaded",
+                where=where,
+                why=f"{target}: {_describe(exc)}",
+                do="correct the path in its PluginSpec, or reinstall its package",
+            ) from exc
+
+    def _register(self, kind: str, spec: object, provider: Provider) -> Broken | None:
+        """Take a spec in, or say why not."""
+        name = str(getattr(spec, "name", spec))
+        try:
+            checked = check_spec(spec)
+        except WrongApi as exc:
+            return Broken(provider.package, provider, str(exc), exc.do, kind, name, api=True)
+        except TypeError as exc:
+            return Broken(provider.package, provider, str(exc), "correct its PluginSpec", kind, name)
+        key = (kind, checked.name)
+        if key in self.specs:
+            return Broken(
+                provider.package,
+                provider,
+                f"the name is already provided by {self.providers[key]}; kept that one",
+                f"rename it, or leave the other out with -p no:{self.providers[key].package}",
+                kind,
+                checked.name,
+            )
+        self.specs[key] = checked
+        self.providers[key] = provider
+        return None
+
+    def _unknown(self, kind: str, name: str) -> NoReturn:
+        if kind not in KINDS:
+            raise PluginError(f"unknown kind of plugin {kind!r}", do=nearest(kind, KINDS))
+        for broken in self.broken:
+            if (broken.kind, broken.name) == (kind, name):
+                raise _refusal(broken)
+        packages = [str(b) for b in self.broken if not b.name]
+        error = PluginLoadError if packages else PluginError
+        raise error(
+            f"unknown {kind} {name!r}",
+            why="\n         ".join(f"package not loaded: {p}" for p in packages),
+            do=nearest(name, self.names(kind)),
+        )
+
+
+class _Loader:
+    """Fills a registry through pluggy, one package at a time, so that each failure has one owner."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.blocked = blocked_names()
+        self.seen: set[str] = set()
+        self.pm = pluggy.PluginManager(PROJECT)
+        self.pm.add_hookspecs(Registration)
+        self.pm.add_hookspecs(Events)  # known, so that a stranger's event hook gets its own advice
+
+    def load_in_tree(self, folder: str) -> None:
+        module = f"servelab.plugins.{folder}"
+        if importlib.util.find_spec(module) is None:
+            return  # a family without in-tree plugins
+        provider = Provider(f"servelab.{folder}", "servelab", __version__)
+        self._load(provider, lambda: importlib.import_module(module))
+
+    def load_entry_point(self, entry: EntryPoint) -> None:
+        self._load(_provider(entry), entry.load, source=entry.value)
+
+    def report_useless_blocks(self) -> None:
+        known = self.seen | {entry.name for entry in _entry_points(CONFIG_GROUP)}
+        for name in sorted(self.blocked - known):
+            self._broken(
+                Provider(name, "blocked by -p no:", ""), "no plugin package has that name", nearest(name, known)
+            )
+
+    def _load(self, provider: Provider, load: Callable[[], object], source: str = "") -> None:
+        name = provider.package
+        taken, _ = name in self.seen, self.seen.add(name)
+        if name in self.blocked:
+            return
+        if taken:
+            self._broken(
+                provider,
+                f"another package is already registered as {name!r}; kept that one",
+                "give the entry point another name",
+            )
+            return
+        try:
+            module = load()
+            self.pm.register(module, name=name)
+        except (Exception, SystemExit) as exc:  # one bad package must not stop the program
+            self._forget(name)
+            self._broken(provider, f"{source + ': ' if source else ''}{_describe(exc)}")
+            return
+        problem = self._misuse(module)
+        if problem:
+            self._forget(name)
+            self._broken(provider, *problem)
+            return
+        self._collect(module, provider)
+
+    def _misuse(self, module: object) -> tuple[str, str] | None:
+        """What is wrong with the hooks of a registered module, and what to do about it."""
+        callers = self.pm.get_hookcallers(module) or []
+        if not callers:
+            return "it declares no plugin", "mark its registration function with @hookimpl"
+        for caller in callers:
+            impls = [impl for impl in caller.get_hookimpls() if impl.plugin is module]
+            if not caller.has_spec():
+                if all(impl.optionalhook for impl in impls):
+                    continue
+                return f"there is no hook {caller.name!r}", nearest(caller.name, [*HOOKS, *EVENT_HOOKS])
+            if caller.name in EVENT_HOOKS:
+                return (
+                    f"it implements the event hook {caller.name!r}, but installing a package activates nothing",
+                    "put the hook into an observer class, declare it in servelab_observers() and select it "
+                    "with observers=[...]",
+                )
+            if any(impl.wrapper or impl.hookwrapper for impl in impls):
+                return (
+                    f"its {caller.name!r} is a wrapper, which would change other packages' plugins",
+                    "return its own PluginSpecs from a plain @hookimpl",
+                )
+        return None
+
+    def _collect(self, module: object, provider: Provider) -> None:
+        for hook, kind in HOOKS.items():
+            for impl in getattr(self.pm.hook, hook).get_hookimpls():
+                if impl.plugin is module:
+                    self._collect_kind(kind, hook, impl.function, provider)
+
+    def _collect_kind(
+        self, kind: str, hook: str, declare: Callable[[], Iterable[object]], provider: Provider
+    ) -> None:
+        try:
+            found = declare()
+            if isinstance(found, (str, bytes, PluginSpec)) or not isinstance(found, Iterable):
+                raise TypeError(f"it returned {type(found).__name__}, not an iterable of PluginSpec")
+            specs = list(found)
+        except (Exception, SystemExit) as exc:
+            self._broken(provider, f"{hook}: {_describe(exc)}", f"{hook} must return its PluginSpecs")
+            return
+        for spec in specs:
+            if problem := self.registry._register(kind, spec, provider):
+                self.registry.broken.append(problem)
+
+    def _forget(self, name: str) -> None:
+        if self.pm.has_plugin(name):  # older pluggy leaves a refused plugin half registered
+            self.pm.unregister(name=name)
+
+    def _broken(self, provider: Provider, reason: str, do: str = "") -> None:
+        self.registry.broken.append(Broken(provider.package, provider, reason, do))
+
+
+def _refusal(broken: Broken) -> PluginError:
+    error = ApiVersionError if broken.api else PluginLoadError
+    return error(
+        f"{broken.kind} {broken.name!r} cannot be used",
+        where=f"plugin package {broken.package} ({broken.provider})",
+        why=broken.reason,
+        do=broken.do,
+    )
+
+
+def _entry_points(group: str) -> list[EntryPoint]:
+    return sorted(entry_points(group=group), key=lambda e: (e.name, e.dist.name if e.dist else "", e.value))
+
+
+def _provider(entry: EntryPoint) -> Provider:
+    if entry.dist is None:
+        return Provider(entry.name, "unknown distribution", "")
+    return Provider(entry.name, entry.dist.name, entry.dist.version)
+
+
+def _import(target: str) -> Any:
+    module, _, attributes = target.partition(":")
+    value: Any = importlib.import_module(module)
+    for attribute in attributes.split("."):
+        value = getattr(value, attribute)
+    return value
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _unreadable(package: str) -> str | None:
+    """Why a package of YAML cannot be read. Imports its parent packages, as reading it would."""
+    try:
+        found = importlib.util.find_spec(package)
+    except (Exception, SystemExit) as exc:
+        return f"config package {package}: {_describe(exc)}"
+    if found is None:
+        return f"config package {package} does not exist"
+    if not found.submodule_search_locations:
+        return f"config package {package} is a module, not a folder of YAML files"
+    return None
+
+
+def _describe(exc: BaseException) -> str:
+    if isinstance(exc, SystemExit):
+        return f"it called sys.exit({exc.code!r})"
+    return f"{type(exc).__name__}: {exc}"

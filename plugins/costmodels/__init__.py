@@ -1,0 +1,23 @@
+"""Cost models, one line per technique: the price of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from servelab.core.api import PluginSpec, hookimpl
+
+TABLE = (
+    PluginSpec(
+        name="scripted",
+        factory="servelab.plugins.costmodels.scripted:ScriptedCost",
+        config="servelab.plugins.costmodels.scripted:ScriptedCostConfig",
+        summary="prices from a list or a straight line in tokens and context",
+        provides=frozenset({"cost.lanes"}),
+        tier="stable",
+    ),
+)
+
+
+@hookimpl
+def servelab_cost_models() -> Iterable[PluginSpec]:
+    return TABLE

@@ -1,0 +1,343 @@
+"""Report: what a run measured, on stdout and in ``results.json`` (baseline, tier prototype).
+
+At the end of a run: a run card (what ran), one table of latencies and one of totals, and as the last line
+where the artefacts are. ``results.json`` holds the flat object of ``vllm bench serve`` with a ``servelab``
+sub-object; ``docs/reference/metrics.md`` defines every key. A run that did not end well is marked PARTIAL with
+the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from servelab.core.api import ConfigError, Context, ServeLabError, hookimpl
+from servelab.core.metrics import SummaryOptions, Timeline, summarize
+from servelab.core.metrics.definitions import NS_PER_MS, percentile_name
+from servelab.core.records import Record, RunFinished
+
+RESULTS_FILE = "results.json"
+WIDTH = 100
+"""Columns the report keeps to."""
+LATENCIES = (
+    ("ttft", "TTFT", "first token"),
+    ("tpot", "TPOT", "per token after it"),
+    ("itl", "ITL", ""),
+    ("e2el", "E2E", "end to end"),
+)
+ITL_NOTES = {"chunk": "gap between chunks", "spread": "gap, spread over tokens"}
+
+
+class ReportConfig(BaseModel):
+    """Settings of the ``report`` observer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    percentiles: tuple[float, ...] = Field(
+        default=(50, 90, 99),
+        min_length=1,
+        max_length=6,
+        description="Percentiles of every latency, in percent (0 to 100), as columns and as keys.",
+    )
+    itl_mode: Literal["chunk", "spread"] = Field(
+        default="chunk",
+        description="ITL of a step that emits k tokens of a request: one gap (chunk, as vLLM) or k equal "
+        "shares of it (spread, as SGLang).",
+    )
+    rejections_are_misses: bool = Field(
+        default=True, description="Count rejected requests as misses of their service level objective."
+    )
+    tbt_ms: float | None = Field(
+        default=None,
+        ge=0,
+        description="Bound in ms for the share of gaps between tokens within it; none by default.",
+    )
+
+
+class ReportObserver:
+    """Keeps a timeline while the run goes on; writes once, at its end."""
+
+    def __init__(self, config: ReportConfig, ctx: Context) -> None:
+        for q in config.percentiles:
+            if not 0 <= q <= 100:  # noqa: PLR2004  (percent)
+                raise ConfigError(
+                    f"observer 'report' cannot show percentile {q}",
+                    where="percentiles",
+                    why="it is outside 0..100",
+                    do="write it in percent, e.g. 99 or 99.9",
+                )
+        self._options = SummaryOptions(
+            percentiles=config.percentiles,
+            itl_mode=config.itl_mode,
+            rejections_are_misses=config.rejections_are_misses,
+            tbt_bound_ns=None if config.tbt_ms is None else round(config.tbt_ms * NS_PER_MS),
+        )
+        self._folder = ctx.run_dir
+        self._timeline = Timeline()
+
+    @hookimpl
+    def servelab_on_record(self, record: Record) -> None:
+        self._timeline.feed(record)
+
+    @hookimpl
+    def servelab_on_run_finished(self, record: RunFinished) -> None:
+        result = summarize(self._timeline, self._options)
+        result["servelab"]["info"] = self._timeline.info
+        if self._folder is not None:
+            write_results(result, self._folder / RESULTS_FILE)
+        text = "\n".join(render(result, self._options.percentiles, self._folder))
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def write_results(result: Mapping[str, Any], path: Path) -> None:
+    """Write the result as indented JSON.
+
+    Raises:
+        ServeLabError: the file cannot be written, or the run's info holds what JSON does not know.
+    """
+    try:
+        text = json.dumps(result, indent=2, allow_nan=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except (OSError, TypeError, ValueError) as error:
+        raise ServeLabError(
+            f"{path.name} cannot be written",
+            where=str(path),
+            why=(error.strerror or str(error)) if isinstance(error, OSError) else str(error),
+            do="free space or choose another run folder"
+            if isinstance(error, OSError)
+            else "put only text, finite numbers, booleans, lists and dicts into the run's info",
+        ) from error
+
+
+# ---------------------------------------------------------------- the text
+
+
+def render(result: Mapping[str, Any], percentiles: Sequence[float], folder: Path | None) -> Iterator[str]:
+    """The lines of the report, without line ends; at most ``WIDTH`` columns where words allow."""
+    extra = result["servelab"]
+    yield from _head(extra, folder)
+    yield ""
+    yield from _card(extra["info"])
+    yield ""
+    yield from _latency_table(result, percentiles)
+    yield ""
+    yield from _totals(result)
+    yield ""
+    if folder is None:
+        yield "artefacts: none, this run has no folder"
+    else:
+        yield f"artefacts: {folder}"
+
+
+def _head(extra: Mapping[str, Any], folder: Path | None) -> Iterator[str]:
+    run = extra["run"]
+    if run["partial"]:
+        reason = f": {run['reason']}" if run["reason"] else ""
+        yield from _wrapped(f"ServeLab run, PARTIAL ({run['status']}{reason})", "")
+    else:
+        yield "ServeLab run"
+    info = extra["info"]
+    executor = (_plugins(info).get("executor") or [{}])[0].get("name")
+    facts = {
+        "folder": info.get("run_dir") or folder,
+        "model": info.get("model"),
+        "clock": info.get("clock"),
+        "executor": executor,
+        "seed": info.get("seed"),
+        "stamps": _words(info.get("stamps")) or "none",
+    }
+    for name, value in facts.items():
+        if value is not None:
+            yield from _wrapped(f"  {name:<9} {_words(value)}", " " * 12)
+    for pool in (info.get("kv") or {}).get("pools") or ():
+        pages, tokens, size = (pool.get(key) for key in ("pages", "page_tokens", "bytes_per_page"))
+        yield (
+            f"  {'kv':<9} pool {pool.get('id', '?')}: {_number(pages)} pages of {_number(tokens)} tokens, "
+            f"{_number(size)} bytes each"
+        )
+
+
+def _card(info: Mapping[str, Any]) -> Iterator[str]:
+    """One row per plugin."""
+    rows = [
+        (
+            kind,
+            str(plugin.get("name", "?")),
+            str(plugin.get("version") or "-"),
+            _words(plugin.get("paper")) or "-",
+            _words(_changed(plugin)) or "-",
+        )
+        for kind, plugins in _plugins(info).items()
+        for plugin in plugins
+    ]
+    if not rows:
+        yield "  plugins: not stated"
+        return
+    yield from _table(("plugin", "name", "version", "paper", "not at default"), rows)
+
+
+def _plugins(info: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Plugins by kind; a kind may hold one or several."""
+    plugins = info.get("plugins") or {}
+    return {
+        kind: [
+            one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, Mapping)
+        ]
+        for kind, value in plugins.items()
+    }
+
+
+def _changed(plugin: Mapping[str, Any]) -> object:
+    """The settings that differ from their defaults: stated with values, or as names of settings."""
+    changed = plugin.get("non_default")
+    if isinstance(changed, Mapping) or not changed:
+        return changed
+    settings = plugin.get("settings") or {}
+    return {name: settings.get(name, "?") for name in changed}
+
+
+def _latency_table(result: Mapping[str, Any], percentiles: Sequence[float]) -> Iterator[str]:
+    extra = result["servelab"]
+    columns = ["mean", *(percentile_name(q) for q in percentiles)]
+    rows = []
+    for metric, name, note in LATENCIES:
+        label = f"{name} ({note or ITL_NOTES[extra['itl_mode']]})"
+        figures = [_number(result[f"{column}_{metric}_ms"], 2) for column in columns]
+        rows.append((label, "ms", *figures, _number(extra["samples"][metric])))
+    figures = [_number(extra[f"{column}_queueing_ms"], 2) for column in columns]
+    rows.append(("queueing (arrival to first run)", "ms", *figures, _number(extra["samples"]["queueing"])))
+    yield from _table(("latency", "unit", *columns, "samples"), rows, numbers_from=2)
+
+
+def _totals(result: Mapping[str, Any]) -> Iterator[str]:
+    extra = result["servelab"]
+    rows = [
+        ("duration", _number(result["duration"], 3), "s", "first arrival to last end"),
+        ("request throughput", _number(result["request_throughput"], 3), "req/s", "completed requests"),
+        ("output throughput", _number(result["output_throughput"], 1), "tok/s", _peak(result)),
+        ("total throughput", _number(result["total_token_throughput"], 1), "tok/s", "prompt and output"),
+        *_slo_rows(result),
+        ("requests", _number(extra["requests"]["arrived"]), "", _outcomes(extra)),
+        ("concurrency", _number(result["max_concurrent_requests"]), "req", "most at one time"),
+        ("batch", _number(extra["batch"]["mean_requests"], 1), "req/step", _batch(extra["batch"])),
+        (
+            "preemptions",
+            _number(extra["preemptions"]),
+            "",
+            f"{_number(extra['recomputed_tokens'])} tokens recomputed",
+        ),
+        ("cached tokens", _number(extra["cached_tokens"]), "tok", "prompt tokens not computed again"),
+        *(_kv_row(pool) for pool in extra["kv"]),
+    ]
+    yield from _table(("total", "value", "unit", ""), rows, numbers_from=1, numbers_to=2)
+
+
+def _peak(result: Mapping[str, Any]) -> str:
+    return f"busiest second {_number(result['max_output_tokens_per_s'])}"
+
+
+def _slo_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    extra = result["servelab"]
+    rows = []
+    if result["request_goodput"] is not None:
+        judged = f"{_number(extra['slo_good'])} good of {_number(extra['slo_judged'])} judged"
+        parts = [f"{m} {_percent(v)}" for m, v in extra["slo_attainment_by_metric"].items()]
+        classes = extra["slo_attainment_by_class"]
+        if len(classes) > 1:
+            parts += [f"class {name} {_percent(v)}" for name, v in classes.items()]
+        rows += [
+            ("goodput", _number(result["request_goodput"], 3), "req/s", "requests within every stated bound"),
+            ("token goodput", _number(extra["token_goodput"], 1), "tok/s", "output of these requests"),
+            (
+                "SLO attainment",
+                _percent(extra["slo_attainment"], unit=False),
+                "%",
+                f"{judged}; {', '.join(parts)}",
+            ),
+        ]
+    if extra["tbt_bound_ms"] is not None:
+        note = f"gaps of at most {_number(extra['tbt_bound_ms'], 2)} ms"
+        rows.append(("TBT attainment", _percent(extra["tbt_attainment"], unit=False), "%", note))
+    return rows
+
+
+def _outcomes(extra: Mapping[str, Any]) -> str:
+    counts = [(state, count) for state, count in extra["requests"].items() if state != "arrived"]
+    shown = [f"{_number(count)} {state}" for state, count in counts if count or state == "completed"]
+    capped = extra["length_capped_requests"]
+    if capped:
+        shown[0] += f" ({_number(capped)} at their length cap)"
+    return ", ".join(shown)
+
+
+def _batch(batch: Mapping[str, Any]) -> str:
+    return (
+        f"at most {_number(batch['max_requests'])} req, {_number(batch['max_tokens'])} tok; "
+        f"{_number(batch['steps'])} steps in {_number(batch['launches'])} launches"
+    )
+
+
+def _kv_row(pool: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    note = f"peak of {_number(pool['pages'])}"
+    if pool["peak_use"] is not None:
+        note += f" ({_percent(pool['peak_use'])}), mean {_number(pool['mean_pages'], 1)}"
+    return (f"KV pool {pool['pool']}", _number(pool["peak_pages"]), "pages", note)
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(share: float | None, *, unit: bool = True) -> str:
+    return "-" if share is None else f"{100 * share:.1f}{' %' if unit else ''}"
+
+
+def _words(value: object) -> str:
+    """A setting as a reader writes it: ``a=1 b=2`` for mappings, ``a, b`` for lists."""
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={item}" for key, item in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(str(item) for item in value)
+    return str(value)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _wrapped(line: str, indent: str, width: int = WIDTH) -> list[str]:
+    return wrap(line, width, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True) or [""]
+
+
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = -1, numbers_to: int | None = None
+) -> Iterator[str]:
+    """Aligned columns, numbers to the right; long cells of the last two columns continue below themselves."""
+    numbers = range(numbers_from, numbers_to or len(head)) if numbers_from >= 0 else range(0)
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    spare = WIDTH - 2 - sum(width + 2 for width in widths[:-2])
+    if not numbers or len(head) - 1 not in numbers:
+        widths[-2] = (
+            min(widths[-2], max(spare // 2, 20)) if widths[-2] + 2 + widths[-1] > spare else widths[-2]
+        )
+        widths[-1] = min(widths[-1], max(spare - widths[-2] - 2, 20))
+    for row in (head, *rows):
+        cells = [
+            wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(row, widths, strict=True)
+        ]
+        for line in range(max(map(len, cells))):
+            texts = [cell[line] if line < len(cell) else "" for cell in cells]
+            aligned = (
+                text.rjust(width) if i in numbers else text.ljust(width)
+                for i, (text, width) in enumerate(zip(texts, widths, strict=True))
+            )
+            yield ("  " + "  ".join(aligned)).rstrip()

@@ -1,0 +1,135 @@
+"""vLLM v1: one token budget per step, running requests first, preemption by recompute.
+
+Source: vLLM's v1 scheduler (vllm-project/vllm, ``vllm/v1/core/sched/scheduler.py``, read at v0.10.2 in a public
+fork). Paged KV and preemption are from Kwon et al., SOSP 2023, arXiv 2309.06180; the unified budget has
+no paper.
+
+Mechanism: there are no phases. Running requests come first, in order of admission: each runs as many of its
+pending tokens as the budget allows. When pages run out, the youngest running request is dropped
+(recomputed later) and put at the front of the waiting queue, until the pages suffice or the request
+itself was the youngest. Only in a step that preempted nobody are waiting requests admitted, first come first
+served, stopping at the first that does not fit.
+
+Symbols: max_num_batched_tokens, max_num_seqs, long_prefill_token_threshold as in vLLM.
+
+Deviations:
+1. Requests are cut at ``engine.max_model_len`` by the core, not here.
+2. Steady decoding is held (``StepPlan.hold``) instead of being planned again each step; the steps are the same.
+3. Prefix-cache hits are the core's (``cached_tokens``); the released code looks them up inside the loop.
+
+Faithful when: tokens per step <= budget, decodes of older requests first; the victim is always the most
+recently admitted; a preempted request precedes every request that never ran; no admission in a step that
+preempted; free pages are conserved; recompute preserves the output.
+
+Tier: stable.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from servelab.core.api import ConfigError, Context, Hold, KVBudget, RequestView, StepPlan, StepView, Tokens
+
+
+class VllmV1Config(BaseModel):
+    """Settings of ``+scheduler=vllm_v1``. Defaults are vLLM's for its API server on smaller GPUs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_num_batched_tokens: int = Field(
+        2048, ge=1, description="token budget of a step (vllm/engine/arg_utils.py: 2048 below 70 GB of memory)"
+    )
+    max_num_seqs: int = Field(256, ge=1, description="running requests at most (same source: 256)")
+    long_prefill_token_threshold: int = Field(
+        0, ge=0, description="prompt tokens of one request per step at most; 0: no such limit (vLLM's default)"
+    )
+    hold_steps: int = Field(
+        4096, ge=1, description="steps of unchanged decoding to ask for at once; 1 plans every step (ours)"
+    )
+
+
+class VllmV1:
+    """Stateless between steps. O(running + admitted) per step."""
+
+    def __init__(self, config: VllmV1Config, ctx: Context) -> None:
+        limits = ctx.limits
+        for name, ours, device in (
+            ("max_num_batched_tokens", config.max_num_batched_tokens, limits.max_batch_tokens),
+            ("max_num_seqs", config.max_num_seqs, limits.max_batch_requests),
+        ):
+            if ours > device:
+                raise ConfigError(
+                    f"scheduler.{name} is {ours}",
+                    where="scheduler 'vllm_v1'",
+                    why=f"the engine accepts {device} per launch",
+                    do=f"lower scheduler.{name}, or raise engine.max_batch_tokens / engine.max_batch_requests",
+                )
+        self.config = config
+
+    def plan(self, view: StepView) -> StepPlan:
+        config = self.config
+        plan = StepPlan()
+        work = plan.work
+        budget = config.max_num_batched_tokens
+        longest = config.long_prefill_token_threshold or budget
+        pages = view.kv.budget()
+        take = pages.take
+        victims: list[RequestView] = []
+        steady = True
+
+        running = list(view.running)
+        last = len(running)  # running[:last] are still running in this plan
+        index = 0
+        while index < last and budget:
+            request = running[index]
+            index += 1
+            n = request.pending_tokens
+            if n != 1:
+                steady = False
+                if not n:
+                    continue
+                n = min(n, longest, budget)
+            if n > request.slack_tokens and not take(request, n):
+                while True:
+                    last -= 1
+                    victim = running[last]
+                    victims.append(victim)
+                    pages.give_back(victim)
+                    if victim is request or take(request, n):
+                        break
+                if victim is request:
+                    break
+            work.append(request.next_token if n == 1 else Tokens(request, n))
+            budget -= n
+        for victim in victims:
+            plan.preempt(victim, "recompute", "out of KV pages; youngest running request")
+
+        if not victims:
+            admitted = self._admit(view, plan, len(running), budget, pages)
+            steady = steady and not admitted
+        if steady and not victims and work and index == last and config.hold_steps > 1:
+            # nothing changes until an event, a finish or a full pool: the core ends the hold then
+            plan.hold = Hold(config.hold_steps)
+        return plan
+
+    def _admit(self, view: StepView, plan: StepPlan, running: int, budget: int, pages: KVBudget) -> bool:
+        """Admit waiting requests in order until one does not fit; True if any was admitted."""
+        config = self.config
+        longest = config.long_prefill_token_threshold or budget
+        admitted = False
+        for request in view.waiting:
+            if running >= config.max_num_seqs:
+                plan.defer(request, f"max_num_seqs {config.max_num_seqs} reached")
+                break
+            n = min(request.pending_tokens, longest, budget)
+            if n < 1:
+                plan.defer(request, "token budget used up")
+                break
+            if not pages.take(request, n):
+                plan.defer(request, f"out of KV pages: {pages.free} free")
+                break
+            plan.run(request, n)
+            budget -= n
+            running += 1
+            admitted = True
+        return admitted

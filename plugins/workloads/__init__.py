@@ -1,0 +1,28 @@
+"""Workloads, one line per technique: the traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from servelab.core.api import PluginSpec, hookimpl
+
+TABLE = (
+    PluginSpec(
+        name="synthetic",
+        factory="servelab.plugins.workloads.synthetic:Synthetic",
+        config="servelab.plugins.workloads.synthetic:SyntheticConfig",
+        summary="open loop: lengths from laws, arrivals from a renewal process",
+        deviations=(
+            "Times are whole nanoseconds, and the last one is exact, not exact up to rounding.",
+            "A ramp may also go down; it must start above 0.",
+            "Prompt ids are uniform over the whole vocabulary, special tokens included; lengths are exact.",
+        ),
+        provides=frozenset({"workload.prompt_ids", "workload.truth"}),
+        tier="stable",
+    ),
+)
+
+
+@hookimpl
+def servelab_workloads() -> Iterable[PluginSpec]:
+    return TABLE

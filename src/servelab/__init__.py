@@ -1,0 +1,13 @@
+"""Import root of servelab.
+
+The code lives in the repository's core/, plugins/ and configs/ folders. The links beside this file name
+them for build tools, type checkers and IDEs; at run time, in a checkout, the folders themselves are used, so
+that tracebacks, breakpoints and coverage show core/... and a checkout that lost its links still runs.
+"""
+
+from pathlib import Path as _Path
+
+_here = _Path(__file__).resolve().parent
+_root = _here.parent.parent
+if _here.parent.name == "src" and (_root / "core" / "__init__.py").is_file():
+    __path__.insert(0, str(_root))
