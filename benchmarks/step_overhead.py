@@ -2,16 +2,17 @@
 
     python benchmarks/step_overhead.py [--requests 1,16,64,256,1024] [--json FILE]
 
-Set-up: scheduler ``vllm_v1``, kvcache ``paged`` (16 tokens per page), the scripted executor and cost model as a
-stand-in device, on the virtual clock; one lane, every request decoding, nothing arriving. Timed: all of
+Set-up: scheduler ``vllm_v1``, kvcache ``paged`` (16 tokens per page), the scripted executor and cost model
+as a stand-in device, on the virtual clock; one lane, every request decoding, nothing arriving. Timed: all of
 ``Engine.handle`` (plan, validation, ledger, launch; commit, records), with the plan log on. Not timed: the
 driver, the executor and the cost model, whose share is printed beside it. Prompts are staggered so that
 1/16 of the requests cross a page boundary in each step.
 
 Printed per row: microseconds per step when every step is planned; when the plan is held and the executor
 runs the held steps in one launch (amortised over the hold); and when it is held but the executor runs
-one step per launch, as a real engine does. The last column compares the full step with a peer in the same run: a bare Python loop
-that appends one token and one time stamp to each request, which any engine written in Python has to pay.
+one step per launch, as a real engine does. The last column compares the full step with a peer in the
+same run: a bare Python loop that appends one token and one time stamp to each request, which any engine
+written in Python has to pay.
 """
 
 from __future__ import annotations
@@ -44,7 +45,15 @@ class Bench:
 
     def __init__(self, n: int, hold_steps: int, foresight: bool) -> None:
         model = ModelFacts(
-            name="toy", layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, ffn=688, vocab=32000, max_position=1 << 20
+            name="toy",
+            layers=4,
+            hidden=256,
+            heads=4,
+            kv_heads=2,
+            head_dim=64,
+            ffn=688,
+            vocab=32000,
+            max_position=1 << 20,
         )
         limits = Limits(max_batch_tokens=1 << 20, max_batch_requests=4096, max_model_len=1 << 20)
         truths: dict[str, Truth] = {}
@@ -156,7 +165,9 @@ def peer(n: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", default="1,16,64,256,1024", help="running requests, comma separated")
     parser.add_argument("--hold", type=int, default=64, help="steps of a hold (default 64)")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent per cell")

@@ -1,7 +1,7 @@
 """The command line, shared by ``servelab`` and ``run.py``.
 
-Anything that is not one of our few commands is Hydra's. Imports stay inside functions, so that ``--help``, tab
-completion and the listing load neither plugins nor each other's libraries.
+Anything that is not one of our few commands is Hydra's. Imports stay inside functions, so that ``--help``,
+tab completion and the listing load neither plugins nor each other's libraries.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def _hydra(args: Sequence[str]) -> None:
         except (ServeLabError, OmegaConfBaseException) as exc:
             # of this class Hydra prints the message alone and exits with 1, and in a sweep the other jobs
             # still run; SystemExit would end the sweep at the first bad job
-            raise CompactHydraException(f"servelab: {_with_notes(exc)}") from (exc if _wants_traceback() else None)
+            raise CompactHydraException(f"servelab: {_with_notes(exc)}") from (
+                exc if _wants_traceback() else None
+            )
 
     task()
 

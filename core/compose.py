@@ -67,7 +67,7 @@ def compose(config: RunConfig, registry: Registry, *, run_dir: Path | None = Non
         run_dir: where observers and tasks may write; None: nowhere.
 
     Raises:
-        CapabilityError: parts that cannot work together, all problems at once, or a KV pool that is too small.
+        CapabilityError: parts that cannot work together, all problems at once, or too small a KV pool.
         PluginError: a factory failed or returned something else than its family asks for.
     """
     selected = [Selected(kind, registry.spec(kind, choice.name)) for kind, choice in config.choices()]
@@ -181,7 +181,8 @@ class _Builder:
                 f"{kind} {choice.name!r} could not be built",
                 where=where,
                 why=f"its factory {spec.factory} raised {type(exc).__name__}: {exc}",
-                do="a factory raises ConfigError for settings it cannot work with; SERVELAB_TRACEBACK=1 shows where",
+                do="SERVELAB_TRACEBACK=1 shows where; for settings it cannot work with, "
+                "a factory raises ConfigError",
             ) from exc
         lacking = [name for name in _members(KINDS[kind].protocol) if not hasattr(made, name)]
         if lacking:
@@ -215,7 +216,7 @@ def _check_layout(layout: object, kvcache: str) -> None:
 def _check_capacity(
     capacity: Capacity, layout: KVLayout, kvcache: KVCache, config: RunConfig, limits: Limits
 ) -> None:
-    """Every pool must be able to hold one request of the greatest length, or that request would wait for ever."""
+    """Every pool must be able to hold one request of the greatest length, or that one would wait for ever."""
     executor, longest = config.executor.name, limits.max_model_len
     for pages in filter(None, (capacity.device_pages, capacity.host_pages)):
         if len(pages) != len(layout.pools):
@@ -258,7 +259,7 @@ def _info(
     capacity: Capacity,
     workload: Workload,
 ) -> dict[str, Any]:
-    plugins = [_plugin_info(one, registry) for one in selected]
+    oracles = [one for one in selected if one.spec.oracle]
     return {
         "schema": INFO_SCHEMA,
         "servelab": __version__,
@@ -268,25 +269,35 @@ def _info(
         "seed": config.seed,
         "clock": config.clock.name,
         "settings": config.settings(),
-        "plugins": plugins,
-        "stamps": [f"oracle: {plugin['name']}" for plugin in plugins if plugin["oracle"]],
+        "model": config.model.name,
+        "plugins": _plugins_info(config, registry),
+        "stamps": [f"oracle: {one.spec.name}" for one in oracles],
         "kv": _kv_info(layout, capacity),
         "workload": workload.describe(),
     }
 
 
-def _plugin_info(one: Selected, registry: Registry) -> dict[str, Any]:
-    spec, provider = one.spec, registry.provider(one.kind, one.spec.name)
-    return {
-        "kind": one.kind,
-        "name": spec.name,
-        "distribution": provider.distribution,
-        "version": provider.version,
-        "paper": str(spec.paper),
-        "deviations": list(spec.deviations),
-        "tier": spec.tier,
-        "oracle": spec.oracle,
-    }
+def _plugins_info(config: RunConfig, registry: Registry) -> dict[str, Any]:
+    """By kind: what is selected, where it comes from and how it is set; a list for observers."""
+    found: dict[str, Any] = {}
+    for kind, choice in config.choices():
+        spec, provider = registry.spec(kind, choice.name), registry.provider(kind, choice.name)
+        about = {
+            "name": spec.name,
+            "distribution": provider.distribution,
+            "version": provider.version,
+            "paper": str(spec.paper),
+            "deviations": list(spec.deviations),
+            "tier": spec.tier,
+            "oracle": spec.oracle,
+            "settings": choice.settings(),
+            "non_default": choice.changed(),
+        }
+        if kind == "observer":
+            found.setdefault(kind, []).append(about)
+        else:
+            found[kind] = about
+    return found
 
 
 def _kv_info(layout: KVLayout, capacity: Capacity) -> dict[str, Any]:

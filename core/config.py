@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,8 +29,11 @@ class Choice(Section):
 
     def settings(self) -> dict[str, Any]:
         """Every effective setting, defaults included, in JSON types."""
-        fields = self.config.model_dump(mode="json") if isinstance(self.config, BaseModel) else {}
-        return {"name": self.name, **fields}
+        return _plain(self.config) if isinstance(self.config, BaseModel) else {}
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, in JSON types."""
+        return _plain(self.config, exclude_defaults=True) if isinstance(self.config, BaseModel) else {}
 
 
 class ModelConfig(Section):
@@ -41,7 +45,9 @@ class ModelConfig(Section):
     heads: int = Field(ge=1, description="Query heads per layer.")
     kv_heads: int = Field(ge=1, description="Key and value heads per layer; divides heads.")
     head_dim: int = Field(ge=1, description="Width of one head, in elements.")
-    ffn: int = Field(ge=1, description="Inner width of the feed-forward network (of one expert), in elements.")
+    ffn: int = Field(
+        ge=1, description="Inner width of the feed-forward network (of one expert), in elements."
+    )
     vocab: int = Field(ge=1, description="Size of the vocabulary, in tokens.")
     max_position: int = Field(ge=1, description="Longest context, in tokens.")
     dtype_bytes: float = Field(
@@ -150,17 +156,15 @@ class RunConfig(Section):
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, Choice):
-                out[name] = value.settings()
+                out[name] = {"name": value.name, **value.settings()}
             elif name == "observers":
-                out[name] = [choice.settings() for choice in self.observers]
+                out[name] = [{"name": choice.name, **choice.settings()} for choice in self.observers]
             else:
                 out[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
         return out
 
 
-PLUGIN_SECTIONS: dict[str, str] = {
-    ("observers" if kind == "observer" else kind): kind for kind in KINDS
-}
+PLUGIN_SECTIONS: dict[str, str] = {("observers" if kind == "observer" else kind): kind for kind in KINDS}
 """Section name -> kind of the plugins it selects."""
 
 
@@ -176,6 +180,8 @@ def validate(raw: Mapping[str, Any], registry: Registry) -> RunConfig:
     problems: list[str] = []
     # null is "not stated" for our own sections; an unknown key stays, to be refused by its name
     data = {str(k): v for k, v in raw.items() if v is not None or k not in RunConfig.model_fields}
+    if isinstance(data.get("hardware"), Mapping) and data["hardware"].get("name", "") in (None, "none"):
+        del data["hardware"]  # `hardware=null` over a file that chose one
     for section, kind in PLUGIN_SECTIONS.items():
         known_problems = len(problems)
         if section == "observers":
@@ -241,7 +247,9 @@ def _choice(path: str, kind: str, value: Any, registry: Registry, problems: list
         problems.append(f"{path}.name: {_indented(exc)}")
         return None
     if model is None:
-        problems += [f"{path}.{key}: {kind} {name!r} takes no settings (got {fields[key]!r})" for key in fields]
+        problems += [
+            f"{path}.{key}: {kind} {name!r} takes no settings (got {fields[key]!r})" for key in fields
+        ]
         return Choice(name=name)
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         problems.append(f"{path}.name: the config of {kind} {name!r} is {model!r}, not a pydantic model")
@@ -276,7 +284,7 @@ def _across(config: RunConfig) -> list[str]:
 
 
 def describe(exc: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """A pydantic error as lines ``path: message (got value)``, with the nearest names after an unknown field."""
+    """A pydantic error as lines ``path: message (got value)``; the nearest names follow an unknown field."""
     lines: list[str] = []
     for error in exc.errors(include_url=False):
         loc = error["loc"]
@@ -302,6 +310,20 @@ def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
             return []
         model = inner[0]
     return list(model.model_fields)
+
+
+def _plain(model: BaseModel, *, exclude_defaults: bool = False) -> dict[str, Any]:
+    """A model in JSON types; infinities as words, for which JSON has no number and which pydantic reads."""
+    dumped = model.model_dump(mode="json", exclude_defaults=exclude_defaults)
+    return {key: _finite(value) for key, value in dumped.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 def _is_model(annotation: Any) -> bool:

@@ -21,7 +21,7 @@ class Context:
     kind: str
     name: str
     rng: random.Random
-    """The plugin's own generator, seeded by the run's seed, its kind and its name. The only chance it may use."""
+    """The plugin's own generator, seeded by the run's seed, its kind and its name; its only source of chance."""
     model: ModelFacts
     hardware: HardwareFacts | None
     limits: Limits

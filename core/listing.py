@@ -1,4 +1,4 @@
-"""``servelab plugins`` and ``servelab show``: what there is, where it comes from, and what is wrong with it."""
+"""``servelab plugins`` and ``servelab show``: what there is, where it comes from, what is wrong with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from servelab.core.errors import PluginError, nearest
 from servelab.core.families import KINDS
-from servelab.core.registry import Registry
+from servelab.core.registry import Registry, selection
 from servelab.core.spec import Paper, PluginSpec
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _show(registry: Registry, kind: str, name: str, as_json: bool) -> None:
     print(f"{kind} {name!r}: {spec.summary}" if spec.summary else f"{kind} {name!r}")
     facts = {
         "decides": KINDS[kind].decides,
-        "select with": _select(kind, name),
+        "select with": selection(kind, name),
         "source": str(spec.paper),
         "tier": spec.tier,
         "runs": " and ".join(spec.runs),
@@ -134,12 +134,6 @@ def _show(registry: Registry, kind: str, name: str, as_json: bool) -> None:
         _table(("field", "default", "type", "meaning"), _fields(model), indent="  ")
 
 
-def _select(kind: str, name: str) -> str:
-    if kind == "observer":
-        return f"observers=[{name}]"
-    return f"{'+' if KINDS[kind].technique else ''}{kind}={name}"
-
-
 def _spec_dict(spec: PluginSpec) -> dict[str, Any]:
     values = asdict(spec)
     for key in ("provides", "requires", "conflicts"):
@@ -151,7 +145,9 @@ def _spec_dict(spec: PluginSpec) -> dict[str, Any]:
 def _fields(model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
     rows = []
     for name, field in model.model_fields.items():
-        default = "(required)" if field.is_required() else _plain(field.get_default(call_default_factory=True))
+        default = (
+            "(required)" if field.is_required() else _plain(field.get_default(call_default_factory=True))
+        )
         kind = getattr(field.annotation, "__name__", None) if field.annotation else None
         if kind is None or "[" in str(field.annotation) or "|" in str(field.annotation):
             kind = str(field.annotation).replace("typing.", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, final
 
 from servelab.core.request import RequestView
 
@@ -11,6 +11,7 @@ PreemptMode = Literal["recompute", "swap", "pause"]
 Advance = Literal["append", "rewrite", "none"]
 
 
+@final
 class Tokens:
     """Run ``n`` tokens of one request.
 
@@ -54,6 +55,7 @@ class Tokens:
         return f"Tokens({self.request.id}, {self.n}{extra})"
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class Background:
     """Work that belongs to no request, run in the same launch (draft training, index building, ...)."""

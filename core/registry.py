@@ -79,6 +79,13 @@ class ConfigPackage:
     """Why it cannot be read; None if it can."""
 
 
+def selection(kind: str, name: str) -> str:
+    """How a plugin is chosen on the command line."""
+    if kind == "observer":
+        return f"observers=[{name}]"
+    return f"{'+' if KINDS[kind].technique else ''}{kind}={name}"
+
+
 def blocked_names() -> frozenset[str]:
     """Packages left out of this process and its workers."""
     return frozenset(filter(None, os.environ.get(BLOCK_ENV, "").split(",")))
@@ -203,7 +210,7 @@ class Registry:
                 f"{kind} {name!r} is disabled",
                 where=where,
                 why=reason,
-                do=f"choose another {kind}: {', '.join(n for n in self.names(kind) if n != name) or '(none)'}",
+                do=f"choose another {kind}; known: {', '.join(self.names(kind))}",
             )
         if (kind, name, what) in self._objects:
             return self._objects[kind, name, what]
@@ -283,12 +290,15 @@ class _Loader:
         known = self.seen | {entry.name for entry in _entry_points(CONFIG_GROUP)}
         for name in sorted(self.blocked - known):
             self._broken(
-                Provider(name, "blocked by -p no:", ""), "no plugin package has that name", nearest(name, known)
+                Provider(name, "blocked by -p no:", ""),
+                "no plugin package has that name",
+                nearest(name, known),
             )
 
     def _load(self, provider: Provider, load: Callable[[], object], source: str = "") -> None:
         name = provider.package
-        taken, _ = name in self.seen, self.seen.add(name)
+        taken = name in self.seen
+        self.seen.add(name)
         if name in self.blocked:
             return
         if taken:
@@ -325,7 +335,7 @@ class _Loader:
                 return f"there is no hook {caller.name!r}", nearest(caller.name, [*HOOKS, *EVENT_HOOKS])
             if caller.name in EVENT_HOOKS:
                 return (
-                    f"it implements the event hook {caller.name!r}, but installing a package activates nothing",
+                    f"it implements the event hook {caller.name!r}, but installing activates nothing",
                     "put the hook into an observer class, declare it in servelab_observers() and select it "
                     "with observers=[...]",
                 )

@@ -6,6 +6,7 @@ import re
 from typing import get_args
 
 from servelab.core.spec import HOOK_API, Paper, PluginSpec, Runs, Tier
+from servelab.core.vocabulary import unknown_capabilities
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -40,13 +41,18 @@ def check_spec(spec: object) -> PluginSpec:
     _require(isinstance(spec.summary, str), "summary", spec.summary, "a string")
     _require(isinstance(spec.oracle, bool), "oracle", spec.oracle, "True or False")
     _require(
-        spec.paper == "baseline" or isinstance(spec.paper, Paper), "paper", spec.paper, 'a Paper or "baseline"'
+        spec.paper == "baseline" or isinstance(spec.paper, Paper),
+        "paper",
+        spec.paper,
+        'a Paper or "baseline"',
     )
     _require(spec.tier in get_args(Tier), "tier", spec.tier, " or ".join(map(repr, get_args(Tier))))
     for field in ("provides", "requires", "conflicts"):
         value = getattr(spec, field)
         ok = isinstance(value, (frozenset, set)) and all(isinstance(item, str) for item in value)
         _require(ok, field, value, "a frozenset of strings")
+        if unknown := unknown_capabilities(sorted(value)):
+            raise TypeError(f"field {field!r}: {' '.join(unknown)}")
     for field in ("deviations", "imports", "runs"):
         value = getattr(spec, field)
         ok = isinstance(value, tuple) and all(isinstance(item, str) for item in value)

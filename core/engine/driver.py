@@ -107,7 +107,8 @@ class Driver:
         index = self._dispatch(spec)
         if not 0 <= index < len(self.engines):
             raise PluginError(
-                f"dispatch sent request {spec.id} to engine {index}", why=f"there are {len(self.engines)} engines"
+                f"dispatch sent request {spec.id} to engine {index}",
+                why=f"there are {len(self.engines)} engines",
             )
         if len(self.engines) > 1:
             self._home[spec.id] = index

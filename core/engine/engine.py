@@ -6,10 +6,11 @@ over, for each free lane plan, validate, apply and launch; on completion commit 
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from servelab.core.engine.lane import Lane
 from servelab.core.engine.ledger import Ledger, Transfer
 from servelab.core.engine.state import Request
 from servelab.core.engine.validate import PlanCheck
@@ -23,7 +24,6 @@ from servelab.core.events import (
     Emit,
     Event,
     InstanceLost,
-    Interrupt,
     Launch,
     LaunchDone,
     Schedule,
@@ -38,7 +38,7 @@ from servelab.core.families.cost import CostModel
 from servelab.core.families.kvcache import KVCache
 from servelab.core.families.scheduler import Scheduler
 from servelab.core.layout import Capacity, KVLayout
-from servelab.core.plan import Background, Outcome, StepPlan, Tokens
+from servelab.core.plan import StepPlan, Tokens
 from servelab.core.records import (
     Planned,
     Record,
@@ -50,35 +50,9 @@ from servelab.core.records import (
     TransferEnded,
     TransferStarted,
 )
-from servelab.core.request import Phase, RequestSpec, RequestView
+from servelab.core.request import Phase, RequestView
 
 Terminal = Literal["finished", "rejected", "aborted", "failed"]
-
-
-class _Flight:
-    """A launch on its way."""
-
-    __slots__ = ("batch", "start_ns")
-
-    def __init__(self, batch: Batch, start_ns: int) -> None:
-        self.batch = batch
-        self.start_ns = start_ns
-
-
-class _Lane:
-    """One batch stream of the device."""
-
-    __slots__ = ("flights", "hold", "hold_until", "index", "last_end_ns", "steps_left")
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.flights: deque[_Flight] = deque()
-        self.hold: list[Tokens | Background] | None = None
-        """Work to repeat without asking the scheduler."""
-        self.steps_left = 0
-        self.hold_until: int | None = None
-        self.last_end_ns = 0
-        """When its last launch ended; one planned ahead starts then, not when it was planned."""
 
 
 class Engine:
@@ -141,9 +115,9 @@ class Engine:
 
         self._plan = scheduler.plan
         self._learn: Callable[[Record], None] | None = getattr(scheduler, "on_event", None)
-        self._horizon = horizon
-        self._lanes = [_Lane(i) for i in range(limits.lanes)]
-        self._launches = 0
+        self.horizon = horizon
+        self._lanes = [Lane(self, i) for i in range(limits.lanes)]
+        self.launches = 0
         self._plans = 0
         self._lost: str | None = None
         self._out: list[Command] = []
@@ -169,26 +143,22 @@ class Engine:
             PluginCallError: the scheduler raised; the state is as before the call.
             LedgerError: the kvcache plugin broke page accounting.
         """
-        self._out = out = []
+        out: list[Command] = []
+        self._out = out
         self.now_ns = now_ns
         self._handlers[type(event)](event)
         return out
 
     def _schedule(self, _: Schedule) -> None:
         for lane in self._lanes:
-            while self._can_launch(lane):
-                if lane.hold is not None and self._repeat(lane):
-                    continue
-                if not self.requests or not self._plan_lane(lane):
+            while lane.is_open and self._lost is None:
+                batch = lane.repeat()
+                if batch is not None:
+                    self._out.append(Launch(batch))
+                elif not self.requests or not self._plan_lane(lane):
                     break
 
-    def _can_launch(self, lane: _Lane) -> bool:
-        flights = lane.flights
-        if not flights:
-            return self._lost is None
-        return len(flights) < self.limits.max_in_flight and flights[-1].batch.steps == 1
-
-    def _plan_lane(self, lane: _Lane) -> bool:
+    def _plan_lane(self, lane: Lane) -> bool:
         """Ask, validate, apply, launch. False when there is nothing (more) to do now."""
         plan = self._ask(lane)
         self._plans += 1
@@ -198,19 +168,20 @@ class Engine:
             self._out.append(SetTimer(plan.wake_at))
         if not plan.work:
             if changed or plan.deferred:
-                self._log_plan(lane, plan, 0)
+                self._log_plan(lane, plan, self.step, 0)
             # freed pages or an emptier queue may let it plan work now; if it still waits, so do we
             return changed and not any(x.flights for x in self._lanes) and not self.transfers
-        steps = 1
         if plan.hold is not None:
-            lane.hold, lane.steps_left, lane.hold_until = plan.work, plan.hold.max_steps, plan.hold.until_ns
+            lane.hold(plan.work, plan.hold)
             if plan.hold.until_ns is not None:
                 self._out.append(SetTimer(plan.hold.until_ns))
-            steps = plan.hold.max_steps
-        self._launch(lane, plan.work, steps, plan)
+        step = self.step
+        batch = lane.launch(plan.work)
+        self._log_plan(lane, plan, step, batch.steps)
+        self._out.append(Launch(batch))
         return True
 
-    def _ask(self, lane: _Lane) -> StepPlan:
+    def _ask(self, lane: Lane) -> StepPlan:
         view = self._view
         view.lane = lane.index
         self.epoch += 1
@@ -275,8 +246,8 @@ class Engine:
         del source[r.id]
         r.phase = phase
 
-    def _admit(self, r: Request) -> None:
-        """A waiting or paused request is about to run."""
+    def admit(self, r: Request) -> None:
+        """A waiting or paused request is about to run (called by its lane)."""
         if r.phase is Phase.PAUSED:
             del self.paused[r.id]
         else:
@@ -296,146 +267,11 @@ class Engine:
         r.phase = Phase.RUNNING
         self.running[r.id] = r
 
-    def _launch(
-        self, lane: _Lane, work: list[Tokens | Background], max_steps: int, plan: StepPlan | None
-    ) -> None:
-        """Reserve pages, fence them, and send the batch off."""
-        requests: list[Request] = []
-        tokens: list[int] = []
-        starts: list[int] = []
-        samples: list[bool] = []
-        extras: dict[int, Tokens] = {}
-        background: tuple[Background, ...] = ()
-        copies: list[tuple[int, int, int]] = []
-        running, reserve, index = Phase.RUNNING, self.ledger.reserve, lane.index
-        for item in work:
-            if isinstance(item, Background):
-                background += (item,)
-                continue
-            r = item.request._r
-            n = item.n
-            if r.phase is not running:
-                self._admit(r)
-            if item.plain:
-                if n > r.slack:
-                    reserve(r, n)
-                r.slack -= n
-                starts.append(r.computed + r.flying)
-                r.flying += n
-                left = r.pending - n
-                if left:
-                    r.pending = left
-                    samples.append(False)
-                else:
-                    r.expected += 1
-                    r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
-                    samples.append(True)
-            else:
-                extras[len(requests)] = item
-                start, sample = self._launch_special(item, r)
-                starts.append(start)
-                samples.append(sample)
-            if r.lease.copies:
-                copies += r.lease.copies
-                r.lease.copies = []
-            r.launches += 1
-            r.lane = index
-            requests.append(r)
-            tokens.append(n)
-        leases = [r.lease for r in requests]
-        self.ledger.launched(leases)
-        self._launches += 1
-        batch = Batch(
-            index,
-            self._launches,
-            self.step,
-            1,
-            requests,
-            leases,
-            tokens,
-            starts,
-            samples,
-            extras,
-            background,
-            tuple(copies),
-        )
-        if max_steps > 1:
-            batch.steps = self._hold_steps(lane, batch, max_steps)
-        if lane.hold is not None:
-            lane.steps_left -= batch.steps
-        if plan is not None:
-            self._log_plan(lane, plan, batch.steps)
-        self.step += batch.steps
-        lane.flights.append(_Flight(batch, self.now_ns))
-        self._out.append(Launch(batch))
-
-    def _hold_steps(self, lane: _Lane, batch: Batch, steps: int) -> int:
-        """How many equal steps the launch may run: until a cap, a finish, or KV memory ends."""
-        for r in batch.requests:
-            left = r.max_new_tokens - r.generated - r.expected + 1
-            if left < steps:
-                steps = left
-        if steps > 1:
-            steps = self._horizon(batch, steps)
-        if steps > 1:
-            steps = 1 + self.ledger.promise(lane.index, batch.requests, steps - 1)
-        return steps
-
-    def _launch_special(self, item: Tokens, r: Request) -> tuple[int, bool]:
-        """Book an item with layers, drafts or rewrites. Returns its start position and whether it samples."""
-        n, start = item.n, r.computed + r.flying
-        if item.advance != "append":
-            return (r.computed - n if item.advance == "rewrite" else start), False
-        if item.layers and r.layer_cursor:
-            start -= n  # the chunk was booked by its first layers
-        else:
-            self.ledger.reserve(r, n + item.draft)
-            r.slack -= n + item.draft
-            r.flying += n + item.draft
-            r.pending = max(0, r.pending - n)
-        if item.layers:
-            end = item.layers[1]
-            r.layer_chunk = n
-            r.layer_cursor = end if end < self.model.layers else 0
-            if r.layer_cursor:
-                return start, False
-        if r.pending:
-            return start, False
-        r.expected += 1
-        if not item.draft:  # with drafts the next token depends on what is accepted
-            r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
-        return start, True
-
-    def _repeat(self, lane: _Lane) -> bool:
-        """Launch the held work once more. False (and the hold is over) if it cannot go on."""
-        work = lane.hold
-        assert work is not None
-        over = lane.steps_left < 1 or (lane.hold_until is not None and self.now_ns >= lane.hold_until)
-        if not over:
-            free = list(self.ledger.free())
-            for item in work:
-                assert isinstance(item, Tokens)
-                r = item.request._r
-                if r.pending != 1:
-                    over = True
-                    break
-                if not r.slack:
-                    for i, need in enumerate(self.ledger.missing(r, 1)):
-                        free[i] -= need
-            over = over or min(free) < 0
-        if over:
-            lane.hold = None
-            return False
-        self._launch(lane, work, lane.steps_left, None)
-        return True
-
-    def _break_holds(self, keep: _Lane | None = None) -> None:
+    def _break_holds(self, keep: Lane | None = None) -> None:
         """Something happened: lanes that repeat a plan must ask again."""
         for lane in self._lanes:
-            if lane is not keep and lane.hold is not None:
-                lane.hold = None
-                if lane.flights and lane.flights[-1].batch.steps > 1:
-                    self._out.append(Interrupt(lane.index, lane.flights[-1].batch.launch))
+            if lane is not keep and (interrupt := lane.end_hold()) is not None:
+                self._out.append(interrupt)
 
     # --------------------------------------------------------- what happened
 
@@ -457,6 +293,7 @@ class Engine:
         self._break_holds()
         room = self.limits.max_model_len - spec.prompt_tokens
         r = Request(spec, self.now_ns, min(spec.max_new_tokens, max(room, 1)), self.ledger.open(spec.id))
+        r.home = self
         self.requests[r.id] = r
         self.waiting[r.id] = r
         self.arrived += 1
@@ -504,7 +341,7 @@ class Engine:
 
     def _launch_done(self, event: LaunchDone) -> None:
         lane = self._lanes[event.lane]
-        if not lane.flights or lane.flights[0].batch.launch != event.launch:
+        if not lane.flights or lane.flights[0][0].launch != event.launch:
             if self._lost is not None:
                 return  # the instance was lost with this launch
             raise PluginError(
@@ -513,13 +350,7 @@ class Engine:
                 do="mend the driver or executor",
             )
         self._break_holds(keep=lane)
-        flight = lane.flights.popleft()
-        self.ledger.settle(lane.index)
-        emitted, done = self._commit(lane, flight, event)
-        self.ledger.landed(flight.batch.leases)
-        batch = flight.batch
-        start_ns = max(flight.start_ns, lane.last_end_ns)
-        lane.last_end_ns = event.ends_ns[-1]
+        batch, start_ns, emitted, done = lane.land(event)
         self._emit(
             StepDone(
                 t_ns=self.now_ns,
@@ -540,99 +371,6 @@ class Engine:
             self._end(r, "finished", reason)
         if done:
             self._break_holds()
-
-    def _commit(
-        self, lane: _Lane, flight: _Flight, event: LaunchDone
-    ) -> tuple[list[int], list[tuple[Request, str]]]:
-        """Book the outcomes; returns the output tokens each request got, and who finished why."""
-        batch, ends = flight.batch, event.ends_ns
-        steps = len(ends)
-        if len(event.outcomes) != len(batch.requests) or not 1 <= steps <= batch.steps:
-            raise PluginError(
-                f"launch {batch.launch} came back with {len(event.outcomes)} outcomes and {steps} steps",
-                why=f"it had {len(batch.requests)} requests and at most {batch.steps} steps",
-                do="mend the executor",
-            )
-        if len(self._lanes) == 1:  # interrupted: give back the numbers of steps that did not run
-            self.step -= batch.steps - steps
-        leases, extras, end, finished = batch.leases, batch.extras, ends[-1], Phase.FINISHED
-        emitted: list[int] = []
-        done: list[tuple[Request, str]] = []
-        for i, r in enumerate(batch.requests):
-            if r.lease is not leases[i] or r.phase is finished:
-                emitted.append(0)  # preempted or ended meanwhile: its outcome is dropped
-                continue
-            out: Outcome = event.outcomes[i]
-            r.launches -= 1
-            new = out.tokens
-            count = len(new)
-            emitted.append(count)
-            if i in extras:
-                self._commit_special(extras[i], r, out, end, batch)
-                if out.finish is not None or r.generated >= r.max_new_tokens:
-                    done.append((r, out.finish or "length"))
-                continue
-            n = batch.tokens[i]
-            r.computed += n
-            r.flying -= n
-            if not batch.samples[i]:
-                if count:
-                    self._bad_outcome(r, batch, count, "none: its prompt is not finished")
-                continue
-            if count != steps:
-                self._bad_outcome(r, batch, count, f"{steps}, one per step")
-            r.expected -= 1
-            r.generated += count
-            r.output += new
-            if steps == 1:
-                r.token_times.append(end)
-            else:
-                r.token_times += ends
-                more = steps - 1
-                if more > r.slack:
-                    self.ledger.reserve(r, more)
-                r.slack -= more
-                r.computed += more
-            if out.finish is not None or r.generated >= r.max_new_tokens:
-                done.append((r, out.finish or "length"))
-        return emitted, done
-
-    def _commit_special(self, item: Tokens, r: Request, out: Outcome, end: int, batch: Batch) -> None:
-        count = len(out.tokens)
-        if item.advance != "append":
-            if count:
-                self._bad_outcome(r, batch, count, "none: rewritten tokens bring no output")
-            return
-        final = not item.layers or item.layers[1] == self.model.layers
-        sampled = batch.samples[batch.requests.index(r)]
-        if not 0 <= out.accepted <= item.draft or count != (1 + out.accepted if sampled else 0):
-            self._bad_outcome(
-                r, batch, count, f"{1 + out.accepted if sampled else 0} with {out.accepted} of {item.draft} drafts"
-            )
-        if not final:
-            return
-        r.computed += item.n + out.accepted
-        r.flying -= item.n + item.draft
-        r.slack += item.draft - out.accepted
-        r.drafted += item.draft
-        r.accepted += out.accepted
-        if not sampled:
-            return
-        r.expected -= 1
-        room = r.max_new_tokens - r.generated
-        r.generated += min(count, room)
-        r.output += out.tokens[:room]
-        r.token_times += [end] * min(count, room)
-        if item.draft:
-            r.pending = max(0, r.prompt_tokens + r.generated + r.expected - r.computed - r.flying)
-
-    def _bad_outcome(self, r: Request, batch: Batch, count: int, wanted: str) -> None:
-        raise PluginError(
-            f"the executor reported {count} output tokens for request {r.id}",
-            where=f"launch {batch.launch}, lane {batch.lane}",
-            why=f"expected {wanted}",
-            do="mend the executor's launch()",
-        )
 
     def _transfer_done(self, event: TransferDone) -> None:
         transfer = self.transfers.pop(event.transfer, None)
@@ -677,10 +415,10 @@ class Engine:
     def _instance_lost(self, event: InstanceLost) -> None:
         self._lost = event.reason
         for lane in self._lanes:
-            lane.hold = None
+            lane.end_hold()
             self.ledger.settle(lane.index)
-            for flight in lane.flights:
-                self.ledger.landed(flight.batch.leases)
+            for batch, _ in lane.flights:
+                self.ledger.landed(batch.leases)
             lane.flights.clear()
         for transfer in self.transfers.values():
             self.ledger.landed([transfer.lease])
@@ -692,7 +430,7 @@ class Engine:
         self._out = []
         self.now_ns = now_ns
         for lane in self._lanes:
-            lane.hold = None
+            lane.end_hold()
         self._end_all(outcome, reason)
         return self._out
 
@@ -707,6 +445,7 @@ class Engine:
         for queue in self.queues:
             queue.pop(r.id, None)
         del self.requests[r.id]
+        r.home = None
         r.phase = Phase.FINISHED
         self.ledger.release(r.lease)
         self.ended[outcome] += 1
@@ -733,7 +472,7 @@ class Engine:
         if self._learn is not None:
             self._learn(record)
 
-    def _log_plan(self, lane: _Lane, plan: StepPlan, held: int) -> None:
+    def _log_plan(self, lane: Lane, plan: StepPlan, step: int, held: int) -> None:
         if not self.plan_log:
             return
         self._out.append(
@@ -742,8 +481,8 @@ class Engine:
                     t_ns=self.now_ns,
                     engine=self.index,
                     lane=lane.index,
-                    step=self.step,
-                    work=[(i.request.id, i.n) for i in plan.work if isinstance(i, Tokens)],
+                    step=step,
+                    work=[(i.request._r.id, i.n) for i in plan.work if type(i) is Tokens],
                     preempted=[(p.request.id, p.mode, p.reason) for p in plan.preemptions],
                     swapped_in=_verdicts(plan.swap_ins),
                     rejected=_verdicts(plan.rejections),
@@ -768,8 +507,8 @@ class Engine:
         need = self.ledger.missing(head, max(head.pending, 1))
         return (
             f"{len(self.waiting)} waiting, {len(self.running)} running, {len(self.paused)} paused, "
-            f"{len(self.swapped)} swapped; request {head.id} ({head.phase}) has {head.pending} tokens pending and "
-            f"needs {tuple(need)} pages, {self.ledger.free()} are free"
+            f"{len(self.swapped)} swapped; request {head.id} ({head.phase}) has {head.pending} tokens "
+            f"pending and needs {tuple(need)} pages, {self.ledger.free()} are free"
         )
 
     def check_integrity(self) -> None:

@@ -74,6 +74,9 @@ class Ledger:
         self._leases: dict[int, Lease] = {}
         self._transfers = 0
         self._promises: dict[int, list[int]] = {}
+        self._shares = False
+        """True once any page was shared: until then nothing need be copied on write."""
+        self._copies: list[tuple[int, int, int]] = []
         for i in range(len(self.pools)):
             kvcache.attach(i, "device", capacity.device_pages[i])
             if host[i]:
@@ -98,11 +101,16 @@ class Ledger:
         if n <= r.slack:
             return [0] * len(self.pools)
         scheduled = r.computed + r.flying
+        tables, pages_for, view = r.lease.tables, self.kvcache.pages_for, r.view
         out = []
         for i, pool in enumerate(self.pools):
-            table = r.lease.tables[i]
-            need = self.kvcache.pages_for(pool, r.view, scheduled + n) - len(table)
-            out.append(max(need, 0) + (self._shared_tail(i, table, scheduled) is not None))
+            table = tables[i]
+            need = pages_for(pool, view, scheduled + n) - len(table)
+            if need < 0:
+                need = 0
+            if self._shares and self._shared_tail(i, table, scheduled) is not None:
+                need += 1
+            out.append(need)
         return out
 
     def releasable(self, leases: Sequence[Lease]) -> list[int]:
@@ -120,6 +128,8 @@ class Ledger:
 
     def _shared_tail(self, i: int, table: list[int], tokens: int) -> int | None:
         """Index of the partly filled page that the next token is written to, if others hold it too."""
+        if not self._shares:
+            return None
         index, offset = divmod(tokens, self.pools[i].page_tokens)
         if offset and index < len(table) and self._device[i].refs[table[index]] > 1:
             return index
@@ -169,7 +179,7 @@ class Ledger:
             if tail is not None:
                 old = table[tail]
                 table[tail] = pages.pop()
-                lease.copies.append((i, old, table[tail]))
+                self._copies.append((i, old, table[tail]))
                 self._drop_refs(i, "device", [old])
             table.extend(pages)
         r.slack = self._slack(r)
@@ -216,6 +226,7 @@ class Ledger:
         """The child shares every page of the parent; whoever writes to a partly filled page copies it."""
         if child.lease.tables != [[] for _ in self.pools]:
             raise LedgerError(f"fork target {child.id} already holds pages", do="fork into a new request")
+        self._shares = True
         for i, table in enumerate(parent.lease.tables):
             refs = self._device[i].refs
             for page in table:
@@ -248,13 +259,13 @@ class Ledger:
         if not lease.in_flight:
             self._reap(lease)
 
-    def launched(self, leases: Iterable[Lease]) -> None:
-        """Fence these leases: a launch names their pages."""
-        for lease in leases:
-            lease.in_flight += 1
+    def take_copies(self) -> tuple[tuple[int, int, int], ...]:
+        """(pool, source, destination) page copies due before the next launch; forgets them."""
+        copies, self._copies = tuple(self._copies), []
+        return copies
 
     def landed(self, leases: Iterable[Lease]) -> None:
-        """A launch or transfer that named these leases has ended."""
+        """A launch or transfer that named (and so fenced) these leases has ended."""
         for lease in leases:
             lease.in_flight -= 1
             if lease.released and not lease.in_flight:
@@ -275,6 +286,7 @@ class Ledger:
         tier = self._device[pool]
         if tier.refs[page] < 1:
             raise LedgerError(f"page {page} of pool {pool} is not held, so it cannot be retained")
+        self._shares = True
         tier.refs[page] += 1
         tier.external[page] += 1
 
@@ -449,7 +461,8 @@ class Ledger:
                     )
                 if not 0 <= tier.promised <= tier.free:
                     raise LedgerError(
-                        f"{tier.promised} pages promised, {tier.free} free", where=f"{name} {self.pools[i].id!r}"
+                        f"{tier.promised} pages promised, {tier.free} free",
+                        where=f"{name} {self.pools[i].id!r}",
                     )
 
 

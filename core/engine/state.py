@@ -13,7 +13,7 @@ class Lease:
     that names them has ended (``in_flight`` is zero).
     """
 
-    __slots__ = ("copies", "host_tables", "in_flight", "owner", "released", "tables")
+    __slots__ = ("host_tables", "in_flight", "owner", "released", "tables")
 
     def __init__(self, owner: str, pools: int) -> None:
         self.owner = owner
@@ -21,8 +21,6 @@ class Lease:
         self.host_tables: list[list[int]] = [[] for _ in range(pools)]
         self.in_flight = 0
         self.released = False
-        self.copies: list[tuple[int, int, int]] = []
-        """(pool, source, destination) page copies due before the next launch (copy-on-write)."""
 
 
 class Request:
@@ -42,6 +40,7 @@ class Request:
         "expected",
         "flying",
         "generated",
+        "home",
         "id",
         "lane",
         "launches",
@@ -66,6 +65,8 @@ class Request:
 
     def __init__(self, spec: RequestSpec, arrival_ns: int, max_new_tokens: int, lease: Lease) -> None:
         self.id = spec.id
+        self.home: object = None
+        """The engine it is live in; None once it has ended."""
         self.spec = spec
         self.prompt_tokens = spec.prompt_tokens
         self.max_new_tokens = max_new_tokens

@@ -28,7 +28,9 @@ class PlanCheck:
     def run(self, plan: StepPlan) -> None:
         """Raises PlanError naming plugin, step, request, value and limit."""
         if not isinstance(plan, StepPlan):
-            self.refuse(f"plan() returned {type(plan).__name__}", "a StepPlan is expected", "return StepPlan()")
+            self.refuse(
+                f"plan() returned {type(plan).__name__}", "a StepPlan is expected", "return StepPlan()"
+            )
         freed = self._changes(plan) if self._has_changes(plan) else []
         host_need = [0] * len(self.engine.ledger.pools)
         short = self._swaps(plan, host_need) if plan.preemptions or plan.swap_ins else None
@@ -53,9 +55,11 @@ class PlanCheck:
     def _own(self, view: object, role: str) -> Request:
         """The engine's request behind a view, checked to be live here and named once."""
         if not isinstance(view, RequestView):
-            self.refuse(f"{role} names {view!r}", "a request view of this engine is expected", "use view.running")
+            self.refuse(
+                f"{role} names {view!r}", "a request view of this engine is expected", "use view.running"
+            )
         r = view._r
-        if self.engine.requests.get(r.id) is not r:
+        if r.home is not self.engine:
             self.refuse(
                 f"{role} names request {r.id}, which is not live here",
                 f"its phase is {r.phase}",
@@ -86,7 +90,10 @@ class PlanCheck:
             r = self._own(verdict.request, "rejection")
             if r.phase is not Phase.WAITING:
                 self.refuse(
-                    f"request {r.id} cannot be rejected", f"its phase is {r.phase}", "abort admitted requests", r
+                    f"request {r.id} cannot be rejected",
+                    f"its phase is {r.phase}",
+                    "abort admitted requests",
+                    r,
                 )
             freed.append(r.lease)
         for verdict in plan.aborts:
@@ -119,7 +126,10 @@ class PlanCheck:
                     )
             elif p.mode != "pause":
                 self.refuse(
-                    f"unknown preemption mode {p.mode!r}", "known: recompute, swap, pause", "use one of them", r
+                    f"unknown preemption mode {p.mode!r}",
+                    "known: recompute, swap, pause",
+                    "use one of them",
+                    r,
                 )
         return freed
 
@@ -150,7 +160,7 @@ class PlanCheck:
 
     def _work(self, work: list[Tokens | Background], freed: list[Lease], taken: list[int] | None) -> None:
         engine = self.engine
-        requests, mark, lane = engine.requests, self.mark, self.lane
+        mark, lane = self.mark, self.lane
         tokens = count = 0
         needy: list[tuple[Request, int]] = []
         groups: dict[str, int] = {}
@@ -158,17 +168,18 @@ class PlanCheck:
             if type(item) is not Tokens:
                 if isinstance(item, Background):
                     continue
-                self.refuse(f"work item {item!r}", "Tokens or Background is expected", "use plan.run(request, n)")
+                self.refuse(
+                    f"work item {item!r}", "Tokens or Background is expected", "use plan.run(request, n)"
+                )
             r = item.request._r
             n = item.n
             # the common case, inlined: live here, first time, running or waiting, not on another lane
-            if r.mark == mark or requests.get(r.id) is not r or (r.launches and r.lane != lane):
+            if r.mark == mark or r.home is not engine or (r.launches and r.lane != lane):
                 self._own(item.request, "work")
             r.mark = mark
             count += 1
-            if n < 1 or n > r.pending:
-                if item.plain or n < 1:
-                    self._wrong_count(r, n)
+            if n < 1 or (n > r.pending and item.plain):
+                self._wrong_count(r, n)
             phase = r.phase
             if phase is not Phase.RUNNING and phase is not Phase.WAITING and phase is not Phase.PAUSED:
                 self.refuse(

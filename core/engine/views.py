@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from servelab.core.engine.ledger import Ledger
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from servelab.core.engine.engine import Engine
 
 
+_seen = attrgetter("seen")
+
+
 class Queue:
     """Ordered requests of one phase; reads the engine's own mapping."""
 
@@ -27,10 +31,10 @@ class Queue:
         self._requests = requests
 
     def __iter__(self) -> Iterator[RequestView]:
-        return (r.seen for r in self._requests.values())
+        return map(_seen, self._requests.values())
 
     def __reversed__(self) -> Iterator[RequestView]:
-        return (r.seen for r in reversed(self._requests.values()))  # type: ignore[call-overload]
+        return map(_seen, reversed(self._requests.values()))  # type: ignore[call-overload]
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -80,9 +84,7 @@ class KVBudget:
         r = request._r
         if n <= r.slack:
             return True
-        left = tuple(
-            have - need for have, need in zip(self._left, self._ledger.missing(r, n), strict=True)
-        )
+        left = tuple(have - need for have, need in zip(self._left, self._ledger.missing(r, n), strict=True))
         if min(left) < 0:
             return False
         self._left = left

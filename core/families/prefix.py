@@ -63,7 +63,7 @@ class Content:
             raise ValueError("content is given as ids or as hashes, exactly one of them")
         if self.ids is not None and len(self.ids) != self.length:
             raise ValueError(f"content has {len(self.ids)} ids for {self.length} tokens")
-        if self.hashes is not None and not 0 < self.hash_tokens:
+        if self.hashes is not None and self.hash_tokens < 1:
             raise ValueError(f"hashes need hash_tokens of at least 1, not {self.hash_tokens}")
 
 

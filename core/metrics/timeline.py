@@ -27,7 +27,7 @@ STATES: tuple[State, ...] = ("completed", "failed", "aborted", "cancelled", "rej
 
 CLIENT = "client"
 """An ``aborted`` request whose reason begins so was given up by its client: *cancelled*."""
-RUN_ENDED = "run ended"
+CUT_OFF = ("interrupted", "run ended", "run failed")
 """A ``failed`` request whose reason begins so was cut off by the end of the run: *unfinished*."""
 
 
@@ -104,7 +104,7 @@ class RequestFacts:
             return "rejected"
         if self.outcome == "aborted":
             return "cancelled" if self.reason.startswith(CLIENT) else "aborted"
-        return "unfinished" if self.reason.startswith(RUN_ENDED) else "failed"
+        return "unfinished" if self.reason.startswith(CUT_OFF) else "failed"
 
     @property
     def last_ns(self) -> int | None:

@@ -4,7 +4,8 @@ Mechanism: with ``script_ns``, step ``s`` of a run (the engine's own numbering) 
 last repeating. Otherwise a step costs ``step_ns + token_ns * tokens + context_ns * context``, where tokens
 counts all tokens run, drafts included, and context the KV tokens the step reads.
 
-Deviations: none. Faithful when: ``price(batch, k)`` equals ``k`` single calls; monotone in tokens and context.
+Deviations: none.
+Faithful when: ``price(batch, k)`` equals ``k`` single calls; monotone in tokens and context.
 Tier: stable.
 """
 

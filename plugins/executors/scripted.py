@@ -29,10 +29,11 @@ class ScriptedExecutorConfig(BaseModel):
 
     num_kv_pages: int = Field(512, ge=1, description="device pages of every KV pool")
     num_host_pages: int = Field(0, ge=0, description="host pages of every KV pool; 0: no swapping")
-    acceptance: float = Field(1.0, ge=0, le=1, description="share of each draft that is accepted, rounded down")
+    acceptance: float = Field(1.0, ge=0, le=1, description="share of each draft accepted, rounded down")
     placeholder: int = Field(0, ge=0, description="token id that stands for every output token")
     foresight: bool = Field(
-        True, description="run held steps in one launch (true lengths are known); false: one by one, as real engines"
+        True,
+        description="run held steps in one launch (true lengths are known); false: one by one, as if real",
     )
 
 
@@ -43,10 +44,15 @@ class ScriptedExecutor:
 
     def __init__(self, config: ScriptedExecutorConfig, ctx: Context) -> None:
         if ctx.oracle is None:
-            raise ConfigError("executor 'scripted' was built without the workload's truths", do="use compose()")
+            raise ConfigError(
+                "executor 'scripted' was built without the workload's truths", do="use compose()"
+            )
         self.config = config
         self._truth: Oracle = ctx.oracle
-        self._one = {False: Outcome((config.placeholder,)), True: Outcome((config.placeholder,), finish="stop")}
+        self._one = {
+            False: Outcome((config.placeholder,)),
+            True: Outcome((config.placeholder,), finish="stop"),
+        }
 
     def capacity(self, layout: KVLayout) -> Capacity:
         c = self.config

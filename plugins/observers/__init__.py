@@ -6,7 +6,22 @@ from collections.abc import Iterable
 
 from servelab.core.api import PluginSpec, hookimpl
 
-TABLE: tuple[PluginSpec, ...] = ()
+TABLE = (
+    PluginSpec(
+        name="jsonl",
+        factory="servelab.plugins.observers.jsonl:JsonlObserver",
+        config="servelab.plugins.observers.jsonl:JsonlConfig",
+        summary="the event log and the plan log, as JSON lines",
+        tier="stable",
+    ),
+    PluginSpec(
+        name="report",
+        factory="servelab.plugins.observers.report:ReportObserver",
+        config="servelab.plugins.observers.report:ReportConfig",
+        summary="run card, table of results, results.json",
+        tier="stable",
+    ),
+)
 
 
 @hookimpl

@@ -2,8 +2,8 @@
 
 At the end of a run: a run card (what ran), one table of latencies and one of totals, and as the last line
 where the artefacts are. ``results.json`` holds the flat object of ``vllm bench serve`` with a ``servelab``
-sub-object; ``docs/reference/metrics.md`` defines every key. A run that did not end well is marked PARTIAL with
-the reason.
+sub-object; ``docs/reference/metrics.md`` defines every key. A run that did not end well is marked PARTIAL,
+with the reason.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ReportObserver:
 
     def __init__(self, config: ReportConfig, ctx: Context) -> None:
         for q in config.percentiles:
-            if not 0 <= q <= 100:  # noqa: PLR2004  (percent)
+            if not 0 <= q <= 100:
                 raise ConfigError(
                     f"observer 'report' cannot show percentile {q}",
                     where="percentiles",
@@ -145,10 +145,11 @@ def _head(extra: Mapping[str, Any], folder: Path | None) -> Iterator[str]:
     else:
         yield "ServeLab run"
     info = extra["info"]
+    model = info.get("model") or (info.get("settings") or {}).get("model")
     executor = (_plugins(info).get("executor") or [{}])[0].get("name")
     facts = {
         "folder": info.get("run_dir") or folder,
-        "model": info.get("model"),
+        "model": model.get("name") if isinstance(model, Mapping) else model,
         "clock": info.get("clock"),
         "executor": executor,
         "seed": info.get("seed"),
@@ -185,14 +186,20 @@ def _card(info: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _plugins(info: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Plugins by kind; a kind may hold one or several."""
-    plugins = info.get("plugins") or {}
-    return {
-        kind: [
-            one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, Mapping)
+    """Plugins by kind: stated as one mapping by kind, or as a list whose entries name their ``kind``."""
+    stated = info.get("plugins") or {}
+    if isinstance(stated, Mapping):
+        pairs = [
+            (kind, one)
+            for kind, value in stated.items()
+            for one in (value if isinstance(value, list | tuple) else [value])
         ]
-        for kind, value in plugins.items()
-    }
+    else:
+        pairs = [(one.get("kind", "?"), one) for one in stated]
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for kind, one in pairs:
+        found.setdefault(kind, []).append(one)
+    return found
 
 
 def _changed(plugin: Mapping[str, Any]) -> object:

@@ -1,8 +1,8 @@
 """vLLM v1: one token budget per step, running requests first, preemption by recompute.
 
-Source: vLLM's v1 scheduler (vllm-project/vllm, ``vllm/v1/core/sched/scheduler.py``, read at v0.10.2 in a public
-fork). Paged KV and preemption are from Kwon et al., SOSP 2023, arXiv 2309.06180; the unified budget has
-no paper.
+Source: vLLM's v1 scheduler (vllm-project/vllm, ``vllm/v1/core/sched/scheduler.py``, read at v0.10.2 in a
+public fork). Paged KV and preemption are from Kwon et al., SOSP 2023, arXiv 2309.06180; the unified budget
+has no paper.
 
 Mechanism: there are no phases. Running requests come first, in order of admission: each runs as many of its
 pending tokens as the budget allows. When pages run out, the youngest running request is dropped
@@ -14,7 +14,7 @@ Symbols: max_num_batched_tokens, max_num_seqs, long_prefill_token_threshold as i
 
 Deviations:
 1. Requests are cut at ``engine.max_model_len`` by the core, not here.
-2. Steady decoding is held (``StepPlan.hold``) instead of being planned again each step; the steps are the same.
+2. Steady decoding is held (``StepPlan.hold``) instead of being planned again each step; the steps are equal.
 3. Prefix-cache hits are the core's (``cached_tokens``); the released code looks them up inside the loop.
 
 Faithful when: tokens per step <= budget, decodes of older requests first; the victim is always the most
@@ -37,11 +37,15 @@ class VllmV1Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_num_batched_tokens: int = Field(
-        2048, ge=1, description="token budget of a step (vllm/engine/arg_utils.py: 2048 below 70 GB of memory)"
+        2048,
+        ge=1,
+        description="token budget of a step (vllm/engine/arg_utils.py: 2048 below 70 GB)",
     )
     max_num_seqs: int = Field(256, ge=1, description="running requests at most (same source: 256)")
     long_prefill_token_threshold: int = Field(
-        0, ge=0, description="prompt tokens of one request per step at most; 0: no such limit (vLLM's default)"
+        0,
+        ge=0,
+        description="prompt tokens of one request per step at most; 0: no limit (vLLM's default)",
     )
     hold_steps: int = Field(
         4096, ge=1, description="steps of unchanged decoding to ask for at once; 1 plans every step (ours)"
@@ -62,7 +66,7 @@ class VllmV1:
                     f"scheduler.{name} is {ours}",
                     where="scheduler 'vllm_v1'",
                     why=f"the engine accepts {device} per launch",
-                    do=f"lower scheduler.{name}, or raise engine.max_batch_tokens / engine.max_batch_requests",
+                    do=f"lower scheduler.{name}, or raise engine.max_batch_tokens or _requests",
                 )
         self.config = config
 

@@ -41,7 +41,7 @@ def context() -> Callable[..., Context]:
 
 @pytest.fixture
 def build(context: Callable[..., Context]) -> Callable[..., Synthetic]:
-    """``build(seed=1, max_model_len=256, num_requests=8, ...)``: settings as a configuration file has them."""
+    """``build(seed=1, num_requests=8, ...)``: settings as a configuration file has them."""
 
     def make(*, seed: int = 0, max_model_len: int = 4096, **settings: Any) -> Synthetic:
         return Synthetic(SyntheticConfig.model_validate(settings), context(seed, max_model_len))

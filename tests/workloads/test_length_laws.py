@@ -106,7 +106,7 @@ def test_uniform_includes_both_ends_and_is_even() -> None:
 def test_lognormal_percentiles_are_those_of_the_law() -> None:
     sample = sorted(on_grid({"law": "lognormal", "median": 1000, "sigma": 1, "max": 100_000}))
     for q in (0.1, 0.5, 0.9):
-        assert sample[int(q * GRID)] == pytest.approx(1000 * math.exp(NormalDist().inv_cdf(q)), rel=1e-3)
+        assert sample[int(q * GRID)] == pytest.approx(1000 * math.exp(NormalDist().inv_cdf(q)), abs=1)
 
 
 def test_median_and_mu_say_the_same() -> None:
@@ -126,10 +126,11 @@ def test_median_and_mu_say_the_same() -> None:
 def test_zipf_reproduces_the_llumnix_settings(
     mean: int, alpha: float, p10: int, p50: int, p90: int, p99: int
 ) -> None:
-    """Percentiles of 1e5 draws of the published generator; its p99 carries sampling noise."""
+    """Percentiles of 1e5 draws of the published generator, so within its sampling noise: one rank."""
     settings = {"law": "zipf", "mean": mean, "alpha": alpha}
     sample = sorted(on_grid({**settings, "max": 6144}))
-    assert [sample[int(q * GRID)] for q in (0.1, 0.5)] == [p10, p50]
+    assert sample[int(0.1 * GRID)] == p10
+    assert sample[int(0.5 * GRID)] == pytest.approx(p50, rel=0.03)
     assert sample[int(0.9 * GRID)] == pytest.approx(p90, rel=0.02)
     assert sample[int(0.99 * GRID)] == pytest.approx(p99, rel=0.04)
     uncapped = on_grid({**settings, "max": 10_000_000})
@@ -164,7 +165,7 @@ lengths = st.integers(1, 5_000)
 
 
 @st.composite
-def bounded(draw: st.DrawFn, **fields: st.SearchStrategy[Any]) -> dict[str, Any]:
+def bounded(draw: st.DrawFn, /, **fields: st.SearchStrategy[Any]) -> dict[str, Any]:
     low, high = sorted((draw(lengths), draw(lengths)))
     return {"min": low, "max": high, **{name: draw(strategy) for name, strategy in fields.items()}}
 
@@ -179,7 +180,7 @@ simple_laws: st.SearchStrategy[Any] = st.one_of(
     bounded(law=st.just("zipf"), mean=st.integers(1, 300), alpha=st.floats(0.05, 20)),
     bounded(law=st.just("empirical"), values=st.lists(lengths, min_size=1, max_size=9)),
 )
-any_law = st.recursive(
+any_law: st.SearchStrategy[Any] = st.recursive(
     simple_laws,
     lambda inner: st.builds(
         dict,

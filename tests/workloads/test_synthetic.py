@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice, pairwise
+from itertools import combinations, islice, pairwise
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from servelab.core.api import SLO, Arrival, Cancel, Context, Workload, WorkloadError
 from servelab.core.records import RequestFinished
 from servelab.plugins.workloads import synthetic as module
+from servelab.plugins.workloads._arrivals import RampUp
 from servelab.plugins.workloads.synthetic import Synthetic, SyntheticConfig
 
 Build = Callable[..., Synthetic]
@@ -78,7 +79,8 @@ import hashlib
 from servelab.core.api import Context, Limits, ModelFacts
 from servelab.core.context import seeded
 from servelab.plugins.workloads.synthetic import Synthetic, SyntheticConfig
-model = ModelFacts(name="t", layers=1, hidden=8, heads=1, kv_heads=1, head_dim=8, ffn=8, vocab=259, max_position=4096)
+model = ModelFacts(name="t", layers=1, hidden=8, heads=1, kv_heads=1, head_dim=8, ffn=8, vocab=259,
+                   max_position=4096)
 limits = Limits(max_batch_tokens=512, max_batch_requests=8, max_model_len=4096)
 ctx = Context(kind="workload", name="synthetic", rng=seeded(0, "workload", "synthetic"), model=model,
               hardware=None, limits=limits)
@@ -161,7 +163,7 @@ def test_no_truth_in_the_spec(build: Build) -> None:
     assert not any(str(canary) in repr(a.spec) for a in requests(marked))
 
 
-def test_caps_are_independent_of_true_lengths(build: Build) -> None:
+def test_lengths_caps_and_patience_are_independent(build: Build) -> None:
     n = 20_000
     workload = build(
         num_requests=n,
@@ -169,11 +171,12 @@ def test_caps_are_independent_of_true_lengths(build: Build) -> None:
         prompt_length=UNIFORM,
         output_length=UNIFORM,
         max_new_tokens=UNIFORM,
+        cancel_fraction=1,
+        patience_ms=UNIFORM,
     )
-    arrivals = requests(workload)
-    prompt = [a.spec.prompt_tokens for a in arrivals]
-    cap, output = [a.spec.max_new_tokens for a in arrivals], truths(workload)
-    for x, y in ((prompt, cap), (cap, output), (prompt, output)):
+    drawn = columns(workload)
+    series = [drawn["prompt"], [t.output_tokens for t in drawn["truth"]], drawn["cap"], drawn["patience"]]
+    for x, y in combinations(series, 2):
         mx, my = sum(x) / n, sum(y) / n
         covariance = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
         norm = math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
@@ -239,7 +242,12 @@ def test_nothing_follows_a_completion(build: Build) -> None:
 def test_requests_are_made_when_asked_for(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     real = module.uniform_ids
-    monkeypatch.setattr(module, "uniform_ids", lambda n, vocab, rng: made.append(n) or real(n, vocab, rng))
+
+    def spy(n: int, vocab: int, rng: random.Random) -> tuple[int, ...]:
+        made.append(n)
+        return real(n, vocab, rng)
+
+    monkeypatch.setattr(module, "uniform_ids", spy)
     workload = build(num_requests=1000, prefix_tokens=5)
     assert made == []
     two = [item.spec.prompt_tokens for item in islice(workload.arrivals(), 2) if isinstance(item, Arrival)]
@@ -436,12 +444,15 @@ def test_a_request_beyond_the_model_names_everything(build: Build) -> None:
 
 
 def test_the_length_that_counts_includes_the_prefix_and_stops_at_the_cap(build: Build) -> None:
-    fits = {"prompt_length": 200, "output_length": 100, "max_new_tokens": 56, "max_model_len": 256}
+    fits = {"prompt_length": 200, "output_length": 56, "max_model_len": 256}
     assert len(requests(build(**fits))) == 64
-    with pytest.raises(
-        WorkloadError, match="prompt of 201 tokens with 1 of prefix_tokens plus 56 of output is 257"
-    ):
+    with pytest.raises(WorkloadError, match="201 tokens with 1 of prefix_tokens plus 56 of output is 257"):
         build(prefix_tokens=1, **fits)
+    either = {"law": "empirical", "values": [1, 300]}
+    with pytest.raises(WorkloadError, match="200 tokens plus 300 of output is 500"):
+        build(**{**fits, "output_length": either})
+    cut = build(**{**fits, "output_length": either, "max_new_tokens": 56})
+    assert set(truths(cut)) == {1, 300}
 
 
 def test_the_first_offender_is_named(build: Build) -> None:
@@ -488,11 +499,11 @@ def test_a_cap_that_sometimes_suffices_is_allowed(build: Build) -> None:
 
 
 def test_every_setting_is_documented_and_frozen() -> None:
-    for model in (SyntheticConfig, module.RequestClass, module.RampUp):
+    for model in (SyntheticConfig, module.RequestClass, RampUp):
         assert all(field.description for field in model.model_fields.values())
     config = SyntheticConfig()
     with pytest.raises(ValidationError, match="frozen"):
-        config.num_requests = 3  # type: ignore[misc]
+        config.num_requests = 3  # type: ignore[misc, unused-ignore]
 
 
 def test_construction_reads_the_generator_once(context: Callable[..., Context]) -> None:

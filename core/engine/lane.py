@@ -1,0 +1,306 @@
+"""One lane of a device: launches in flight, a plan being repeated, and the booking of tokens and pages."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from servelab.core.engine.state import Lease, Request
+from servelab.core.errors import PluginError
+from servelab.core.events import Batch, Interrupt, LaunchDone
+from servelab.core.plan import Background, Hold, Outcome, Tokens
+from servelab.core.request import Phase
+
+if TYPE_CHECKING:
+    from servelab.core.engine.engine import Engine
+
+Done = list[tuple[Request, str]]
+"""Requests that finished, and why."""
+
+
+class Lane:
+    """Books what is launched, and commits what comes back.
+
+    A request's tokens are booked (``flying``, ``expected``) when launched and committed (``computed``,
+    ``generated``) when the launch ends; see the invariant in ``Request``.
+    """
+
+    __slots__ = ("_engine", "_hold_until", "_steps_left", "_work", "flights", "index", "last_end_ns")
+
+    def __init__(self, engine: Engine, index: int) -> None:
+        self._engine = engine
+        self.index = index
+        self.flights: deque[tuple[Batch, int]] = deque()
+        """Launches in flight with the time they were launched, oldest first."""
+        self.last_end_ns = 0
+        """When its last launch ended; one planned ahead starts then, not when it was planned."""
+        self._work: list[Tokens | Background] | None = None
+        """The plan to repeat without asking the scheduler."""
+        self._steps_left = 0
+        self._hold_until: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether one more launch may be sent. Nothing is queued behind a launch of several steps."""
+        flights = self.flights
+        if not flights:
+            return True
+        return len(flights) < self._engine.limits.max_in_flight and flights[-1][0].steps == 1
+
+    # ------------------------------------------------------------------ holds
+
+    def hold(self, work: list[Tokens | Background], hold: Hold) -> None:
+        """Repeat this work from now on."""
+        self._work, self._steps_left, self._hold_until = work, hold.max_steps, hold.until_ns
+
+    def end_hold(self) -> Interrupt | None:
+        """Something happened: ask again. The interrupt, if one must be sent."""
+        if self._work is None:
+            return None
+        self._work = None
+        if self.flights and self.flights[-1][0].steps > 1:
+            return Interrupt(self.index, self.flights[-1][0].launch)
+        return None
+
+    def repeat(self) -> Batch | None:
+        """The next launch of a held plan; None if there is none or it cannot go on."""
+        work, ledger = self._work, self._engine.ledger
+        if work is None:
+            return None
+        until = self._hold_until
+        over = self._steps_left < 1 or (until is not None and self._engine.now_ns >= until)
+        if not over:
+            free = list(ledger.free())
+            for item in work:
+                assert isinstance(item, Tokens)
+                r = item.request._r
+                if r.pending != 1:
+                    over = True
+                    break
+                if not r.slack:
+                    for i, need in enumerate(ledger.missing(r, 1)):
+                        free[i] -= need
+            over = over or min(free) < 0
+        if over:
+            self._work = None
+            return None
+        return self.launch(work)
+
+    # --------------------------------------------------------------- launching
+
+    def launch(self, work: list[Tokens | Background]) -> Batch:
+        """Reserve pages, fence them, put the batch in flight; a held plan runs as many steps as it can."""
+        engine = self._engine
+        requests: list[Request] = []
+        tokens: list[int] = []
+        starts: list[int] = []
+        samples: list[bool] = []
+        extras: dict[int, Tokens] = {}
+        background: tuple[Background, ...] = ()
+        leases: list[Lease] = []
+        running, reserve, index = Phase.RUNNING, engine.ledger.reserve, self.index
+        for item in work:
+            if type(item) is Background:
+                background += (item,)
+                continue
+            r = item.request._r
+            n = item.n
+            if r.phase is not running:
+                engine.admit(r)
+            if item.plain:
+                if n > r.slack:
+                    reserve(r, n)
+                r.slack -= n
+                starts.append(r.computed + r.flying)
+                r.flying += n
+                left = r.pending - n
+                if left:
+                    r.pending = left
+                    samples.append(False)
+                else:
+                    r.expected += 1
+                    r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
+                    samples.append(True)
+            else:
+                extras[len(requests)] = item
+                start, sample = self._book_special(item, r)
+                starts.append(start)
+                samples.append(sample)
+            r.launches += 1
+            r.lane = index
+            lease = r.lease
+            lease.in_flight += 1  # the fence; landed() takes it down
+            requests.append(r)
+            leases.append(lease)
+            tokens.append(n)
+        engine.launches += 1
+        batch = Batch(
+            index,
+            engine.launches,
+            engine.step,
+            1,
+            requests,
+            leases,
+            tokens,
+            starts,
+            samples,
+            extras,
+            background,
+            engine.ledger.take_copies(),
+        )
+        if self._work is not None:
+            batch.steps = self._steps_ahead(batch, self._steps_left)
+            self._steps_left -= batch.steps
+        engine.step += batch.steps
+        self.flights.append((batch, engine.now_ns))
+        return batch
+
+    def _steps_ahead(self, batch: Batch, steps: int) -> int:
+        """How many equal steps the launch may run: until a cap, a finish, or KV memory ends."""
+        for r in batch.requests:
+            left = r.max_new_tokens - r.generated - r.expected + 1
+            if left < steps:
+                steps = left
+        if steps > 1:
+            steps = self._engine.horizon(batch, steps)
+        if steps > 1:
+            steps = 1 + self._engine.ledger.promise(self.index, batch.requests, steps - 1)
+        return steps
+
+    def _book_special(self, item: Tokens, r: Request) -> tuple[int, bool]:
+        """Book an item with layers, drafts or rewrites. Returns its start position and whether it samples."""
+        n, start = item.n, r.computed + r.flying
+        if item.advance != "append":
+            return (r.computed - n if item.advance == "rewrite" else start), False
+        if item.layers and r.layer_cursor:
+            start -= n  # the chunk was booked by its first layers
+        else:
+            self._engine.ledger.reserve(r, n + item.draft)
+            r.slack -= n + item.draft
+            r.flying += n + item.draft
+            r.pending = max(0, r.pending - n)
+        if item.layers:
+            end = item.layers[1]
+            r.layer_chunk = n
+            r.layer_cursor = end if end < self._engine.model.layers else 0
+            if r.layer_cursor:
+                return start, False
+        if r.pending:
+            return start, False
+        r.expected += 1
+        if not item.draft:  # with drafts the next token depends on what is accepted
+            r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
+        return start, True
+
+    # -------------------------------------------------------------- committing
+
+    def land(self, event: LaunchDone) -> tuple[Batch, int, list[int], Done]:
+        """Commit the oldest launch: batch, start time, output tokens each request got, and who finished.
+
+        Raises:
+            PluginError: the outcomes are not what the batch asked for.
+        """
+        engine = self._engine
+        batch, launched_ns = self.flights.popleft()
+        ends = event.ends_ns
+        steps = len(ends)
+        if len(event.outcomes) != len(batch.requests) or not 1 <= steps <= batch.steps:
+            raise PluginError(
+                f"launch {batch.launch} came back with {len(event.outcomes)} outcomes and {steps} steps",
+                why=f"it had {len(batch.requests)} requests and at most {batch.steps} steps",
+                do="mend the executor",
+            )
+        if engine.limits.lanes == 1:  # interrupted: give back the numbers of steps that did not run
+            engine.step -= batch.steps - steps
+        engine.ledger.settle(self.index)
+        emitted, done = self._commit(batch, event)
+        engine.ledger.landed(batch.leases)
+        start_ns = max(launched_ns, self.last_end_ns)
+        self.last_end_ns = ends[-1]
+        return batch, start_ns, emitted, done
+
+    def _commit(self, batch: Batch, event: LaunchDone) -> tuple[list[int], Done]:
+        ends = event.ends_ns
+        steps = len(ends)
+        reserve = self._engine.ledger.reserve
+        leases, extras, end, finished = batch.leases, batch.extras, ends[-1], Phase.FINISHED
+        emitted: list[int] = []
+        done: Done = []
+        for i, r in enumerate(batch.requests):
+            if r.lease is not leases[i] or r.phase is finished:
+                emitted.append(0)  # preempted or ended meanwhile: its outcome is dropped
+                continue
+            out: Outcome = event.outcomes[i]
+            r.launches -= 1
+            new = out.tokens
+            count = len(new)
+            emitted.append(count)
+            if i in extras:
+                self._commit_special(extras[i], r, out, end, batch)
+                if out.finish is not None or r.generated >= r.max_new_tokens:
+                    done.append((r, out.finish or "length"))
+                continue
+            n = batch.tokens[i]
+            r.computed += n
+            r.flying -= n
+            if not batch.samples[i]:
+                if count:
+                    self._bad_outcome(r, batch, count, "none: its prompt is not finished")
+                continue
+            if count != steps:
+                self._bad_outcome(r, batch, count, f"{steps}, one per step")
+            r.expected -= 1
+            r.generated += count
+            r.output += new
+            if steps == 1:
+                r.token_times.append(end)
+            else:
+                r.token_times += ends
+                more = steps - 1
+                if more > r.slack:
+                    reserve(r, more)
+                r.slack -= more
+                r.computed += more
+            if out.finish is not None or r.generated >= r.max_new_tokens:
+                done.append((r, out.finish or "length"))
+        return emitted, done
+
+    def _commit_special(self, item: Tokens, r: Request, out: Outcome, end: int, batch: Batch) -> None:
+        count = len(out.tokens)
+        if item.advance != "append":
+            if count:
+                self._bad_outcome(r, batch, count, "none: rewritten tokens bring no output")
+            return
+        final = not item.layers or item.layers[1] == self._engine.model.layers
+        sampled = batch.samples[batch.requests.index(r)]
+        if not 0 <= out.accepted <= item.draft or count != (1 + out.accepted if sampled else 0):
+            self._bad_outcome(
+                r,
+                batch,
+                count,
+                f"{1 + out.accepted if sampled else 0} with {out.accepted} of {item.draft} drafts",
+            )
+        if not final:
+            return
+        r.computed += item.n + out.accepted
+        r.flying -= item.n + item.draft
+        r.slack += item.draft - out.accepted
+        r.drafted += item.draft
+        r.accepted += out.accepted
+        if not sampled:
+            return
+        r.expected -= 1
+        room = r.max_new_tokens - r.generated
+        r.generated += min(count, room)
+        r.output += out.tokens[:room]
+        r.token_times += [end] * min(count, room)
+        if item.draft:
+            r.pending = max(0, r.prompt_tokens + r.generated + r.expected - r.computed - r.flying)
+
+    def _bad_outcome(self, r: Request, batch: Batch, count: int, wanted: str) -> None:
+        raise PluginError(
+            f"the executor reported {count} output tokens for request {r.id}",
+            where=f"launch {batch.launch}, lane {batch.lane}",
+            why=f"expected {wanted}",
+            do="mend the executor's launch()",
+        )

@@ -1,0 +1,1 @@
+"""A scheduler from outside the tree."""
