@@ -21,7 +21,7 @@ class Context:
     kind: str
     name: str
     rng: random.Random
-    """The plugin's own generator, seeded by the run's seed, its kind and its name; its only source of chance."""
+    """The plugin's own generator, seeded by the run's seed, its kind and its name: its only chance."""
     model: ModelFacts
     hardware: HardwareFacts | None
     limits: Limits

@@ -64,7 +64,7 @@ class Abort:
 
     ORDER: ClassVar[int] = 5
     request_id: str
-    reason: str = "client"
+    reason: str = "the client gave up"
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ class Events:
 
     @hookspec
     def servelab_on_request_finished(self, record: RequestFinished) -> None:
-        """The one terminal record of a request: finished, rejected, aborted or failed."""
+        """The one terminal record of a request, whatever its end."""
 
     @hookspec
     def servelab_on_run_finished(self, record: RunFinished) -> None:

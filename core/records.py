@@ -15,6 +15,12 @@ LOG_SCHEMA = 1
 """Version of the record fields; raised when one changes meaning or goes away."""
 
 
+Ending = Literal["completed", "rejected", "aborted", "cancelled", "failed", "unfinished"]
+"""How a request ends: ``completed`` by itself (reason ``stop``, or ``length`` at its cap), ``rejected``
+before it ran, ``aborted`` by a policy after it was admitted, ``cancelled`` by its client, ``failed`` (its instance
+was lost), ``unfinished`` (the run ended first)."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Record:
     ev: ClassVar[str]
@@ -141,15 +147,11 @@ class TransferEnded(Record):
 
 @dataclass(slots=True, kw_only=True)
 class RequestFinished(Record):
-    """The one terminal record of a request.
-
-    ``outcome`` is ``finished`` (reason ``stop`` or ``length``), ``rejected`` (never ran), ``aborted`` (by the
-    client or a policy) or ``failed`` (instance lost, run ended, plugin error).
-    """
+    """The one terminal record of a request; ``reason`` says more for people, ``outcome`` is what counts."""
 
     ev = "finished"
     request: str
-    outcome: Literal["finished", "rejected", "aborted", "failed"]
+    outcome: Ending
     reason: str
     output_tokens: int
     preemptions: int = 0
@@ -174,11 +176,11 @@ RECORDS: dict[str, type[Record]] = {
 
 
 def to_dict(record: Record) -> dict[str, Any]:
-    """JSON-ready form; fields at their default are left out."""
+    """JSON-ready form; fields at their default are left out, but for the schema version."""
     out: dict[str, Any] = {"ev": record.ev}
     for f in fields(record):
         value = getattr(record, f.name)
-        if value != f.default:
+        if value != f.default or f.name == "schema":
             out[f.name] = value
     return out
 
@@ -192,7 +194,9 @@ def from_dict(data: Mapping[str, Any]) -> Record:
     """
     values = dict(data)
     cls = RECORDS[values.pop("ev")]
-    for name in ("free_pages",):
-        if name in values:
-            values[name] = tuple(values[name])
+    if "free_pages" in values:
+        values["free_pages"] = tuple(values["free_pages"])
+    if cls is Planned:  # JSON has no tuples
+        for name in ("work", "preempted", "swapped_in", "rejected", "aborted", "deferred"):
+            values[name] = [tuple(item) for item in values[name]]
     return cls(**values)

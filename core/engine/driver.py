@@ -73,10 +73,10 @@ class Driver:
 
     def _abandon(self, exc: BaseException) -> None:
         """Give every live request its terminal record; the error that ended the run stays the one raised."""
-        reason = "interrupted" if isinstance(exc, KeyboardInterrupt) else f"run failed: {_first_line(exc)}"
+        reason = "interrupted" if isinstance(exc, KeyboardInterrupt) else _first_line(exc)
         try:
             for engine in self.engines:
-                for command in engine.stop(self.now_ns, "failed", reason):
+                for command in engine.stop(self.now_ns, reason):
                     if isinstance(command, Emit):
                         self._emit(command.record)
         except Exception as second:

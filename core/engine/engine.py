@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from servelab.core.engine.lane import Lane
 from servelab.core.engine.ledger import Ledger, Transfer
@@ -40,6 +40,7 @@ from servelab.core.families.scheduler import Scheduler
 from servelab.core.layout import Capacity, KVLayout
 from servelab.core.plan import StepPlan, Tokens
 from servelab.core.records import (
+    Ending,
     Planned,
     Record,
     RequestAdmitted,
@@ -51,8 +52,6 @@ from servelab.core.records import (
     TransferStarted,
 )
 from servelab.core.request import Phase, RequestView
-
-Terminal = Literal["finished", "rejected", "aborted", "failed"]
 
 
 class Engine:
@@ -111,7 +110,8 @@ class Engine:
         self.programs: dict[str, ProgramView] = {}
         self.transfers: dict[int, Transfer] = {}
         self.arrived = 0
-        self.ended: dict[Terminal, int] = {"finished": 0, "rejected": 0, "aborted": 0, "failed": 0}
+        self.ended: dict[Ending, int] = dict.fromkeys(get_args(Ending), 0)
+        """Terminal records given, by outcome."""
 
         self._plan = scheduler.plan
         self._learn: Callable[[Record], None] | None = getattr(scheduler, "on_event", None)
@@ -334,7 +334,7 @@ class Engine:
         r = self.requests.get(event.request_id)
         if r is not None:
             self._break_holds()
-            self._end(r, "aborted", event.reason)
+            self._end(r, "cancelled", event.reason)
 
     def _tick(self, _: Timer | ToolDone) -> None:
         self._break_holds()
@@ -368,7 +368,7 @@ class Engine:
             )
         )
         for r, reason in done:
-            self._end(r, "finished", reason)
+            self._end(r, "completed", reason)
         if done:
             self._break_holds()
 
@@ -425,22 +425,22 @@ class Engine:
         self.transfers.clear()
         self._end_all("failed", event.reason)
 
-    def stop(self, now_ns: int, outcome: Terminal, reason: str) -> list[Command]:
-        """End every live request (the run is over, interrupted or failed). In-flight work is forgotten."""
+    def stop(self, now_ns: int, reason: str) -> list[Command]:
+        """The run is over before its requests: end them as ``unfinished``. In-flight work is forgotten."""
         self._out = []
         self.now_ns = now_ns
         for lane in self._lanes:
             lane.end_hold()
-        self._end_all(outcome, reason)
+        self._end_all("unfinished", reason)
         return self._out
 
     # ------------------------------------------------------------- accounting
 
-    def _end_all(self, outcome: Terminal, reason: str) -> None:
+    def _end_all(self, outcome: Ending, reason: str) -> None:
         for r in list(self.requests.values()):
             self._end(r, outcome, reason)
 
-    def _end(self, r: Request, outcome: Terminal, reason: str) -> None:
+    def _end(self, r: Request, outcome: Ending, reason: str) -> None:
         """The one terminal event of a request; its pages return when nothing in flight names them."""
         for queue in self.queues:
             queue.pop(r.id, None)

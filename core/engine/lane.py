@@ -234,12 +234,12 @@ class Lane:
             r.launches -= 1
             new = out.tokens
             count = len(new)
-            emitted.append(count)
             if i in extras:
-                self._commit_special(extras[i], r, out, end, batch)
+                emitted.append(self._commit_special(extras[i], r, out, end, batch, i))
                 if out.finish is not None or r.generated >= r.max_new_tokens:
                     done.append((r, out.finish or "length"))
                 continue
+            emitted.append(count)
             n = batch.tokens[i]
             r.computed += n
             r.flying -= n
@@ -265,14 +265,15 @@ class Lane:
                 done.append((r, out.finish or "length"))
         return emitted, done
 
-    def _commit_special(self, item: Tokens, r: Request, out: Outcome, end: int, batch: Batch) -> None:
+    def _commit_special(self, item: Tokens, r: Request, out: Outcome, end: int, batch: Batch, i: int) -> int:
+        """Commit an item with layers, drafts or rewrites; returns the output tokens it brought."""
         count = len(out.tokens)
         if item.advance != "append":
             if count:
                 self._bad_outcome(r, batch, count, "none: rewritten tokens bring no output")
-            return
+            return 0
         final = not item.layers or item.layers[1] == self._engine.model.layers
-        sampled = batch.samples[batch.requests.index(r)]
+        sampled = batch.samples[i]
         if not 0 <= out.accepted <= item.draft or count != (1 + out.accepted if sampled else 0):
             self._bad_outcome(
                 r,
@@ -281,21 +282,22 @@ class Lane:
                 f"{1 + out.accepted if sampled else 0} with {out.accepted} of {item.draft} drafts",
             )
         if not final:
-            return
+            return 0
         r.computed += item.n + out.accepted
         r.flying -= item.n + item.draft
         r.slack += item.draft - out.accepted
         r.drafted += item.draft
         r.accepted += out.accepted
         if not sampled:
-            return
+            return 0
         r.expected -= 1
-        room = r.max_new_tokens - r.generated
-        r.generated += min(count, room)
-        r.output += out.tokens[:room]
-        r.token_times += [end] * min(count, room)
+        new = out.tokens[: r.max_new_tokens - r.generated]
+        r.generated += len(new)
+        r.output += new
+        r.token_times += [end] * len(new)
         if item.draft:
             r.pending = max(0, r.prompt_tokens + r.generated + r.expected - r.computed - r.flying)
+        return len(new)
 
     def _bad_outcome(self, r: Request, batch: Batch, count: int, wanted: str) -> None:
         raise PluginError(

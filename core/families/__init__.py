@@ -110,7 +110,14 @@ KINDS: dict[str, Kind] = {
             True,
             "dispatch, migration, roles, scaling, fleet planning",
         ),
-        Kind("app", "servelab_apps", "apps", "servelab.core.families.app:App", True, "graphs of calls and tools"),
+        Kind(
+            "app",
+            "servelab_apps",
+            "apps",
+            "servelab.core.families.app:App",
+            True,
+            "graphs of calls and tools",
+        ),
         Kind(
             "cost",
             "servelab_cost_models",

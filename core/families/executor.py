@@ -39,8 +39,9 @@ class Executor(Protocol):
     def launch(self, batch: Batch, steps: int) -> Sequence[Outcome]:
         """Run ``steps`` steps (``1 <= steps <= batch.steps``) and report one outcome per request.
 
-        A request for which ``batch.samples[i]`` yields exactly ``steps`` tokens (drafts: up to ``draft + 1``),
-        others none. Called once per launch, in launch order per lane.
+        A request with ``batch.samples[i]`` yields exactly ``steps`` tokens (with drafts: ``accepted + 1``),
+        others none. Called once per launch, in launch order per lane. What it reports for a request that
+        ended or was preempted meanwhile is dropped.
         """
         ...
 

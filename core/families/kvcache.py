@@ -27,7 +27,7 @@ class KVCache(Protocol):
         ...
 
     def attach(self, pool: int, tier: str, num_pages: int) -> None:
-        """A pool (by layout index) and tier exists with pages ``0..num_pages-1``, all free. Called once each."""
+        """A pool (by layout index) has pages ``0..num_pages-1`` on this tier, all free. Called once each."""
         ...
 
     def pages_for(self, pool: Pool, request: RequestView | None, tokens: int) -> int:

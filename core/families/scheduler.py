@@ -57,7 +57,7 @@ class KVBudget(Protocol):
     """Scratch account of free KV pages while a plan is being made. Changing it changes nothing else."""
 
     def take(self, request: RequestView, n: int) -> bool:
-        """Set aside what ``n`` more tokens of the request need, in every pool; False (and nothing) if short."""
+        """Set aside what ``n`` more tokens of it need, in every pool; False (and nothing) if short."""
         ...
 
     def give_back(self, request: RequestView) -> None:

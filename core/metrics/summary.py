@@ -63,7 +63,7 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
     """
     options = options or SummaryOptions()
     requests = timeline.requests.values()
-    completed = [facts for facts in requests if facts.outcome == "finished"]
+    completed = [facts for facts in requests if facts.outcome == "completed"]
     for facts in completed:
         _check(facts)
     states = Counter(facts.state for facts in requests)

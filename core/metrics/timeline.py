@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, get_args
 
 from servelab.core.errors import ServeLabError
 from servelab.core.metrics.definitions import e2el_ns, tpot_ns, ttft_ns
 from servelab.core.records import (
+    Ending,
     Record,
     RequestAdmitted,
     RequestArrived,
@@ -22,13 +23,8 @@ from servelab.core.records import (
     StepDone,
 )
 
-State = Literal["completed", "failed", "aborted", "cancelled", "rejected", "unfinished"]
-STATES: tuple[State, ...] = ("completed", "failed", "aborted", "cancelled", "rejected", "unfinished")
-
-CLIENT = "client"
-"""An ``aborted`` request whose reason begins so was given up by its client: *cancelled*."""
-CUT_OFF = ("interrupted", "run ended", "run failed")
-"""A ``failed`` request whose reason begins so was cut off by the end of the run: *unfinished*."""
+STATES: tuple[Ending, ...] = get_args(Ending)
+"""How requests end; one whose terminal record is missing counts as ``unfinished``."""
 
 
 class LogError(ServeLabError):
@@ -72,7 +68,7 @@ class RequestFacts:
         self.sizes: array[int] | None = None
         """Tokens of each chunk; None: all have one."""
         self.ended_ns: int | None = None
-        self.outcome: str | None = None
+        self.outcome: Ending | None = None
         """As in its terminal record."""
         self.reason = ""
         self.reported_tokens = 0
@@ -94,17 +90,9 @@ class RequestFacts:
         return len(self.times) if self.sizes is None else sum(self.sizes)
 
     @property
-    def state(self) -> State:
-        """How it ended, with clients' cancellations and requests cut off by the end of the run set apart."""
-        if self.outcome is None:
-            return "unfinished"
-        if self.outcome == "finished":
-            return "completed"
-        if self.outcome == "rejected":
-            return "rejected"
-        if self.outcome == "aborted":
-            return "cancelled" if self.reason.startswith(CLIENT) else "aborted"
-        return "unfinished" if self.reason.startswith(CUT_OFF) else "failed"
+    def state(self) -> Ending:
+        """How it ended."""
+        return self.outcome or "unfinished"
 
     @property
     def last_ns(self) -> int | None:

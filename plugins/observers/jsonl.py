@@ -1,4 +1,4 @@
-"""Log: every record of a run as one JSON object per line (baseline, tier prototype).
+"""Log: every record of a run as one JSON object per line (baseline).
 
 ``events.jsonl`` holds all records but plans, ``plan.jsonl`` the plans with their reasons; ``read_log`` gives
 the very same records back. Both begin with a header line::

@@ -1,4 +1,4 @@
-"""Report: what a run measured, on stdout and in ``results.json`` (baseline, tier prototype).
+"""Report: what a run measured, on stdout and in ``results.json`` (baseline).
 
 At the end of a run: a run card (what ran), one table of latencies and one of totals, and as the last line
 where the artefacts are. ``results.json`` holds the flat object of ``vllm bench serve`` with a ``servelab``

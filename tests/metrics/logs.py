@@ -61,7 +61,7 @@ def preempted(t: float, request: str, lost: int) -> RequestPreempted:
 
 
 def finished(
-    t: float, request: str, n: int, outcome: Any = "finished", reason: str = "stop", **more: int
+    t: float, request: str, n: int, outcome: Any = "completed", reason: str = "stop", **more: int
 ) -> RequestFinished:
     return RequestFinished(
         t_ns=int(t * MS), request=request, outcome=outcome, reason=reason, output_tokens=n, **more

@@ -103,7 +103,7 @@ def outcomes(ttft: float | None = None) -> list[Record]:
         finished(1, "rejected", 0, "rejected", "queue full"),
         step(0, [10], {"ok": (10, 1), "policy": (10, 1), "broken": (10, 1)}),
         finished(12, "policy", 1, "aborted", "too long"),
-        finished(15, "client", 0, "aborted", "client"),
+        finished(15, "client", 0, "cancelled", "gave up"),
         step(10, [20], {"ok": (1, 1), "policy": (1, 0), "broken": (1, 1)}),
         finished(20, "ok", 2),
         finished(30, "broken", 2, "failed", "instance lost"),
@@ -158,7 +158,7 @@ def test_attainment_by_fate(ttft: float, misses: bool, good: int, judged: int) -
 def test_a_request_cut_off_by_the_end_of_the_run_is_unfinished() -> None:
     records = [
         arrived(0, "a"),
-        finished(5, "a", 0, "failed", "interrupted"),
+        finished(5, "a", 0, "unfinished", "interrupted"),
         ended(5, "interrupted", "ctrl-c"),
     ]
     counts = summary([started(), *records])["servelab"]["requests"]

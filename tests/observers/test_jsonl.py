@@ -108,7 +108,7 @@ others = st.one_of(
         t_ns=times,
         engine=st.integers(0, 1),
         request=names,
-        outcome=st.sampled_from(["finished", "failed"]),
+        outcome=st.sampled_from(["completed", "failed"]),
         reason=names,
         output_tokens=counts,
     ),

@@ -73,7 +73,7 @@ def fresh_env(tmp_path: Path) -> Callable[[], Path]:
         folder = tmp_path / "env"
         venv.create(folder, with_pip=False, symlinks=True)
         purelib = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-        # a path taken from a .pth file has its own .pth files ignored: an editable servelab stays out of sight
+        # .pth files in a folder named by a .pth file are ignored: an editable servelab stays out of sight
         shared = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
         (purelib / "shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
         return folder / "bin" / "python"

@@ -235,7 +235,7 @@ def test_ramp_up_replaces_the_rate(build: Build) -> None:
 
 
 def test_nothing_follows_a_completion(build: Build) -> None:
-    done = RequestFinished(t_ns=1, request="r0", outcome="finished", reason="stop", output_tokens=1)
+    done = RequestFinished(t_ns=1, request="r0", outcome="completed", reason="stop", output_tokens=1)
     assert list(build().react(done)) == []
 
 

@@ -1,0 +1,137 @@
+"""Every mistake is found, named by its path, and told in one message."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from servelab.core.config import Choice, validate
+from servelab.core.errors import ConfigError
+from servelab.core.registry import Registry
+from servelab.core.spec import PluginSpec
+
+
+class Inner(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    depth: int = Field(1, description="how deep")
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    share: float = Field(0.5, ge=0, le=1, description="a share")
+    inner: Inner | None = Field(None, description="something nested")
+
+
+def problems(raw: dict[str, Any], registry: Registry) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        validate(raw, registry)
+    return [line.removeprefix("  - ") for line in str(error.value).splitlines() if line.startswith("  - ")]
+
+
+def test_defaults_are_filled_in(raw: dict[str, Any], registry: Registry) -> None:
+    config = validate(raw, registry)
+    assert config.scheduler.config.max_num_seqs == 256
+    assert config.engine.checks == "basic"
+    assert (config.observers, config.quant, config.hardware) == ((), None, None)
+    settings = config.settings()
+    assert settings["kvcache"] == {"name": "paged", "page_tokens": 16}
+    assert json.loads(json.dumps(settings, allow_nan=False)) == settings
+
+
+def test_settings_without_end_are_words(raw: dict[str, Any], registry: Registry) -> None:
+    raw["workload"] |= {"request_rate": float("inf")}
+    config = validate(raw, registry)
+    assert config.settings()["workload"]["request_rate"] == "inf"
+    assert config.workload.changed()["request_rate"] == "inf"
+    assert validate({**raw, "workload": config.settings()["workload"]}, registry) == config
+
+
+def test_all_problems_at_once(raw: dict[str, Any], registry: Registry) -> None:
+    raw["scheduler"] = {"name": "vllm_v1", "max_num_seq": 3, "hold_steps": "many"}
+    raw["kvcache"] = {"name": "pagd"}
+    raw["task"] = {"name": "bench", "speed": 2}
+    raw["engine"] = {"lanez": 2, "checks": "fast", "max_in_flight": 0}
+    raw["observers"] = ["jsonl", {"name": "jsnol"}, 3, {"plans": False}]
+    raw["model"]["layers"] = "x"
+    raw["slo"] = {"ttft": 3}
+    raw["enigne"] = None
+    del raw["cost"]
+    found = problems(raw, registry)
+    expected = [
+        ("scheduler.max_num_seq: unknown field (got 3); did you mean 'max_num_seqs'?",),
+        ("scheduler.hold_steps: ", "(got 'many')"),
+        ("kvcache.name: unknown kvcache 'pagd'",),
+        ("task.speed: task 'bench' takes no settings (got 2)",),
+        ("engine.lanez: unknown field (got 2); did you mean 'lanes'?",),
+        ("engine.checks: ", "(got 'fast')"),
+        ("engine.max_in_flight: ", "(got 0)"),
+        ("observers.1.name: unknown observer 'jsnol'",),
+        ("observers.2: must be a mapping with a name (got 3)",),
+        ("observers.3.name: missing; known: jsonl",),
+        ("model.layers: ", "(got 'x')"),
+        ("slo.ttft: unknown field (got 3); did you mean 'ttft_ms'?",),
+        ("enigne: unknown field (got None); did you mean 'engine'?",),
+        ("cost: missing; known: scripted",),
+    ]
+    for start, *rest in expected:
+        (line,) = (line for line in found if line.startswith(start))
+        assert all(part in line for part in rest)
+    assert len(found) == len(expected)
+
+
+def test_unknown_plugin_comes_with_the_nearest(raw: dict[str, Any], registry: Registry) -> None:
+    raw["kvcache"] = {"name": "pagd"}
+    with pytest.raises(ConfigError, match="did you mean 'paged'"):
+        validate(raw, registry)
+
+
+@pytest.mark.parametrize("absent", [None, {"name": None}, {"name": "none", "bits": 4}, "none"])
+def test_none_means_no_plugin(raw: dict[str, Any], registry: Registry, absent: object) -> None:
+    assert validate({**raw, "quant": absent}, registry).quant is None
+    assert problems({**raw, "scheduler": absent}, registry)[0].startswith(
+        "scheduler: missing; known: vllm_v1"
+    )
+
+
+def test_name_alone_is_enough(raw: dict[str, Any], registry: Registry) -> None:
+    assert validate({**raw, "scheduler": "vllm_v1"}, registry) == validate(raw, registry)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "problem"),
+    [
+        ("engine", {"max_model_len": 513}, "engine.max_model_len: must be at most model.max_position, 512"),
+        ("model", {"kv_heads": 3}, "model.kv_heads: must divide model.heads, 4 (got 3)"),
+        ("model", {"windows": [None]}, "model.windows: must have one entry per layer, 2 (got 1)"),
+        ("model", {"experts_per_token": 1}, "model.experts_per_token: must be at most model.experts, 0"),
+        ("hardware", {"name": "h", "flops": float("inf")}, "hardware.flops: "),
+        ("clock", {"name": "wal"}, "clock.name: "),
+        ("observers", "jsonl", "observers: must be a list"),
+        ("observers", ["jsonl", {"name": "jsonl"}], "observers.1: 'jsonl' is listed twice"),
+        ("scheduler", 5, "scheduler: must be a mapping with a name (got 5)"),
+        ("scheduler", {"name": 5}, "scheduler.name: must be a name (got 5)"),
+        ("scheduler", {}, "scheduler.name: missing; known: vllm_v1"),
+    ],
+)
+def test_one_problem(raw: dict[str, Any], registry: Registry, section: str, value: Any, problem: str) -> None:
+    raw[section] = {**raw["model"], **value} if section == "model" else value
+    (found,) = problems(raw, registry)
+    assert found.startswith(problem)
+
+
+def test_plugins_models_and_names(raw: dict[str, Any], registry: Registry) -> None:
+    registry.add("prefix", PluginSpec(name="p", factory="a:b"), factory=dict, config=Settings)
+    config = validate({**raw, "prefix": {"name": "p", "inner": {"depth": 3}}}, registry)
+    assert config.prefix == Choice(name="p", config=Settings(inner=Inner(depth=3)))
+    assert ("prefix", config.prefix) in config.choices()
+    (found,) = problems({**raw, "prefix": {"name": "p", "inner": {"dept": 3}}}, registry)
+    assert found == "prefix.inner.dept: unknown field (got 3); did you mean 'depth'? known: depth"
+
+
+def test_a_config_that_is_no_model_is_the_packages_fault(raw: dict[str, Any], registry: Registry) -> None:
+    registry.add("prefix", PluginSpec(name="p", factory="a:b"), factory=dict, config=dict)
+    (found,) = problems({**raw, "prefix": "p"}, registry)
+    assert "not a pydantic model" in found

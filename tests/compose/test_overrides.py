@@ -1,0 +1,57 @@
+"""Both spellings of a choice mean the same, and a misspelt section is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from servelab.core.errors import ConfigError
+from servelab.core.overrides import normalize
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("scheduler=x", "+scheduler=x"),
+        ("+scheduler=x", "+scheduler=x"),
+        ("scheduler=a,b", "+scheduler=a,b"),
+        ("hardware=a100", "+hardware=a100"),
+        ("experiment=p_fig3", "+experiment=p_fig3"),
+        ("executor=x", "executor=x"),
+        ("+executor=x", "executor=x"),
+        ("scheduler.field=1", "++scheduler.field=1"),
+        ("+scheduler.field=1", "++scheduler.field=1"),
+        ("workload.prompt_length.value=1", "++workload.prompt_length.value=1"),
+        ("engine.checks=full", "++engine.checks=full"),
+        ("scheduler={name:x,f:1}", "++scheduler={name:x,f:1}"),
+        ("quant=null", "++quant={name:null}"),
+        ("+quant=none", "++quant={name:null}"),
+        ("slo=none", "slo=none"),  # a file of that name
+        ("seed=1,2", "seed=1,2"),
+        ("observers=[a,b]", "observers=[a,b]"),
+        ("hydra.run.dir=x=y", "hydra.run.dir=x=y"),
+        ("hydra/launcher=joblib", "hydra/launcher=joblib"),
+        ("~quant", "~quant"),
+        ("model@draft=toy", "model@draft=toy"),
+        ("+theirs=x", "+theirs=x"),
+        ("--help", "--help"),
+    ],
+)
+def test_rewriting(given: str, wanted: str) -> None:
+    assert normalize([given]) == [wanted]
+
+
+@pytest.mark.parametrize("flag", ["-sc", "--cfg", "--info", "--config-dir", "-cd", "--package"])
+def test_values_of_flags_are_left_alone(flag: str) -> None:
+    assert normalize([flag, "query=bash", "scheduler=x"]) == [flag, "query=bash", "+scheduler=x"]
+
+
+def test_another_primary_configuration_is_left_alone() -> None:
+    args = ["--config-name=mine", "scheduler=x", "whatever=1"]
+    assert normalize(args) == args
+
+
+@pytest.mark.parametrize(("given", "nearest"), [("shceduler=x", "scheduler"), ("enigne.lanes=2", "engine")])
+def test_misspelt_section(given: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean {nearest!r}") as error:
+        normalize([given])
+    assert given in error.value.where
