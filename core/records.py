@@ -16,9 +16,12 @@ LOG_SCHEMA = 1
 
 
 Ending = Literal["completed", "rejected", "aborted", "cancelled", "failed", "unfinished"]
-"""How a request ends: ``completed`` by itself (reason ``stop``, or ``length`` at its cap), ``rejected``
-before it ran, ``aborted`` by a policy after it was admitted, ``cancelled`` by its client, ``failed`` (its instance
-was lost), ``unfinished`` (the run ended first)."""
+"""How a request ends.
+
+``completed`` by itself (reason ``stop``, or ``length`` at its cap), ``rejected`` before it ran, ``aborted`` by a
+policy after it was admitted, ``cancelled`` by its client, ``failed`` (its instance was lost), ``unfinished``
+(the run ended first).
+"""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -128,8 +128,6 @@ class Ledger:
 
     def _shared_tail(self, i: int, table: list[int], tokens: int) -> int | None:
         """Index of the partly filled page that the next token is written to, if others hold it too."""
-        if not self._shares:
-            return None
         index, offset = divmod(tokens, self.pools[i].page_tokens)
         if offset and index < len(table) and self._device[i].refs[table[index]] > 1:
             return index
@@ -140,7 +138,7 @@ class Ledger:
         capacity = None
         for i, pool in enumerate(self.pools):
             table = r.lease.tables[i]
-            if self._shared_tail(i, table, scheduled) is not None:
+            if self._shares and self._shared_tail(i, table, scheduled) is not None:
                 return 0  # the next write must come through reserve() to copy the page first
             tokens = self.kvcache.tokens_in(pool, len(table))
             capacity = tokens if capacity is None or tokens < capacity else capacity
@@ -175,8 +173,7 @@ class Ledger:
                 continue
             table = lease.tables[i]
             pages = self._take(i, "device", need, r)
-            tail = self._shared_tail(i, table, scheduled)
-            if tail is not None:
+            if self._shares and (tail := self._shared_tail(i, table, scheduled)) is not None:
                 old = table[tail]
                 table[tail] = pages.pop()
                 self._copies.append((i, old, table[tail]))

@@ -34,7 +34,17 @@ class PlanCheck:
         freed = self._changes(plan) if self._has_changes(plan) else []
         host_need = [0] * len(self.engine.ledger.pools)
         short = self._swaps(plan, host_need) if plan.preemptions or plan.swap_ins else None
-        self._work(plan.work, freed, short)
+        try:
+            self._work(plan.work, freed, short)
+        except AttributeError as exc:  # checking the type of each item's request would cost every step
+            strangers = [i for i in plan.work if not isinstance(getattr(i, "request", None), RequestView)]
+            if not strangers:
+                raise
+            self.refuse(
+                f"work item {strangers[0]!r} names no request view",
+                str(exc),
+                "plan requests of this call's queues",
+            )
         if plan.hold is not None:
             self._hold(plan, plan.hold)
         if plan.wake_at is not None and plan.wake_at <= self.engine.now_ns:
@@ -161,6 +171,7 @@ class PlanCheck:
     def _work(self, work: list[Tokens | Background], freed: list[Lease], taken: list[int] | None) -> None:
         engine = self.engine
         mark, lane = self.mark, self.lane
+        running, waiting, paused = Phase.RUNNING, Phase.WAITING, Phase.PAUSED
         tokens = count = 0
         needy: list[tuple[Request, int]] = []
         groups: dict[str, int] = {}
@@ -177,27 +188,31 @@ class PlanCheck:
             if r.mark == mark or r.home is not engine or (r.launches and r.lane != lane):
                 self._own(item.request, "work")
             r.mark = mark
-            count += 1
-            if n < 1 or (n > r.pending and item.plain):
-                self._wrong_count(r, n)
             phase = r.phase
-            if phase is not Phase.RUNNING and phase is not Phase.WAITING and phase is not Phase.PAUSED:
+            if phase is not running and phase is not waiting and phase is not paused:
                 self.refuse(
                     f"request {r.id} cannot run",
                     f"its phase is {phase}",
                     "swap it in first and wait for the transfer" if phase is Phase.SWAPPED else "wait",
                     r,
                 )
-            tokens += n + item.draft
-            if not item.plain:
+            count += 1
+            tokens += n
+            if item.plain:
+                if n < 1 or n > r.pending:
+                    self._wrong_count(r, n)
+                if r.layer_cursor:
+                    self.refuse(
+                        f"request {r.id} is at layer {r.layer_cursor} of a chunk",
+                        "the chunk must pass all layers before other tokens run",
+                        f"continue it with Tokens(request, {r.layer_chunk}, layers=({r.layer_cursor}, ...))",
+                        r,
+                    )
+            else:
+                if n < 1:
+                    self._wrong_count(r, n)
+                tokens += item.draft
                 n = self._special(item, r, groups)
-            elif r.layer_cursor:
-                self.refuse(
-                    f"request {r.id} is at layer {r.layer_cursor} of a chunk",
-                    "the chunk must pass all layers before other tokens run",
-                    f"continue it with Tokens(request, {r.layer_chunk}, layers=({r.layer_cursor}, ...))",
-                    r,
-                )
             if n > r.slack:
                 needy.append((r, n))
         limits = engine.limits

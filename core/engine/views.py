@@ -78,25 +78,27 @@ class KVBudget:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._left = ledger.free()
+        self._left = list(ledger.free())
 
     def take(self, request: RequestView, n: int) -> bool:
         r = request._r
         if n <= r.slack:
             return True
-        left = tuple(have - need for have, need in zip(self._left, self._ledger.missing(r, n), strict=True))
-        if min(left) < 0:
-            return False
-        self._left = left
+        left, need = self._left, self._ledger.missing(r, n)
+        for i, pages in enumerate(need):
+            if pages > left[i]:
+                return False
+        for i, pages in enumerate(need):
+            left[i] -= pages
         return True
 
     def give_back(self, request: RequestView) -> None:
-        freed = self._ledger.releasable([request._r.lease])
-        self._left = tuple(have + n for have, n in zip(self._left, freed, strict=True))
+        for i, pages in enumerate(self._ledger.releasable([request._r.lease])):
+            self._left[i] += pages
 
     @property
     def free(self) -> tuple[int, ...]:
-        return self._left
+        return tuple(self._left)
 
 
 class KVView:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from random import Random
 from typing import Any, Literal
 
 from servelab.core.engine.engine import Engine
@@ -35,11 +36,11 @@ from servelab.core.events import (
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.families.cost import CostModel
 from servelab.core.families.kvcache import KVCache
-from servelab.core.families.scheduler import Scheduler, StepView
+from servelab.core.families.scheduler import KVBudget, Scheduler, StepView
 from servelab.core.layout import Capacity, KVLayout, Pool
-from servelab.core.plan import Hold, Outcome, StepPlan
+from servelab.core.plan import Background, Hold, Outcome, StepPlan, Tokens
 from servelab.core.records import Record, RequestFinished, RequestPreempted, StepDone
-from servelab.core.request import Arrival, Cancel, RequestSpec, RequestView, Truth
+from servelab.core.request import Arrival, Cancel, Phase, RequestSpec, RequestView, Truth
 
 TOY_MODEL = ModelFacts(
     name="toy", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=256, max_position=4096
@@ -266,6 +267,113 @@ class Script:
         return (self.steps.popleft() if self.steps else self.then)(view)
 
 
+class RandomPlans:
+    """Draws legal plans of every kind: chunks, layers, drafts, rewrites, preemptions, swaps, holds, timers.
+
+    It keeps to the contract as a careful author would, from the view alone, so a plan of its that is refused
+    shows a fault in the core (or in the contract).
+
+    Args:
+        rng: where decisions come from; may be replaced between calls.
+        kinds: which special things it may do; default all of ``KINDS``.
+    """
+
+    KINDS = frozenset(
+        "recompute swap pause resume swap_in abort reject layers draft rewrite barrier background hold wake".split()
+    )
+
+    def __init__(self, rng: Random, kinds: Iterable[str] = KINDS) -> None:
+        self.rng = rng
+        self.kinds = frozenset(kinds)
+        self._chunks: dict[str, int] = {}
+        """Tokens of chunks that have not passed all layers; the view shows only how far they are."""
+
+    def _may(self, kind: str, one_in: int) -> bool:
+        return kind in self.kinds and self.rng.randrange(one_in) == 0
+
+    def plan(self, view: StepView) -> StepPlan:
+        plan, pages, rng = StepPlan(), view.kv.budget(), self.rng
+        host = list(view.kv.free_host_pages)
+        busy: set[str] = set()
+        for request in [*view.running, *view.paused]:
+            running = request.phase is Phase.RUNNING
+            if self._may("recompute", 10):
+                plan.preempt(request, "recompute", "drawn")
+                pages.give_back(request)
+            elif running and self._may("pause", 10):
+                plan.preempt(request, "pause", "drawn")
+            elif (
+                any(view.kv.total_host_pages)
+                and not request.in_flight
+                and all(n <= left for n, left in zip(request.pages, host, strict=True))
+                and self._may("swap", 8)
+            ):
+                plan.preempt(request, "swap", "drawn")
+                host = [left - n for n, left in zip(request.pages, host, strict=True)]
+            elif self._may("abort", 25):
+                plan.abort(request, "drawn")
+                pages.give_back(request)
+            else:
+                continue
+            busy.add(request.id)
+        for request in view.waiting:
+            if self._may("reject", 25):
+                plan.reject(request, "drawn")
+                busy.add(request.id)
+        for request in view.swapped:
+            if self._may("swap_in", 2) and pages.take(request, 1):
+                plan.swap_in(request, "drawn")
+                busy.add(request.id)
+        left, room = view.limits.max_batch_tokens, view.limits.max_batch_requests
+        candidates = [*view.running, *view.waiting]
+        if self._may("resume", 2):
+            candidates += view.paused
+        for request in candidates:
+            if request.id in busy or not left or not room or rng.randrange(6) == 0:
+                continue
+            item = self._item(request, left, view.model.layers, pages)
+            if item is not None:
+                plan.work.append(item)
+                left -= item.n + item.draft
+                room -= 1
+        plain = all(
+            type(x) is Tokens and x.plain and x.n == 1 and x.request.pending_tokens == 1 for x in plan.work
+        )
+        if self._may("background", 10) and left:
+            plan.work.append(Background("drawn", 1))
+        elif plan.work and plain and self._may("hold", 2):
+            until = view.now_ns + rng.randrange(1, 5000) if rng.randrange(3) == 0 else None
+            plan.hold = Hold(rng.randrange(1, 9), until)
+        if self._may("wake", 8):
+            plan.wake_at = view.now_ns + rng.randrange(1, 5000)
+        return plan
+
+    def _item(self, request: RequestView, left: int, layers: int, pages: KVBudget) -> Tokens | None:
+        rng, pending = self.rng, request.pending_tokens
+        cursor = request.layer_cursor
+        if cursor:  # nothing but the same chunk, from the layer it has reached
+            n = self._chunks[request.id]
+            end = rng.randrange(cursor + 1, layers + 1)
+            return Tokens(request, n, layers=(cursor, end)) if n <= left else None
+        if request.computed_tokens and self._may("rewrite", 10):
+            advance: Literal["rewrite", "none"] = "rewrite" if rng.randrange(2) else "none"
+            return Tokens(request, rng.randrange(1, min(request.computed_tokens, left) + 1), advance=advance)
+        if not pending:
+            return None
+        n = min(left, pending if rng.randrange(2) else rng.randrange(1, pending + 1))
+        if n == pending and n < left and not request.in_flight_tokens and self._may("draft", 3):
+            draft = rng.randrange(1, min(4, left - n) + 1)
+            return Tokens(request, n, draft=draft) if pages.take(request, n + draft) else None
+        if not pages.take(request, n):
+            return None
+        if self._may("layers", 4):
+            self._chunks[request.id] = n
+            return Tokens(request, n, layers=(0, rng.randrange(1, layers + 1)))
+        if self._may("barrier", 10):
+            return Tokens(request, n, barrier_group=f"of {n}")
+        return request.next_token if n == 1 else Tokens(request, n)
+
+
 def find(view: StepView, id: str) -> RequestView:
     """The view of one request, from whatever queue it is in."""
     for queue in (view.waiting, view.running, view.paused, view.swapped):
@@ -379,6 +487,11 @@ class Rig:
         self.send(done, at=ends[-1])
         self._then()
         return done
+
+    def finish_late(self, lane: int, batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        """A completion that the engine may no longer expect."""
+        self.send(LaunchDone(lane, batch.launch, [self.now_ns + self.tick_ns], outcomes))
+        self._then()
 
     def finish_transfer(self, id: int | None = None) -> None:
         """A transfer ends (default: the oldest)."""

@@ -16,6 +16,8 @@ Deviations:
 1. Requests are cut at ``engine.max_model_len`` by the core, not here.
 2. Steady decoding is held (``StepPlan.hold``) instead of being planned again each step; the steps are equal.
 3. Prefix-cache hits are the core's (``cached_tokens``); the released code looks them up inside the loop.
+4. Planning a step ahead (``engine.max_in_flight=2``), a request in flight is not a victim: the step waits for
+   its pages instead.
 
 Faithful when: tokens per step <= budget, decodes of older requests first; the victim is always the most
 recently admitted; a preempted request precedes every request that never ran; no admission in a step that
@@ -79,14 +81,14 @@ class VllmV1:
         pages = view.kv.budget()
         take = pages.take
         victims: list[RequestView] = []
-        steady = True
+        steady, short = True, False
 
         running = list(view.running)
         last = len(running)  # running[:last] are still running in this plan
-        index = 0
-        while index < last and budget:
-            request = running[index]
-            index += 1
+        for index, request in enumerate(running):
+            if index >= last or not budget:
+                steady = False
+                break
             n = request.pending_tokens
             if n != 1:
                 steady = False
@@ -94,27 +96,44 @@ class VllmV1:
                     continue
                 n = min(n, longest, budget)
             if n > request.slack_tokens and not take(request, n):
-                while True:
-                    last -= 1
-                    victim = running[last]
-                    victims.append(victim)
-                    pages.give_back(victim)
-                    if victim is request or take(request, n):
-                        break
-                if victim is request:
+                last, fits = self._make_room(request, n, running[:last], pages, victims)
+                if not fits:
+                    short = True
                     break
             work.append(request.next_token if n == 1 else Tokens(request, n))
             budget -= n
         for victim in victims:
             plan.preempt(victim, "recompute", "out of KV pages; youngest running request")
 
-        if not victims:
+        if not victims and not short:
             admitted = self._admit(view, plan, len(running), budget, pages)
             steady = steady and not admitted
-        if steady and not victims and work and index == last and config.hold_steps > 1:
+        if steady and not victims and not short and work and config.hold_steps > 1:
             # nothing changes until an event, a finish or a full pool: the core ends the hold then
             plan.hold = Hold(config.hold_steps)
         return plan
+
+    def _make_room(
+        self,
+        request: RequestView,
+        n: int,
+        running: list[RequestView],
+        pages: KVBudget,
+        victims: list[RequestView],
+    ) -> tuple[int, bool]:
+        """Give up the youngest until ``n`` tokens fit: how many still run, and whether they fit."""
+        last = len(running)
+        while True:
+            victim = running[last - 1]
+            if victim.in_flight:  # planned a step ahead: its pages only come back when its launch ends
+                return last, False
+            last -= 1
+            victims.append(victim)
+            pages.give_back(victim)
+            if victim is request:
+                return last, False
+            if pages.take(request, n):
+                return last, True
 
     def _admit(self, view: StepView, plan: StepPlan, running: int, budget: int, pages: KVBudget) -> bool:
         """Admit waiting requests in order until one does not fit; True if any was admitted."""

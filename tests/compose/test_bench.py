@@ -87,7 +87,7 @@ def test_a_good_run(raw: dict[str, Any], registry: Registry) -> None:
     assert isinstance(last, RunFinished)
     assert (last.status, last.reason) == ("ok", "")
     ends = [r for r in records if isinstance(r, RequestFinished)]
-    assert [r.outcome for r in ends] == ["finished"] * 5
+    assert [r.outcome for r in ends] == ["completed"] * 5
     assert last.t_ns == ends[-1].t_ns
 
 
@@ -159,4 +159,4 @@ def test_wall_clock(raw: dict[str, Any], registry: Registry) -> None:
     raw["cost"] = {"name": "scripted", "step_ns": 100_000}
     records, raised = bench(raw, registry)
     assert raised is None
-    assert [r.outcome for r in records if isinstance(r, RequestFinished)] == ["finished"] * 5
+    assert [r.outcome for r in records if isinstance(r, RequestFinished)] == ["completed"] * 5

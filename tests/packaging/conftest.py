@@ -46,9 +46,7 @@ def _pip(*args: str, python: Path | None = None) -> None:
 def build_wheel(source: Path, out: Path) -> Path:
     """The wheel of a source tree, which is copied first: building leaves folders behind."""
     copy = out / f"{source.name}-source"
-    ignore = shutil.ignore_patterns(
-        ".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "multirun", "data"
-    )
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "multirun")
     shutil.copytree(source, copy, symlinks=True, ignore=ignore)
     _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), str(copy))
     (wheel,) = out.glob("*.whl")

@@ -166,3 +166,25 @@ def test_interrupt_leaves_a_whole_log(repository: Path, tmp_path: Path) -> None:
     assert stderr == "servelab: interrupted\n"
     assert json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["status"] == "interrupted"
     assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_run_goes_on_without_a_broken_package(run_py: Command, tmp_path: Path) -> None:
+    """Even one whose YAML cannot be looked for: Hydra alone would stop at it."""
+    info = tmp_path / "site" / "fake_bad-0.9.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-bad\nVersion: 0.9\n", encoding="utf-8")
+    entries = "[servelab]\nbad = fake_bad.plugin\n[servelab.configs]\nbad = fake_bad.conf\n"
+    (info / "entry_points.txt").write_text(entries, encoding="utf-8")
+    package = tmp_path / "site" / "fake_bad"
+    package.mkdir()
+    (package / "__init__.py").write_text("import sys; sys.exit('gone')\n", encoding="utf-8")
+    env = {"PYTHONPATH": str(tmp_path / "site")}
+    done = run_py(*SHORT, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("plugin package not loaded: bad (fake-bad 0.9): ") == 2
+    assert "it called sys.exit('gone')" in done.stderr
+    listed = run_py("plugins", env=env)
+    assert listed.returncode == 0
+    assert "\nNot loaded:\n  bad (fake-bad 0.9): fake_bad.plugin: it called" in listed.stdout
+    blocked = run_py("-p", "no:bad", *SHORT, env=env)
+    assert (blocked.returncode, blocked.stderr) == (0, "")

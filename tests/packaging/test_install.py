@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +30,26 @@ def test_wheel_has_the_tree_and_nothing_else(servelab_wheel: Path, repository: P
     assert code - wanted <= {"servelab/configs/__init__.py"}
 
 
+@pytest.mark.slow
+def test_wheel_of_the_sdist_is_the_same(servelab_wheel: Path, tmp_path: Path) -> None:
+    """``python -m build`` makes the wheel from the sdist, which has real files instead of links."""
+    source = servelab_wheel.parent / next(p.name for p in servelab_wheel.parent.iterdir() if p.is_dir())
+    done = _run(sys.executable, "-m", "build", "--no-isolation", "-o", tmp_path / "dist", cwd=source)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert set(zipfile.ZipFile(wheel).namelist()) == set(zipfile.ZipFile(servelab_wheel).namelist())
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"run.py", "constraints.txt", "LICENSE", "tests/conftest.py", "src/servelab/core/api.py"} <= names
+    assert not any(name.startswith("core/") for name in names)
+
+
 def test_console_script_of_the_wheel_in_an_empty_folder(
     servelab_wheel: Path, fresh_env: Callable[[], Path], pip: Callable[..., None], tmp_path: Path
 ) -> None:
     python = fresh_env()
-    pip("install", "--no-deps", "--no-index", str(servelab_wheel), python=python)
+    pip("install", "--no-deps", "--no-index", "--ignore-installed", str(servelab_wheel), python=python)
     folder = tmp_path / "empty"
     folder.mkdir()
     done = _run(python.parent / "servelab", *SHORT, "observers=[report]", cwd=folder)
@@ -75,7 +91,15 @@ def test_a_strangers_package(
 ) -> None:
     python = fresh_env()
     what = (str(request.getfixturevalue("demo_wheel")),) if how == "wheel" else ("-e", str(demo_source))
-    pip("install", "--no-deps", "--no-index", "--no-build-isolation", *what, python=python)
+    pip(
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--ignore-installed",
+        "--no-build-isolation",
+        *what,
+        python=python,
+    )
 
     done = run_py(
         "+scheduler=demo", "scheduler.chunk_tokens=64", *SHORT, "observers=[jsonl]", python=str(python)
