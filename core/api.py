@@ -21,7 +21,20 @@ from servelab.core.families.task import Task
 from servelab.core.families.workload import Workload
 from servelab.core.hookspecs import hookimpl
 from servelab.core.layout import Capacity, KVLayout, Pool
-from servelab.core.plan import Background, Hold, Outcome, Preemption, StepPlan, Tokens, Verdict
+from servelab.core.plan import (
+    Background,
+    Hold,
+    KeepHost,
+    Outcome,
+    Pin,
+    Preemption,
+    Release,
+    StepPlan,
+    Tokens,
+    TurnEnd,
+    Unpin,
+    Verdict,
+)
 from servelab.core.request import SLO, Arrival, Cancel, Phase, RequestSpec, RequestView, Truth
 from servelab.core.spec import HOOK_API, Paper, PluginSpec
 
@@ -44,6 +57,7 @@ __all__ = [
     "KVCache",
     "KVLayout",
     "KVView",
+    "KeepHost",
     "LedgerError",
     "Limits",
     "ModelFacts",
@@ -52,12 +66,14 @@ __all__ = [
     "Outcome",
     "Paper",
     "Phase",
+    "Pin",
     "PlanError",
     "PluginError",
     "PluginSpec",
     "Pool",
     "Preemption",
     "Queue",
+    "Release",
     "RequestSpec",
     "RequestView",
     "Scheduler",
@@ -67,6 +83,8 @@ __all__ = [
     "Task",
     "Tokens",
     "Truth",
+    "TurnEnd",
+    "Unpin",
     "Verdict",
     "ViewError",
     "Workload",

@@ -15,6 +15,8 @@ from servelab.core.spec import PluginSpec
 
 if TYPE_CHECKING:
     from servelab.core.records import (
+        ContextEnded,
+        ContextKept,
         Planned,
         Record,
         RequestAdmitted,
@@ -165,6 +167,14 @@ class Events:
         """Pages have moved."""
 
     @hookspec
+    def servelab_on_context_kept(self, record: ContextKept) -> None:
+        """The KV of a finished turn stays for the next turn of its program."""
+
+    @hookspec
+    def servelab_on_context_ended(self, record: ContextEnded) -> None:
+        """Kept KV was adopted by the next turn, or dropped."""
+
+    @hookspec
     def servelab_on_request_finished(self, record: RequestFinished) -> None:
         """The one terminal record of a request, whatever its end."""
 
@@ -182,6 +192,8 @@ EVENT_OF_RECORD: dict[str, str] = {
     "preempted": "servelab_on_request_preempted",
     "transfer_started": "servelab_on_transfer_started",
     "transfer_ended": "servelab_on_transfer_ended",
+    "context_kept": "servelab_on_context_kept",
+    "context_ended": "servelab_on_context_ended",
     "finished": "servelab_on_request_finished",
     "run_finished": "servelab_on_run_finished",
 }

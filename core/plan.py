@@ -97,6 +97,37 @@ class Hold:
     until_ns: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Unpin:
+    """Drop the KV a program keeps between turns, also if its next turn waits with it."""
+
+    program: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """At the end of a turn: free its KV (what happens without ``on_turn_end``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """At the end of a turn: keep its KV on the device until a time, for the program's next turn."""
+
+    until_ns: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepHost:
+    """At the end of a turn: move its KV to the host tier and keep it there for the program's next turn."""
+
+    reason: str = ""
+
+
+TurnEnd = Release | Pin | KeepHost
+
+
 @dataclass(slots=True)
 class StepPlan:
     """What one lane does next. Empty means: nothing, ask again at the next event or at ``wake_at``."""
@@ -110,6 +141,8 @@ class StepPlan:
     """Admitted requests that are ended."""
     deferred: list[Verdict] = field(default_factory=list)
     """Why a waiting request was passed over; for the plan log, changes nothing."""
+    unpins: list[Unpin] = field(default_factory=list)
+    """Programs whose kept KV is dropped."""
     wake_at: int | None = None
     """Ask again at this time even if nothing happens."""
     hold: Hold | None = None
@@ -129,6 +162,9 @@ class StepPlan:
 
     def abort(self, request: RequestView, reason: str) -> None:
         self.aborts.append(Verdict(request, reason))
+
+    def unpin(self, program: str, reason: str) -> None:
+        self.unpins.append(Unpin(program, reason))
 
     def defer(self, request: RequestView, reason: str) -> None:
         self.deferred.append(Verdict(request, reason))

@@ -8,7 +8,7 @@ output lengths never appear before a request has finished.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 LOG_SCHEMA = 1
@@ -18,9 +18,9 @@ LOG_SCHEMA = 1
 Ending = Literal["completed", "rejected", "aborted", "cancelled", "failed", "unfinished"]
 """How a request ends.
 
-``completed`` by itself (reason ``stop``, or ``length`` at its cap), ``rejected`` before it ran, ``aborted`` by a
-policy after it was admitted, ``cancelled`` by its client, ``failed`` (its instance was lost), ``unfinished``
-(the run ended first).
+``completed`` by itself (reason ``stop``, or ``length`` at its cap), ``rejected`` before it ran, ``aborted``
+by a policy after it was admitted, ``cancelled`` by its client, ``failed`` (its instance was lost),
+``unfinished`` (the run ended first).
 """
 
 
@@ -92,6 +92,8 @@ class Planned(Record):
     aborted: list[tuple[str, str]]
     deferred: list[tuple[str, str]]
     """(waiting request, why it was passed over)."""
+    unpinned: list[tuple[str, str]] = field(default_factory=list)
+    """(program, why its kept KV is dropped)."""
     held: int
     """Steps the launch may repeat; 1 without a hold."""
     wake_at: int | None = None
@@ -149,6 +151,31 @@ class TransferEnded(Record):
 
 
 @dataclass(slots=True, kw_only=True)
+class ContextKept(Record):
+    """The KV of a finished turn stays for the next turn of its program."""
+
+    ev = "context_kept"
+    program: str
+    request: str
+    tokens: int
+    pages: tuple[int, ...]
+    """Per pool, on its tier."""
+    tier: Literal["device", "host"]
+    until_ns: int | None
+    reason: str
+
+
+@dataclass(slots=True, kw_only=True)
+class ContextEnded(Record):
+    """A kept context is gone: adopted by the next turn (``request`` says which), or dropped."""
+
+    ev = "context_ended"
+    program: str
+    reason: str
+    request: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
 class RequestFinished(Record):
     """The one terminal record of a request; ``reason`` says more for people, ``outcome`` is what counts."""
 
@@ -172,6 +199,8 @@ RECORDS: dict[str, type[Record]] = {
         RequestPreempted,
         TransferStarted,
         TransferEnded,
+        ContextKept,
+        ContextEnded,
         RequestFinished,
         RunFinished,
     )
@@ -197,9 +226,10 @@ def from_dict(data: Mapping[str, Any]) -> Record:
     """
     values = dict(data)
     cls = RECORDS[values.pop("ev")]
-    if "free_pages" in values:
-        values["free_pages"] = tuple(values["free_pages"])
-    if cls is Planned:  # JSON has no tuples
-        for name in ("work", "preempted", "swapped_in", "rejected", "aborted", "deferred"):
+    for name in ("free_pages", "pages"):
+        if isinstance(values.get(name), list):  # JSON has no tuples
+            values[name] = tuple(values[name])
+    if cls is Planned:
+        for name in ("work", "preempted", "swapped_in", "rejected", "aborted", "deferred", "unpinned"):
             values[name] = [tuple(item) for item in values[name]]
     return cls(**values)

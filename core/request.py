@@ -51,6 +51,9 @@ class RequestSpec:
     """Conversation, job or agent this request is one turn of."""
     turn: int = 0
     is_last_turn: bool = True
+    context_tokens: int = 0
+    """Leading prompt tokens that repeat the program's previous turn, prompt and output: what a scheduler
+    that keeps KV between turns can reuse."""
     stage: str | None = None
     tool: str | None = None
     """Tool called when this turn ends, if known in advance."""

@@ -61,12 +61,13 @@ class Driver:
         self._arrivals = iter(self.workload.arrivals())
         try:
             self._loop()
+            for engine in self.engines:  # contexts still kept between turns are let go
+                self._do(engine.index, engine.stop(self.now_ns, "the run is over"), self.now_ns)
+                if engine.full_checks:
+                    engine.check_integrity()
         except BaseException as exc:
             self._abandon(exc)
             raise
-        for engine in self.engines:
-            if engine.full_checks:
-                engine.check_integrity()
 
     def _loop(self) -> None:
         raise NotImplementedError  # abstract
@@ -138,6 +139,11 @@ class Driver:
                 do="mend the cost model's price()",
             )
         return prices
+
+    @property
+    def _idle(self) -> bool:
+        """No request is live and nothing is in flight: timers that are left have nobody to wake."""
+        return not any(engine.requests or engine.in_flight for engine in self.engines)
 
     def _do(self, index: int, commands: list[Command], now_ns: int) -> None:
         raise NotImplementedError  # abstract

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+from servelab.core.engine.contexts import Contexts
 from servelab.core.engine.lane import Lane
 from servelab.core.engine.ledger import Ledger, Transfer
 from servelab.core.engine.state import Request
 from servelab.core.engine.validate import PlanCheck
-from servelab.core.engine.views import ProgramView, StepView, renew_views
+from servelab.core.engine.views import ProgramView, StepView, renew_view, renew_views
 from servelab.core.errors import PluginCallError, PluginError, ServeLabError, WorkloadError
 from servelab.core.events import (
     Abort,
@@ -52,6 +53,8 @@ from servelab.core.records import (
     TransferStarted,
 )
 from servelab.core.request import Phase, RequestView
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -98,7 +101,7 @@ class Engine:
         self.now_ns = 0
         self.step = 0
         self.epoch = 0
-        """Changes before and after every call of the scheduler."""
+        """Changes after every call of the scheduler."""
         self.ledger = Ledger(kvcache, kvcache_name, layout, capacity)
         self.requests: dict[str, Request] = {}
         """Every live request."""
@@ -109,6 +112,7 @@ class Engine:
         self.queues = (self.waiting, self.running, self.paused, self.swapped)
         self.programs: dict[str, ProgramView] = {}
         self.transfers: dict[int, Transfer] = {}
+        self.contexts = Contexts(self, getattr(scheduler, "on_turn_end", None))
         self.arrived = 0
         self.ended: dict[Ending, int] = dict.fromkeys(get_args(Ending), 0)
         """Terminal records given, by outcome."""
@@ -182,21 +186,29 @@ class Engine:
         return True
 
     def _ask(self, lane: Lane) -> StepPlan:
-        view = self._view
-        view.lane = lane.index
-        self.epoch += 1
+        self._view.lane = lane.index
         if self.full_checks:
             renew_views(self)
+        return self.call(self._plan, self._view, f"plan(), step {self.step}, lane {lane.index}")
+
+    def show(self, r: Request) -> RequestView:
+        """The view a scheduler may be given of one request, for one call."""
+        if self.full_checks:
+            renew_view(self, r)
+        return r.seen
+
+    def call(self, method: Callable[[Any], T], argument: Any, where: str) -> T:
+        """Call the scheduler; views it is given expire when it returns."""
         try:
-            return self._plan(view)
+            return method(argument)
         except ServeLabError:
             raise
         except Exception as exc:
             raise PluginCallError(
                 f"scheduler {self.scheduler_name!r} raised {type(exc).__name__}: {exc}",
-                where=f"plan(), step {self.step}, lane {lane.index}, t={self.now_ns} ns",
+                where=f"{where}, t={self.now_ns} ns",
                 why="the exception is chained below (SERVELAB_TRACEBACK=1 shows it)",
-                do="mend the plugin; its conformance suite reproduces most such faults",
+                do="mend the plugin",
             ) from exc
         finally:
             self.epoch += 1
@@ -205,8 +217,10 @@ class Engine:
 
     def _apply(self, plan: StepPlan) -> bool:
         """Everything but the work. True if anything changed."""
-        if not (plan.preemptions or plan.rejections or plan.aborts or plan.swap_ins):
+        if not (plan.preemptions or plan.rejections or plan.aborts or plan.swap_ins or plan.unpins):
             return False
+        for unpin in plan.unpins:
+            self.contexts.drop(unpin.program, unpin.reason)
         for verdict in plan.rejections:
             self._end(verdict.request._r, "rejected", verdict.reason)
         for verdict in plan.aborts:
@@ -216,7 +230,7 @@ class Engine:
         for verdict in plan.swap_ins:
             r = verdict.request._r
             self._move(r, self.swapped, Phase.LOADING)
-            self._start(self.ledger.swap_in(r))
+            self.start_transfer(self.ledger.swap_in(r))
         return True
 
     def _preempt(self, r: Request, mode: str, reason: str) -> None:
@@ -231,12 +245,12 @@ class Engine:
             self.waiting.move_to_end(r.id, last=False)
         elif mode == "swap":
             self._move(r, source, Phase.SWAPPING)
-            self._start(self.ledger.swap_out(r))
+            self.start_transfer(self.ledger.swap_out(r))
         else:
             self._move(r, source, Phase.PAUSED)
             self.paused[r.id] = r
         r.preemptions += 1
-        self._emit(
+        self.emit(
             RequestPreempted(
                 t_ns=self.now_ns, engine=self.index, request=r.id, mode=mode, reason=reason, lost_tokens=lost
             )
@@ -252,20 +266,24 @@ class Engine:
             del self.paused[r.id]
         else:
             del self.waiting[r.id]
-            resumed = r.admitted_ns is not None
-            if not resumed:
-                r.admitted_ns = self.now_ns
-            self._emit(
-                RequestAdmitted(
-                    t_ns=self.now_ns,
-                    engine=self.index,
-                    request=r.id,
-                    resumed=resumed,
-                    cached_tokens=r.cached,
-                )
-            )
+            self._admitted(r)
         r.phase = Phase.RUNNING
         self.running[r.id] = r
+
+    def _admitted(self, r: Request) -> None:
+        resumed = r.admitted_ns is not None
+        if not resumed:
+            r.admitted_ns = self.now_ns
+            self.contexts.forget_heir(r)
+        self.emit(
+            RequestAdmitted(
+                t_ns=self.now_ns,
+                engine=self.index,
+                request=r.id,
+                resumed=resumed,
+                cached_tokens=r.cached,
+            )
+        )
 
     def _break_holds(self, keep: Lane | None = None) -> None:
         """Something happened: lanes that repeat a plan must ask again."""
@@ -303,7 +321,7 @@ class Engine:
             program.live += 1
             r.program_arrival_ns = program.arrival_ns
         slo = spec.slo
-        self._emit(
+        self.emit(
             RequestArrived(
                 t_ns=self.now_ns,
                 engine=self.index,
@@ -329,6 +347,8 @@ class Engine:
                 f"prompt of {spec.prompt_tokens} tokens leaves no room for output: max_model_len is "
                 f"{self.limits.max_model_len}",
             )
+        else:
+            self.contexts.adopt(r)
 
     def _abort(self, event: Abort) -> None:
         r = self.requests.get(event.request_id)
@@ -338,6 +358,7 @@ class Engine:
 
     def _tick(self, _: Timer | ToolDone) -> None:
         self._break_holds()
+        self.contexts.expire()
 
     def _launch_done(self, event: LaunchDone) -> None:
         lane = self._lanes[event.lane]
@@ -351,7 +372,7 @@ class Engine:
             )
         self._break_holds(keep=lane)
         batch, start_ns, emitted, done = lane.land(event)
-        self._emit(
+        self.emit(
             StepDone(
                 t_ns=self.now_ns,
                 engine=self.index,
@@ -380,7 +401,7 @@ class Engine:
         live = self.requests.get(transfer.request_id)
         r = live if live is not None and live.lease is transfer.lease else None
         self.ledger.finish_transfer(transfer, r)
-        self._emit(TransferEnded(t_ns=self.now_ns, engine=self.index, transfer=transfer.id))
+        self.emit(TransferEnded(t_ns=self.now_ns, engine=self.index, transfer=transfer.id))
         if r is None:
             return
         if transfer.direction == "out":
@@ -389,10 +410,12 @@ class Engine:
         else:
             r.phase = Phase.RUNNING
             self.running[r.id] = r
+            if r.admitted_ns is None:  # it adopted a context on the host
+                self._admitted(r)
 
-    def _start(self, transfer: Transfer) -> None:
+    def start_transfer(self, transfer: Transfer) -> None:
         self.transfers[transfer.id] = transfer
-        self._emit(
+        self.emit(
             TransferStarted(
                 t_ns=self.now_ns,
                 engine=self.index,
@@ -424,6 +447,7 @@ class Engine:
             self.ledger.landed([transfer.lease])
         self.transfers.clear()
         self._end_all("failed", event.reason)
+        self.contexts.drop_all(event.reason)
 
     def stop(self, now_ns: int, reason: str) -> list[Command]:
         """The run is over before its requests: end them as ``unfinished``. In-flight work is forgotten."""
@@ -432,6 +456,7 @@ class Engine:
         for lane in self._lanes:
             lane.end_hold()
         self._end_all("unfinished", reason)
+        self.contexts.drop_all(reason)
         return self._out
 
     # ------------------------------------------------------------- accounting
@@ -442,19 +467,23 @@ class Engine:
 
     def _end(self, r: Request, outcome: Ending, reason: str) -> None:
         """The one terminal event of a request; its pages return when nothing in flight names them."""
+        spec = r.spec
+        retain = self.contexts.ask(r) if outcome == "completed" else None
         for queue in self.queues:
             queue.pop(r.id, None)
         del self.requests[r.id]
         r.home = None
         r.phase = Phase.FINISHED
-        self.ledger.release(r.lease)
+        if retain is None:
+            self.ledger.release(r.lease)
         self.ended[outcome] += 1
-        if r.spec.program is not None:
-            program = self.programs[r.spec.program]
+        self.contexts.forget_heir(r)
+        if spec.program is not None:
+            program = self.programs[spec.program]
             program.live -= 1
-            if r.spec.is_last_turn and not program.live:
+            if spec.is_last_turn and not program.live:
                 del self.programs[program.id]
-        self._emit(
+        self.emit(
             RequestFinished(
                 t_ns=self.now_ns,
                 engine=self.index,
@@ -466,8 +495,15 @@ class Engine:
                 cached_tokens=r.cached,
             )
         )
+        if retain is not None:
+            self.contexts.keep(r, retain)
 
-    def _emit(self, record: Record) -> None:
+    def command(self, command: Command) -> None:
+        """Send a command with the answer to the current event."""
+        self._out.append(command)
+
+    def emit(self, record: Record) -> None:
+        """Report what happened, to the driver and to a scheduler that learns."""
         self._out.append(Emit(record))
         if self._learn is not None:
             self._learn(record)
@@ -488,6 +524,7 @@ class Engine:
                     rejected=_verdicts(plan.rejections),
                     aborted=_verdicts(plan.aborts),
                     deferred=_verdicts(plan.deferred),
+                    unpinned=[(u.program, u.reason) for u in plan.unpins],
                     held=held,
                     wake_at=plan.wake_at,
                 )

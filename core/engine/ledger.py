@@ -248,6 +248,10 @@ class Ledger:
                 self._drop_refs(i, "device", extra)
         r.slack = self._slack(r)
 
+    def adopted(self, r: Request) -> None:
+        """The request took over a lease with tokens in it: bring its slack up to date."""
+        r.slack = self._slack(r) if any(r.lease.tables) else 0
+
     def release(self, lease: Lease) -> None:
         """The owner is done. Pages return now, or when the last launch or transfer naming them ends."""
         if lease.released:

@@ -60,7 +60,7 @@ class PlanCheck:
 
     @staticmethod
     def _has_changes(plan: StepPlan) -> bool:
-        return bool(plan.preemptions or plan.rejections or plan.aborts)
+        return bool(plan.preemptions or plan.rejections or plan.aborts or plan.unpins)
 
     def _own(self, view: object, role: str) -> Request:
         """The engine's request behind a view, checked to be live here and named once."""
@@ -96,6 +96,19 @@ class PlanCheck:
     def _changes(self, plan: StepPlan) -> list[Lease]:
         """Check rejections, aborts and preemptions; returns the leases that are given up."""
         freed: list[Lease] = []
+        dropped: set[str] = set()
+        for unpin in plan.unpins:
+            lease, heir = self.engine.contexts.held_by(unpin.program)
+            if lease is None or unpin.program in dropped:
+                self.refuse(
+                    f"program {unpin.program!r} keeps no KV that could be dropped",
+                    "it was dropped in this plan" if unpin.program in dropped else "it has no context here",
+                    "unpin programs of view.contexts, or whose next turn waits with cached_tokens",
+                )
+            if heir is not None:
+                self._own(heir.view, "unpin")
+            dropped.add(unpin.program)
+            freed.append(lease)
         for verdict in plan.rejections:
             r = self._own(verdict.request, "rejection")
             if r.phase is not Phase.WAITING:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from operator import attrgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from servelab.core.engine.contexts import Context, Contexts
 from servelab.core.engine.ledger import Ledger
 from servelab.core.engine.state import Request
 from servelab.core.errors import CapabilityError, ViewError
@@ -104,10 +106,11 @@ class KVBudget:
 class KVView:
     """KV memory; see ``families/scheduler.py``."""
 
-    __slots__ = ("_ledger",)
+    __slots__ = ("_contexts", "_ledger")
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, contexts: Contexts) -> None:
         self._ledger = ledger
+        self._contexts = contexts
 
     @property
     def free_pages(self) -> tuple[int, ...]:
@@ -128,6 +131,11 @@ class KVView:
     @property
     def page_tokens(self) -> tuple[int, ...]:
         return tuple(p.page_tokens for p in self._ledger.pools)
+
+    @property
+    def pinned_pages(self) -> tuple[int, ...]:
+        kept = [c.pages for c in self._contexts.kept.values() if c.tier == "device"]
+        return tuple(map(sum, zip(*kept, strict=True))) if kept else (0,) * len(self._ledger.pools)
 
     def pages_needed(self, request: RequestView, n: int) -> tuple[int, ...]:
         return tuple(self._ledger.missing(request._r, n))
@@ -190,7 +198,8 @@ class StepView:
         many = engine.limits.lanes > 1
         queues = [LaneQueue(q, self) if many else Queue(q) for q in engine.queues]
         self.waiting, self.running, self.paused, self.swapped = queues
-        self.kv = KVView(engine.ledger)
+        self.kv = KVView(engine.ledger, engine.contexts)
+        self.contexts: Mapping[str, Context] = MappingProxyType(engine.contexts.kept)
         self.cost = CostView(engine)
 
     @property
@@ -273,9 +282,14 @@ for _name in VIEW_FIELDS:
     setattr(CheckedRequestView, _name, _checked(_name, vars(RequestView)[_name]))
 
 
+def renew_view(engine: Engine, r: Request) -> None:
+    """Give a request a view of the current epoch (``checks=full``)."""
+    r.seen = CheckedRequestView(r, engine)
+    r.one = Tokens(r.seen, 1)
+
+
 def renew_views(engine: Engine) -> None:
     """Give every request a view of the current epoch (``checks=full``; linear in live requests)."""
     for r in engine.requests.values():
         if r.phase is not Phase.FINISHED:
-            r.seen = CheckedRequestView(r, engine)
-            r.one = Tokens(r.seen, 1)
+            renew_view(engine, r)

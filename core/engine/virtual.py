@@ -52,6 +52,8 @@ class VirtualDriver(Driver):
         super().__init__(**kwargs)
         self._heap: list[tuple[int, int, int, int, Any]] = []
         self._sequence = 0
+        self._events = 0
+        """Entries of the heap that are not timers."""
         self._flying: dict[tuple[int, int], _Flying] = {}
         self._lane_end: dict[tuple[int, int], int] = {}
         self._timers: set[tuple[int, int]] = set()
@@ -63,6 +65,7 @@ class VirtualDriver(Driver):
 
     def _push(self, time_ns: int, order: int, engine: int, what: Any) -> None:
         self._sequence += 1
+        self._events += what is not _TIMER
         heappush(self._heap, (time_ns, order, self._sequence, engine, what))
 
     def _loop(self) -> None:
@@ -71,7 +74,7 @@ class VirtualDriver(Driver):
             while upcoming is not None and (not heap or upcoming.time_ns <= heap[0][0]):
                 self._accept(upcoming)
                 upcoming = self._next_arrival()
-            if not heap:
+            if not heap or (not self._events and upcoming is None and self._idle):
                 break
             now = self.now_ns = heap[0][0]
             while heap and heap[0][0] == now:
@@ -97,6 +100,7 @@ class VirtualDriver(Driver):
 
     def _fire(self, index: int, what: Any, now: int) -> None:
         event: Event
+        self._events -= what is not _TIMER
         if isinstance(what, _Flying):
             batch, steps = what.batch, what.steps
             if self._flying.get((index, batch.launch)) is not what or what.ends_ns[steps - 1] != now:

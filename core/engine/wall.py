@@ -187,6 +187,8 @@ class WallDriver(Driver):
         """Wait for mail or the next due item; None when the run is over."""
         mail: list[tuple[int, Event]] = []
         first: tuple[int, Event] | BaseException | None = None
+        if self._idle and self._mail.empty() and all(isinstance(d[3], Timer) for d in self._due):
+            return None
         if self._due:
             left = self._due[0][0] - self.clock()
             if left > 0:
@@ -205,8 +207,6 @@ class WallDriver(Driver):
                         why=engine.stall_reason(),
                         do="plan them, reject them with a reason, or set wake_at",
                     )
-            if self._mail.empty():
-                return None
         while first is not None:
             if isinstance(first, ServeLabError | KeyboardInterrupt | SystemExit):
                 raise first

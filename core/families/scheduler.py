@@ -4,8 +4,9 @@ Intent: batch composition, admission, order, victims, and what happens to KV whe
 ``plan`` per free lane; the answer is data, checked and applied by the core.
 
 What must be expressible: chunked prefill, prefix hits, speculation lengths, layered prefill, preemption by
-recompute, swap or pause, swap-in ahead of need, rejection and abort with reasons, several lanes, planning
-one step ahead, periodic re-planning (``wake_at``), and long stretches of identical steps (``hold``).
+recompute, swap or pause, swap-in ahead of need, keeping KV between turns, rejection and abort with reasons,
+several lanes, planning one step ahead, periodic re-planning (``wake_at``), and long stretches of identical
+steps (``hold``).
 
 Capabilities: ``scheduler.layers`` (emits layer ranges), ``scheduler.swap`` (preempts by swap; needs
 ``kvcache.swap``), ``scheduler.lanes``, ``scheduler.ahead`` (plans one step ahead).
@@ -16,32 +17,43 @@ lossless plugins greedy tokens do not depend on the schedule; the same seed give
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from servelab.core.facts import HardwareFacts, Limits, ModelFacts
-    from servelab.core.plan import StepPlan, Tokens
+    from servelab.core.plan import StepPlan, Tokens, TurnEnd
     from servelab.core.records import Record
     from servelab.core.request import RequestView
 
 
 class Scheduler(Protocol):
-    """The one required method. A scheduler may also have ``on_event(record: Record) -> None``.
-
-    ``on_event`` is called for every record of this engine before the next ``plan``, in order: arrivals,
-    admissions, steps, preemptions, transfers, finishes (with output lengths). Records may be kept.
-    """
+    """The one required method. ``LearningScheduler`` and ``RetainingScheduler`` name the optional ones."""
 
     def plan(self, view: StepView) -> StepPlan:
         """Decide what the free lane does next. Pure in the view and in the scheduler's own state."""
         ...
 
 
-class ObservingScheduler(Scheduler, Protocol):
+class LearningScheduler(Scheduler, Protocol):
     """A scheduler that also learns from history."""
 
-    def on_event(self, record: Record) -> None: ...
+    def on_event(self, record: Record) -> None:
+        """Called for every record of its engine, in order, before the next ``plan``: arrivals, admissions,
+        steps, preemptions, transfers, ends (with output lengths). Records may be kept."""
+        ...
+
+
+class RetainingScheduler(Scheduler, Protocol):
+    """A scheduler that also decides what happens to KV when a turn ends."""
+
+    def on_turn_end(self, request: RequestView) -> TurnEnd:
+        """Called when a request of a program completes and is not its last turn.
+
+        ``Release()``, ``Pin(until_ns)`` or ``KeepHost()``. The next turn adopts what was kept as far as its
+        prompt repeats it (``RequestSpec.context_tokens``). ``StepPlan.unpin`` drops it earlier.
+        """
+        ...
 
 
 class Queue(Protocol):
@@ -83,6 +95,11 @@ class KVView(Protocol):
     def total_host_pages(self) -> tuple[int, ...]: ...
     @property
     def page_tokens(self) -> tuple[int, ...]: ...
+    @property
+    def pinned_pages(self) -> tuple[int, ...]:
+        """Device pages kept for programs between turns."""
+        ...
+
     def pages_needed(self, request: RequestView, n: int) -> tuple[int, ...]:
         """Further pages the request needs for ``n`` more tokens."""
         ...
@@ -124,6 +141,21 @@ class ProgramView(Protocol):
     def live(self) -> int:
         """Turns not yet finished."""
         ...
+
+
+class ContextView(Protocol):
+    """KV that a program's last turn left behind."""
+
+    @property
+    def program(self) -> str: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def tier(self) -> str: ...
+    @property
+    def until_ns(self) -> int | None: ...
+    @property
+    def pages(self) -> tuple[int, ...]: ...
 
 
 class StepView(Protocol):
@@ -173,3 +205,7 @@ class StepView(Protocol):
         ...
 
     def program(self, id: str) -> ProgramView: ...
+    @property
+    def contexts(self) -> Mapping[str, ContextView]:
+        """KV kept between turns, by program, in the order it was kept."""
+        ...

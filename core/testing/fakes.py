@@ -226,11 +226,13 @@ class Fcfs:
             if n < 1:
                 decoding = False
                 continue
-            while not pages.take(request, n) and running:
+            fits = pages.take(request, n)
+            while not fits and running:
                 victim = running.pop()
                 plan.preempt(victim, "recompute", "out of pages")
                 pages.give_back(victim)
-            if not pages.take(request, n):
+                fits = pages.take(request, n)
+            if not fits:
                 plan.preempt(request, "recompute", "out of pages")
                 break
             plan.run(request, n)
@@ -279,7 +281,22 @@ class RandomPlans:
     """
 
     KINDS = frozenset(
-        "recompute swap pause resume swap_in abort reject layers draft rewrite barrier background hold wake".split()
+        [
+            "recompute",
+            "swap",
+            "pause",
+            "resume",
+            "swap_in",
+            "abort",
+            "reject",
+            "layers",
+            "draft",
+            "rewrite",
+            "barrier",
+            "background",
+            "hold",
+            "wake",
+        ]
     )
 
     def __init__(self, rng: Random, kinds: Iterable[str] = KINDS) -> None:

@@ -304,7 +304,7 @@ class Encoder:
         if deferred is not None:
             line["deferred"] = deferred
             self._deferred[key] = list(r.deferred)
-        for name in ("preempted", "swapped_in", "rejected", "aborted"):
+        for name in ("preempted", "swapped_in", "rejected", "aborted", "unpinned"):
             entries = getattr(r, name)
             if entries:
                 line[name] = entries
@@ -360,7 +360,7 @@ class Decoder:
         key = _key(line)
         deferred = [tuple(item) for item in decode_list(self._deferred.get(key, []), line.get("deferred"))]
         line["deferred"] = self._deferred[key] = deferred
-        for name in ("preempted", "swapped_in", "rejected", "aborted"):
+        for name in ("preempted", "swapped_in", "rejected", "aborted", "unpinned"):
             line[name] = [tuple(entry) for entry in line.get(name, ())]
 
     def _decode_requests(self, line: dict[str, Any]) -> list[str]:

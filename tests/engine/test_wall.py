@@ -1,0 +1,263 @@
+"""The wall clock: real threads, real time, short runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.wall import WallDriver
+from servelab.core.errors import PluginCallError, PluginError, StallError
+from servelab.core.events import Abort, Batch
+from servelab.core.families.scheduler import StepView
+from servelab.core.plan import Outcome, StepPlan, Tokens
+from servelab.core.records import Record, RequestArrived, RequestFinished, StepDone
+from servelab.core.request import Arrival, Cancel, Truth
+from servelab.core.testing.fakes import (
+    Fcfs,
+    ListWorkload,
+    Script,
+    ToyCost,
+    ToyExecutor,
+    arrival,
+    find,
+    make_engine,
+    toy_limits,
+)
+
+MS = 1_000_000
+
+
+class Run:
+    def __init__(
+        self,
+        items: Iterable[Arrival | Cancel],
+        scheduler: Any = None,
+        *,
+        executor: Any = None,
+        cost: ToyCost | None = None,
+        react: Any = None,
+        on: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.truths: dict[str, Truth] = {}
+        self.executor = (executor or ToyExecutor)(self.truths)
+        cost = cost or ToyCost(step_ns=MS, token_ns=0, transfer_ns=MS)
+        kwargs.setdefault("pages", 64)
+        self.engine = make_engine(scheduler or Fcfs(), horizon=self.executor.horizon, cost=cost, **kwargs)
+        self.records: list[Record] = []
+        self.on = on
+
+        def emit(record: Record) -> None:
+            self.records.append(record)
+            if on is not None:
+                on(self, record)
+
+        self.driver = WallDriver(
+            engines=[self.engine],
+            executors=[self.executor],
+            costs=[cost],
+            workload=ListWorkload(items, react),
+            truths=self.truths,
+            emit=emit,
+        )
+
+    def go(self) -> Run:
+        began = monotonic()
+        self.driver.run()
+        assert monotonic() - began < 5, "the run should have been short"
+        self.check()
+        return self
+
+    def check(self) -> None:
+        arrived = [x.request for x in self.records if isinstance(x, RequestArrived)]
+        ended = [x.request for x in self.records if isinstance(x, RequestFinished)]
+        assert sorted(arrived) == sorted(ended), "one terminal record per request"
+        times = [x.t_ns for x in self.records]
+        assert times == sorted(times)
+        threads = [t.name for t in threading.enumerate() if t.name.startswith("servelab engine")]
+        assert not threads, "the workers have stopped"
+
+    @property
+    def ends(self) -> dict[str, str]:
+        return {x.request: x.outcome for x in self.records if isinstance(x, RequestFinished)}
+
+
+def test_a_paced_run_takes_the_time_it_says() -> None:
+    began = monotonic()
+    run = Run([arrival("a", 4, 20), arrival("b", 4, 10, at=5 * MS)], Fcfs(hold=100)).go()
+    assert monotonic() - began >= 0.020
+    assert run.ends == {"a": "completed", "b": "completed"}
+    run.engine.check_integrity()
+    assert run.engine.ledger.free() == (64,)
+
+
+def test_an_arrival_interrupts_a_held_launch() -> None:
+    """Without the interrupt b would wait until a's hold of 10 seconds is over."""
+    cost = ToyCost(step_ns=5 * MS, token_ns=0)
+
+    def on(run: Run, record: Record) -> None:
+        if isinstance(record, RequestFinished) and record.request == "b":
+            run.driver.post(Abort("a"))
+
+    items = [arrival("a", 4, 2000, cap=2000), arrival("b", 4, 2, at=40 * MS)]
+    limits = toy_limits(model_len=4000)
+    run = Run(items, Fcfs(hold=4000), cost=cost, limits=limits, pages=1000, on=on).go()
+    assert run.ends == {"a": "cancelled", "b": "completed"}
+    first = next(x for x in run.records if isinstance(x, StepDone) and "b" in x.requests)
+    assert first.start_ns < 200 * MS
+    held = next(x for x in run.records if isinstance(x, StepDone) and len(x.ends_ns) > 1)
+    assert 2 <= len(held.ends_ns) < 50
+    assert held.ends_ns == sorted(held.ends_ns)
+
+
+def test_an_abort_from_another_thread_ends_the_request() -> None:
+    cost = ToyCost(step_ns=2 * MS, token_ns=0)
+    run = Run([arrival("a", 4, 200, cap=200)], Fcfs(hold=500), cost=cost)
+    timer = threading.Timer(0.05, lambda: run.driver.post(Abort("a", "gone")))
+    timer.start()
+    run.go()
+    timer.join()
+    assert run.ends == {"a": "cancelled"}
+
+
+def test_workloads_react_on_the_wall_clock_too() -> None:
+    def react(end: RequestFinished) -> list[Arrival]:
+        k = int(end.request[1:])
+        return [arrival(f"t{k + 1}", 4, 2, at=end.t_ns + MS)] if k < 3 else []
+
+    assert list(Run([arrival("t0", 4, 2)], react=react).go().ends) == ["t0", "t1", "t2", "t3"]
+
+
+def test_swaps_run_beside_launches() -> None:
+    def swap(view: StepView) -> StepPlan:
+        out = StepPlan([x.next_token for x in view.running if x.id == "b"])
+        out.preempt(find(view, "a"), "swap", "x")
+        return out
+
+    def back(view: StepView) -> StepPlan:
+        if not view.swapped:
+            return StepPlan(wake_at=view.now_ns + MS)
+        out = StepPlan()
+        out.swap_in(find(view, "a"), "x")
+        return out
+
+    both = [arrival("a", 4, 3), arrival("b", 4, 2)]
+    script = Script(Fcfs().plan, swap, then=lambda v: back(v) if v.swapped else Fcfs().plan(v))
+    run = Run(both, script, host_pages=8).go()
+    assert run.ends == {"a": "completed", "b": "completed"}
+    assert run.executor.transferred == [1, 2]
+    assert run.engine.ledger.free("host") == (8,)
+
+
+class Real(ToyExecutor):
+    """Takes its own time."""
+
+    simulated = False
+
+    def launch(self, batch: Batch, steps: int) -> Sequence[Outcome]:
+        assert threading.current_thread() is not threading.main_thread()
+        return super().launch(batch, steps)
+
+    def horizon(self, batch: Batch, max_steps: int) -> int:
+        return 1
+
+
+def test_an_executor_that_takes_real_time_is_not_paced() -> None:
+    began = monotonic()
+    run = Run([arrival("a", 4, 30)], Fcfs(hold=100), executor=Real, cost=ToyCost(step_ns=10**9)).go()
+    assert monotonic() - began < 1
+    assert run.ends == {"a": "completed"}
+    assert len(run.executor.launched) == 30
+
+
+def test_an_executor_that_raises_ends_the_run_with_its_error() -> None:
+    class Breaks(Real):
+        def launch(self, batch: Batch, steps: int) -> Sequence[Outcome]:
+            raise RuntimeError("out of memory")
+
+    run = Run([arrival("a"), arrival("b")], executor=Breaks)
+    with pytest.raises(PluginCallError, match="the executor raised RuntimeError: out of memory") as info:
+        run.driver.run()
+    assert isinstance(info.value.__cause__, RuntimeError)
+    run.check()
+    assert run.ends == {"a": "unfinished", "b": "unfinished"}
+
+
+def test_a_transfer_that_raises_ends_the_run_with_its_error() -> None:
+    class Breaks(ToyExecutor):
+        def transfer(self, transfer: Transfer) -> None:
+            raise OSError("link down")
+
+    def swap(view: StepView) -> StepPlan:
+        out = StepPlan()
+        out.preempt(find(view, "a"), "swap", "x")
+        return out
+
+    run = Run([arrival("a", 4, 9)], Script(Fcfs().plan, swap), executor=Breaks, host_pages=8)
+    with pytest.raises(PluginCallError, match="link down"):
+        run.driver.run()
+    run.check()
+
+
+def test_errors_of_ours_pass_the_worker_unchanged() -> None:
+    class Holds(Real):
+        def horizon(self, batch: Batch, max_steps: int) -> int:
+            return max_steps
+
+    run = Run([arrival("a", 4, 9)], Fcfs(hold=4), executor=Holds)
+    with pytest.raises(PluginError, match="launch 2 has 4 steps"):
+        run.driver.run()
+    run.check()
+
+
+def test_a_scheduler_that_raises_in_the_middle_of_a_long_launch_does_not_wait_for_it() -> None:
+    def plan(view: StepView) -> StepPlan:
+        if view.lane == 1 and view.waiting:
+            raise ValueError("no")
+        return Fcfs(hold=500).plan(view) if view.lane == 0 else StepPlan()
+
+    items = [arrival("a", 4, 200, cap=200), arrival("b", at=30 * MS)]
+    cost = ToyCost(step_ns=100 * MS, token_ns=0)
+    run = Run(items, Script(then=plan), cost=cost, limits=toy_limits(lanes=2))
+    began = monotonic()
+    with pytest.raises(PluginCallError):
+        run.driver.run()
+    assert monotonic() - began < 1
+    run.check()
+    assert run.ends == {"a": "unfinished", "b": "unfinished"}
+
+
+def test_control_c_ends_the_requests_and_the_threads() -> None:
+    def on(run: Run, record: Record) -> None:
+        if isinstance(record, StepDone):
+            raise KeyboardInterrupt
+
+    run = Run([arrival("a", 4, 50), arrival("b", 4, 50)], on=on)
+    with pytest.raises(KeyboardInterrupt):
+        run.driver.run()
+    run.check()
+    assert set(run.ends.values()) == {"unfinished"}
+    assert {x.reason for x in run.records if isinstance(x, RequestFinished)} == {"interrupted"}
+
+
+def test_a_stall_is_named() -> None:
+    run = Run([arrival("a")], Script())
+    with pytest.raises(StallError, match="nothing will ever run"):
+        run.driver.run()
+    run.check()
+
+
+def test_waking_on_the_wall_clock() -> None:
+    def plan(view: StepView) -> StepPlan:
+        if view.now_ns < 20 * MS:
+            return StepPlan(wake_at=20 * MS)
+        return StepPlan([Tokens(x, x.pending_tokens) for x in view.waiting])
+
+    run = Run([arrival("a", 4, 1)], Script(then=plan)).go()
+    (step,) = [x for x in run.records if isinstance(x, StepDone)]
+    assert step.start_ns >= 20 * MS
