@@ -32,15 +32,18 @@ class InstanceLost:
 
 @dataclass(frozen=True, slots=True)
 class LaunchDone:
-    """A launch ended after ``len(ends_ns)`` steps, at most ``batch.steps``."""
+    """A launch ended after ``len(ends_ns)`` steps, at most ``batch.steps``; or so many steps of it did."""
 
     ORDER: ClassVar[int] = 1
     lane: int
     launch: int
     ends_ns: Sequence[int]
-    """End of each step, ascending; the last is now."""
+    """End of each step, ascending."""
     outcomes: Sequence[Outcome]
     """One per request of the batch, in its order."""
+    more: bool = False
+    """The launch goes on with exactly one more step, which is running now. Drivers send this before any
+    other event that finds steps of a held launch completed, so that the engine never lags behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +139,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Interrupt:
-    """End the running launch of a lane after its current step. Harmless if it is on its last one."""
+    """End the running launch of a lane after the step in progress. Harmless if that is its last one."""
 
     lane: int
     launch: int

@@ -48,7 +48,13 @@ class Tokens:
         self.advance = advance
         self.draft = draft
         self.barrier_group = barrier_group
-        self.plain = layers is None and advance == "append" and not draft and barrier_group is None
+        self.plain = (
+            layers is None
+            and token_mask is None
+            and advance == "append"
+            and not draft
+            and barrier_group is None
+        )
 
     def __repr__(self) -> str:
         extra = "" if self.plain else f", layers={self.layers}, advance={self.advance!r}, draft={self.draft}"

@@ -140,7 +140,6 @@ class RequestView:
     layer_cursor: int = _live("_r.layer_cursor", "Layers its current chunk has passed (layered prefill).")
     cached_tokens: int = _live("_r.cached", "Prompt tokens reused from a prefix store.")
     preemptions: int = _live("_r.preemptions", "Times it was preempted.")
-    token_times_ns: Sequence[int] = _live("_r.token_times", "Commit time of each output token.")
     drafted_tokens: int = _live("_r.drafted", "Draft tokens verified so far.")
     accepted_tokens: int = _live("_r.accepted", "Draft tokens accepted so far.")
     next_token: Tokens = _live(
@@ -175,6 +174,11 @@ class RequestView:
         return self._r.lease.in_flight > 0
 
     @property
+    def token_times_ns(self) -> tuple[int, ...]:
+        """Commit time of each output token. A copy: use ``last_token_ns`` where that is enough."""
+        return tuple(self._r.token_times)
+
+    @property
     def first_token_ns(self) -> int | None:
         times = self._r.token_times
         return times[0] if times else None
@@ -196,9 +200,7 @@ class RequestView:
 
     def freeze(self) -> dict[str, Any]:
         """A copy of every value, for logs and for keeping beyond the call."""
-        out = {name: getattr(self, name) for name in VIEW_FIELDS if name not in ("spec", "next_token")}
-        out["token_times_ns"] = tuple(self.token_times_ns)
-        return out
+        return {name: getattr(self, name) for name in VIEW_FIELDS if name not in ("spec", "next_token")}
 
     def __repr__(self) -> str:
         r = self._r

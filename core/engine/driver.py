@@ -1,17 +1,55 @@
-"""What both drivers share: feeding arrivals, hiding truths, sending commands on, ending a run cleanly."""
+"""What both drivers share: one heap of what is due, arrivals, truths, timed launches, a clean end.
+
+At one instant events run in the order of their class (``core/events.py``), then in the order they were
+posted; when none is left, each engine that was touched gets ``Schedule``, in order of its index.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import accumulate
+from typing import Any, TypeVar
 
 from servelab.core.engine.engine import Engine
-from servelab.core.errors import PluginError, ServeLabError, WorkloadError
-from servelab.core.events import Batch, Command, Emit
+from servelab.core.errors import PluginCallError, PluginError, ServeLabError, StallError, WorkloadError
+from servelab.core.events import (
+    Abort,
+    Arrive,
+    Batch,
+    Command,
+    Emit,
+    Event,
+    InstanceLost,
+    Interrupt,
+    Launch,
+    LaunchDone,
+    Schedule,
+    StartTransfer,
+    Timer,
+    TransferDone,
+)
 from servelab.core.families.cost import CostModel
 from servelab.core.families.executor import Executor
 from servelab.core.families.workload import Workload
 from servelab.core.records import Record, RequestFinished
 from servelab.core.request import Arrival, Cancel, RequestSpec, Truth
+
+_SCHEDULE = Schedule()
+_TIMER = Timer()
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class Flying:
+    """A launch whose time is known beforehand. It executes when it ends, so that it can be cut short."""
+
+    batch: Batch
+    ends_ns: list[int]
+    cut: bool = False
+    """Replaced by a shorter one: its entry on the heap means nothing any more."""
 
 
 class Driver:
@@ -20,7 +58,8 @@ class Driver:
     Args:
         engines: instances, in order of their index.
         executors: one per engine.
-        costs: one per engine; prices launches of simulated executors, and all on the virtual clock.
+        costs: one per engine; they say how long launches and transfers take on the virtual clock, and those
+            of simulated executors on the wall clock.
         workload: the traffic.
         truths: filled with the true outcome of each live request; executors and oracles read it.
         emit: takes every record.
@@ -50,7 +89,17 @@ class Driver:
         self._dispatch = dispatch or (lambda spec: 0)
         self._home: dict[str, int] = {}
         self._arrivals: Iterator[Arrival | Cancel] = iter(())
-        self._last_arrival_ns = 0
+        self._upcoming: Arrival | Cancel | None = None
+        self._heap: list[tuple[int, int, int, int, Any]] = []
+        """(time, class, sequence, engine, what): what is an event, a ``Flying`` or a ``StartTransfer``."""
+        self._sequence = 0
+        self._events = 0
+        """Entries of the heap that are not timers."""
+        self._timers: set[tuple[int, int]] = set()
+        self._flying: list[dict[int, Flying]] = [{} for _ in engines]
+        """Per engine, timed launches in flight by their number."""
+        self._lane_end: dict[tuple[int, int], int] = {}
+        self._touched: set[int] = set()
 
     def run(self) -> None:
         """Serve the workload to its end.
@@ -60,6 +109,7 @@ class Driver:
         """
         self._arrivals = iter(self.workload.arrivals())
         try:
+            self._upcoming = self._next_item(0)
             self._loop()
             for engine in self.engines:  # contexts still kept between turns are let go
                 self._do(engine.index, engine.stop(self.now_ns, "the run is over"), self.now_ns)
@@ -83,25 +133,188 @@ class Driver:
         except Exception as second:
             exc.add_note(f"while ending the live requests: {type(second).__name__}: {second}")
 
-    # -------------------------------------------------------------- arrivals
+    @property
+    def _over(self) -> bool:
+        """Nothing is left but timers, and they have nobody to wake."""
+        if self._upcoming is not None or self._events:
+            return False
+        return not any(engine.requests or engine.in_flight for engine in self.engines)
 
-    def _next_arrival(self) -> Arrival | Cancel | None:
-        item = next(self._arrivals, None)
-        if item is not None:
-            if item.time_ns < self._last_arrival_ns:
-                raise WorkloadError(
-                    f"the workload went back in time, to {item.time_ns} ns",
-                    where=f"after an item at {self._last_arrival_ns} ns",
-                    why="arrivals() must be in time order",
-                    do="sort the trace, or mend the generator",
+    def _check_stall(self) -> None:
+        """Nothing will ever happen again: every request must have ended."""
+        for engine in self.engines:
+            if engine.requests:
+                raise StallError(
+                    f"engine {engine.index} has requests that nothing will ever run",
+                    where=f"scheduler {engine.scheduler_name!r}, t={self.now_ns} ns",
+                    why=engine.stall_reason(),
+                    do="plan them, reject them with a reason, or set wake_at",
                 )
-            self._last_arrival_ns = item.time_ns
+
+    # ------------------------------------------------------------ one instant
+
+    def _push(self, time_ns: int, order: int, engine: int, what: Any) -> None:
+        self._sequence += 1
+        self._events += what is not _TIMER
+        heappush(self._heap, (time_ns, order, self._sequence, engine, what))
+
+    def _refill(self, now: int | None = None) -> None:
+        """Put the workload's items on the heap: those due by ``now``, or the next one if none is earlier."""
+        heap = self._heap
+        while self._upcoming is not None:
+            limit = now if now is not None else (heap[0][0] if heap else self._upcoming.time_ns)
+            if self._upcoming.time_ns > limit:
+                return
+            self._accept(self._upcoming)
+            self._upcoming = self._next_item(self._upcoming.time_ns)
+
+    def _run_due(self, until_ns: int, now: int) -> None:
+        """Handle everything due until a time, as happening now."""
+        heap = self._heap
+        while heap and heap[0][0] <= until_ns:
+            due, _, _, index, what = heappop(heap)
+            if what is _TIMER:
+                self._timers.discard((index, due))
+            else:
+                self._events -= 1
+            self._fire(index, what, now)
+            self._skip_cut()
+
+    def _skip_cut(self) -> None:
+        """Drop entries of launches that were cut short: no time need pass for them."""
+        heap = self._heap
+        while heap and isinstance(heap[0][4], Flying) and heap[0][4].cut:
+            heappop(heap)
+
+    def _schedule_touched(self, now: int) -> None:
+        touched = sorted(self._touched)
+        self._touched.clear()
+        for index in touched:
+            self._do(index, self.engines[index].handle(_SCHEDULE, now), now)
+        self._skip_cut()
+
+    def _fire(self, index: int, what: Any, now: int) -> None:
+        if isinstance(what, Flying):
+            del self._flying[index][what.batch.launch]
+            self._deliver(index, self._ended(index, what.batch, what.ends_ns), now)
+        elif isinstance(what, StartTransfer):
+            self._guard(f"executor of engine {index}", self.executors[index].transfer, what.transfer)
+            self._deliver(index, TransferDone(what.transfer.id), now)
+        else:
+            self._deliver(index, what, now)
+
+    def _deliver(self, index: int, event: Event, now: int) -> None:
+        """Hand an event to an engine, after the steps of held launches that came before it."""
+        self._cut(index, now, before=isinstance(event, InstanceLost))
+        self._touched.add(index)
+        self._do(index, self.engines[index].handle(event, now), now)
+
+    # ---------------------------------------------------------------- launches
+
+    def _launch(self, index: int, batch: Batch, now: int) -> None:
+        """Put a launch on the clock: its end is known from its price."""
+        start = max(now, self._lane_end.get((index, batch.lane), 0))
+        prices = self._guard(f"cost model of engine {index}", self.costs[index].price, batch, batch.steps)
+        if len(prices) != batch.steps or min(prices) < 1:
+            raise PluginError(
+                f"cost model of engine {index} priced {batch.steps} steps as {list(prices)[:5]}",
+                where=f"launch {batch.launch}, step {batch.first_step}",
+                why="it must give one price of at least 1 ns per step",
+                do="mend the cost model's price()",
+            )
+        self._fly(index, Flying(batch, list(accumulate(prices, initial=start))[1:]))
+
+    def _fly(self, index: int, flying: Flying) -> None:
+        self._flying[index][flying.batch.launch] = flying
+        self._lane_end[index, flying.batch.lane] = flying.ends_ns[-1]
+        self._push(flying.ends_ns[-1], LaunchDone.ORDER, index, flying)
+
+    def _ended(self, index: int, batch: Batch, ends_ns: list[int], more: bool = False) -> LaunchDone:
+        """Steps of a launch are over: execute them."""
+        launch, steps = self.executors[index].launch, len(ends_ns)
+        outcomes = self._guard(f"executor of engine {index}", launch, batch, steps)
+        return LaunchDone(batch.lane, batch.launch, ends_ns, outcomes, more)
+
+    @staticmethod
+    def _guard(who: str, method: Callable[..., T], *args: Any) -> T:
+        """Call a plugin; what it raises is reported with its name."""
+        try:
+            return method(*args)
+        except ServeLabError:
+            raise
+        except Exception as exc:
+            raise PluginCallError(
+                f"the {who} raised {type(exc).__name__}: {exc}",
+                where=f"{getattr(method, '__name__', method)}()",
+                why="the exception is chained below (SERVELAB_TRACEBACK=1 shows it)",
+                do="mend the plugin",
+            ) from exc
+
+    def _cut(self, index: int, now: int, before: bool = False) -> None:
+        """Something is about to happen: held launches stop after the step in progress.
+
+        Steps that have ended (by now, or before it) are committed first, so that the engine is up to date. If
+        one ends right now no further step has begun, and the launch is over.
+        """
+        for flying in [f for f in self._flying[index].values() if len(f.ends_ns) > 1]:
+            batch, ends = flying.batch, flying.ends_ns
+            done = (bisect_left if before else bisect_right)(ends, now)
+            if done == len(ends):
+                continue  # its own entry is due at this instant
+            flying.cut = True
+            self._events -= 1
+            del self._flying[index][batch.launch]
+            more = not done or ends[done - 1] < now
+            if more:
+                self._fly(index, Flying(batch, ends[done : done + 1]))
+            else:
+                self._lane_end[index, batch.lane] = now
+            if done:
+                event = self._ended(index, batch, ends[:done], more)
+                self._do(index, self.engines[index].handle(event, now), now)
+
+    # ---------------------------------------------------------------- commands
+
+    def _do(self, index: int, commands: list[Command], now: int) -> None:
+        for command in commands:
+            if isinstance(command, Emit):
+                self._emit(command.record)
+                if isinstance(command.record, RequestFinished):
+                    self._finished(command.record)
+            elif isinstance(command, Launch):
+                self._launch(index, command.batch, now)
+            elif isinstance(command, Interrupt):
+                self._cut(index, now)
+            elif isinstance(command, StartTransfer):
+                self._transfer(index, command, now)
+            elif (index, command.at_ns) not in self._timers:
+                self._timers.add((index, command.at_ns))
+                self._push(command.at_ns, Timer.ORDER, index, _TIMER)
+
+    def _transfer(self, index: int, command: StartTransfer, now: int) -> None:
+        price = self.costs[index].transfer_time
+        took = max(1, self._guard(f"cost model of engine {index}", price, command.transfer))
+        self._push(now + took, TransferDone.ORDER, index, command)
+
+    # ---------------------------------------------------------------- arrivals
+
+    def _next_item(self, last_ns: int) -> Arrival | Cancel | None:
+        item = next(self._arrivals, None)
+        if item is not None and item.time_ns < last_ns:
+            raise WorkloadError(
+                f"the workload went back in time, to {item.time_ns} ns",
+                where=f"after an item at {last_ns} ns",
+                why="arrivals() must be in time order",
+                do="sort the trace, or mend the generator",
+            )
         return item
 
-    def _home_of(self, item: Arrival | Cancel) -> int:
-        """Engine of an item; remembers homes so that cancellations find them, and books truths."""
+    def _accept(self, item: Arrival | Cancel) -> None:
+        """Put an item on the clock; books its truth, and its home so that cancellations find it."""
         if isinstance(item, Cancel):
-            return self._home.get(item.request_id, 0)
+            index = self._home.get(item.request_id, 0)
+            self._push(item.time_ns, Abort.ORDER, index, Abort(item.request_id))
+            return
         spec = item.spec
         if item.truth is not None:
             self.truths[spec.id] = item.truth
@@ -110,43 +323,24 @@ class Driver:
             raise PluginError(
                 f"dispatch sent request {spec.id} to engine {index}",
                 why=f"there are {len(self.engines)} engines",
+                do="answer with an index of the engines given to the driver",
             )
         if len(self.engines) > 1:
             self._home[spec.id] = index
-        return index
+        self._push(item.time_ns, Arrive.ORDER, index, Arrive(spec))
 
-    def _finished(self, record: RequestFinished) -> list[Arrival | Cancel]:
-        """Forget a request and ask the workload what follows from its end."""
+    def _finished(self, record: RequestFinished) -> None:
+        """Forget a request and accept what follows from its end."""
         self.truths.pop(record.request, None)
         self._home.pop(record.request, None)
-        follow = list(self.workload.react(record))
-        for item in follow:
+        for item in self.workload.react(record):
             if item.time_ns < record.t_ns:
                 raise WorkloadError(
                     f"the workload reacted to request {record.request} with an item at {item.time_ns} ns",
                     why=f"the request ended at {record.t_ns} ns",
                     do="react with items at or after the record's time",
                 )
-        return follow
-
-    def _prices(self, index: int, batch: Batch, steps: int) -> Sequence[int]:
-        prices = self.costs[index].price(batch, steps)
-        if len(prices) != steps or min(prices) < 1:
-            raise PluginError(
-                f"cost model of engine {index} priced {steps} steps as {list(prices)[:5]}",
-                where=f"launch {batch.launch}, step {batch.first_step}",
-                why="it must give one price of at least 1 ns per step",
-                do="mend the cost model's price()",
-            )
-        return prices
-
-    @property
-    def _idle(self) -> bool:
-        """No request is live and nothing is in flight: timers that are left have nobody to wake."""
-        return not any(engine.requests or engine.in_flight for engine in self.engines)
-
-    def _do(self, index: int, commands: list[Command], now_ns: int) -> None:
-        raise NotImplementedError  # abstract
+            self._accept(item)
 
 
 def _first_line(exc: BaseException) -> str:

@@ -6,7 +6,7 @@ over, for each free lane plan, validate, apply and launch; on completion commit 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
@@ -151,6 +151,7 @@ class Engine:
         self._out = out
         self.now_ns = now_ns
         self._handlers[type(event)](event)
+        self._out = []
         return out
 
     def _schedule(self, _: Schedule) -> None:
@@ -159,7 +160,7 @@ class Engine:
                 batch = lane.repeat()
                 if batch is not None:
                     self._out.append(Launch(batch))
-                elif not self.requests or not self._plan_lane(lane):
+                elif not (self.requests or self.contexts.kept) or not self._plan_lane(lane):
                     break
 
     def _plan_lane(self, lane: Lane) -> bool:
@@ -168,6 +169,8 @@ class Engine:
         self._plans += 1
         PlanCheck(self, lane.index, self._plans).run(plan)
         changed = self._apply(plan)
+        if changed:  # other lanes may be repeating work of requests that are gone now
+            self._break_holds(keep=lane)
         if plan.wake_at is not None:
             self._out.append(SetTimer(plan.wake_at))
         if not plan.work:
@@ -371,13 +374,13 @@ class Engine:
                 do="mend the driver or executor",
             )
         self._break_holds(keep=lane)
-        batch, start_ns, emitted, done = lane.land(event)
+        batch, step, start_ns, emitted, done = lane.land(event)
         self.emit(
             StepDone(
-                t_ns=self.now_ns,
+                t_ns=event.ends_ns[-1],
                 engine=self.index,
                 lane=lane.index,
-                step=batch.first_step,
+                step=step,
                 start_ns=start_ns,
                 ends_ns=list(event.ends_ns),
                 requests=[r.id for r in batch.requests],
@@ -439,8 +442,8 @@ class Engine:
         self._lost = event.reason
         for lane in self._lanes:
             lane.end_hold()
-            self.ledger.settle(lane.index)
             for batch, _ in lane.flights:
+                self.ledger.settle(batch.launch)
                 self.ledger.landed(batch.leases)
             lane.flights.clear()
         for transfer in self.transfers.values():
@@ -450,14 +453,19 @@ class Engine:
         self.contexts.drop_all(event.reason)
 
     def stop(self, now_ns: int, reason: str) -> list[Command]:
-        """The run is over before its requests: end them as ``unfinished``. In-flight work is forgotten."""
-        self._out = []
+        """The run is over before its requests: end them as ``unfinished``. In-flight work is forgotten.
+
+        What the engine had to say when its last call raised comes first: no terminal record is lost.
+        """
+        out = self._out
+        self._learn = None  # there is nothing left to decide
         self.now_ns = now_ns
         for lane in self._lanes:
             lane.end_hold()
         self._end_all("unfinished", reason)
         self.contexts.drop_all(reason)
-        return self._out
+        self._out = []
+        return out
 
     # ------------------------------------------------------------- accounting
 
@@ -506,7 +514,7 @@ class Engine:
         """Report what happened, to the driver and to a scheduler that learns."""
         self._out.append(Emit(record))
         if self._learn is not None:
-            self._learn(record)
+            self.call(self._learn, record, f"on_event(), record {record.ev!r}")
 
     def _log_plan(self, lane: Lane, plan: StepPlan, step: int, held: int) -> None:
         if not self.plan_log:
@@ -557,14 +565,19 @@ class Engine:
         """
         self.ledger.check_integrity()
         moving = {t.request_id for t in self.transfers.values()}
+        drafts: Counter[str] = Counter()
+        for lane in self._lanes:
+            for batch, _ in lane.flights:
+                for i, item in batch.extras.items():
+                    drafts[batch.requests[i].id] += item.draft
         phases = (Phase.WAITING, Phase.RUNNING, Phase.PAUSED, Phase.SWAPPED)
         for r in self.requests.values():
             homes = [p for q, p in zip(self.queues, phases, strict=True) if r.id in q]
             in_transit = r.phase in (Phase.SWAPPING, Phase.LOADING) and r.id in moving
             if homes != ([] if in_transit else [r.phase]):
                 raise PluginError(f"request {r.id} is {r.phase} but queued as {homes}")
-            flying_bound = r.prompt_tokens + r.generated + r.expected
-            if not 0 <= r.computed + r.flying <= flying_bound + r.drafted or r.slack < 0:
+            bound = r.prompt_tokens + r.generated + r.expected + drafts[r.id]
+            if not 0 <= r.computed + r.flying <= bound or r.slack < 0:
                 raise PluginError(f"request {r.id} counts do not add up", why=repr(r.view.freeze()))
         if self.arrived != len(self.requests) + sum(self.ended.values()):
             raise PluginError(

@@ -18,6 +18,20 @@ Done = list[tuple[Request, str]]
 """Requests that finished, and why."""
 
 
+def position(item: Tokens, r: Request, layers: int) -> tuple[int, bool]:
+    """Where an item that is about to be launched starts, and whether it ends with a new output token."""
+    start = r.computed + r.flying
+    if item.advance != "append":
+        return (r.computed - item.n if item.advance == "rewrite" else start), False
+    left = r.pending - item.n
+    if item.layers:
+        if r.layer_cursor:  # its tokens were booked when the chunk ran its first layers
+            start, left = start - item.n, r.pending
+        if item.layers[1] < layers:
+            return start, False
+    return start, left <= 0
+
+
 class Lane:
     """Books what is launched, and commits what comes back.
 
@@ -51,7 +65,7 @@ class Lane:
 
     def hold(self, work: list[Tokens | Background], hold: Hold) -> None:
         """Repeat this work from now on."""
-        self._work, self._steps_left, self._hold_until = work, hold.max_steps, hold.until_ns
+        self._work, self._steps_left, self._hold_until = list(work), hold.max_steps, hold.until_ns
 
     def end_hold(self) -> Interrupt | None:
         """Something happened: ask again. The interrupt, if one must be sent."""
@@ -74,7 +88,7 @@ class Lane:
             for item in work:
                 assert isinstance(item, Tokens)
                 r = item.request._r
-                if r.pending != 1:
+                if r.pending != 1 or r.phase is not Phase.RUNNING or (r.launches and r.lane != self.index):
                     over = True
                     break
                 if not r.slack:
@@ -164,60 +178,87 @@ class Lane:
         if steps > 1:
             steps = self._engine.horizon(batch, steps)
         if steps > 1:
-            steps = 1 + self._engine.ledger.promise(self.index, batch.requests, steps - 1)
+            steps = 1 + self._engine.ledger.promise(batch.launch, batch.requests, steps - 1)
         return steps
 
     def _book_special(self, item: Tokens, r: Request) -> tuple[int, bool]:
         """Book an item with layers, drafts or rewrites. Returns its start position and whether it samples."""
-        n, start = item.n, r.computed + r.flying
+        n, layers = item.n, self._engine.model.layers
+        start, sample = position(item, r, layers)
         if item.advance != "append":
-            return (r.computed - n if item.advance == "rewrite" else start), False
-        if item.layers and r.layer_cursor:
-            start -= n  # the chunk was booked by its first layers
-        else:
+            return start, sample
+        if not r.layer_cursor:  # later layers of a chunk were booked by its first ones
             self._engine.ledger.reserve(r, n + item.draft)
             r.slack -= n + item.draft
             r.flying += n + item.draft
             r.pending = max(0, r.pending - n)
         if item.layers:
-            end = item.layers[1]
             r.layer_chunk = n
-            r.layer_cursor = end if end < self._engine.model.layers else 0
-            if r.layer_cursor:
-                return start, False
-        if r.pending:
-            return start, False
-        r.expected += 1
-        if not item.draft:  # with drafts the next token depends on what is accepted
-            r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
-        return start, True
+            r.layer_cursor = item.layers[1] % layers
+        if sample:
+            r.expected += 1
+            if not item.draft:  # with drafts the next token depends on what is accepted
+                r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
+        return start, sample
 
     # -------------------------------------------------------------- committing
 
-    def land(self, event: LaunchDone) -> tuple[Batch, int, list[int], Done]:
-        """Commit the oldest launch: batch, start time, output tokens each request got, and who finished.
+    def land(self, event: LaunchDone) -> tuple[Batch, int, int, list[int], Done]:
+        """Commit the oldest launch, or its first steps if it goes on.
+
+        Returns the batch, the number of the first step committed, when that step began, the output tokens
+        each request got, and who finished.
 
         Raises:
             PluginError: the outcomes are not what the batch asked for.
         """
         engine = self._engine
-        batch, launched_ns = self.flights.popleft()
+        batch, launched_ns = self.flights[0]
         ends = event.ends_ns
         steps = len(ends)
-        if len(event.outcomes) != len(batch.requests) or not 1 <= steps <= batch.steps:
+        if len(event.outcomes) != len(batch.requests) or not 1 <= steps <= batch.steps - event.more:
             raise PluginError(
                 f"launch {batch.launch} came back with {len(event.outcomes)} outcomes and {steps} steps",
                 why=f"it had {len(batch.requests)} requests and at most {batch.steps} steps",
                 do="mend the executor",
             )
-        if engine.limits.lanes == 1:  # interrupted: give back the numbers of steps that did not run
-            engine.step -= batch.steps - steps
-        engine.ledger.settle(self.index)
+        if engine.limits.lanes == 1:  # interrupted: give back the numbers of steps that will not run
+            engine.step -= batch.steps - steps - event.more
+        engine.ledger.settle(batch.launch)
         emitted, done = self._commit(batch, event)
-        engine.ledger.landed(batch.leases)
+        first = batch.first_step
         start_ns = max(launched_ns, self.last_end_ns)
         self.last_end_ns = ends[-1]
-        return batch, start_ns, emitted, done
+        if event.more:
+            self._go_on(batch, steps, done)
+        else:
+            self.flights.popleft()
+            engine.ledger.landed(batch.leases)
+        return batch, first, start_ns, emitted, done
+
+    def _go_on(self, batch: Batch, steps: int, done: Done) -> None:
+        """Book the one step of a held launch that is still running."""
+        if done:
+            raise PluginError(
+                f"request {done[0][0].id} finished in the middle of launch {batch.launch}",
+                why="horizon() said that nobody would",
+                do="mend the executor's horizon()",
+            )
+        reserve, finished = self._engine.ledger.reserve, Phase.FINISHED
+        for i, r in enumerate(batch.requests):
+            batch.starts[i] += steps
+            if r.lease is not batch.leases[i] or r.phase is finished:
+                continue
+            if not r.slack:
+                reserve(r, 1)  # it was promised when the launch began
+            r.launches += 1
+            r.slack -= 1
+            r.flying += 1
+            r.expected += 1
+            r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
+        batch.first_step += steps
+        batch.steps = 1
+        self.flights[0] = (batch, self.last_end_ns)
 
     def _commit(self, batch: Batch, event: LaunchDone) -> tuple[list[int], Done]:
         ends = event.ends_ns

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from servelab.core.engine.state import Lease, Request
-from servelab.core.errors import LedgerError
+from servelab.core.errors import LedgerError, PluginCallError, ServeLabError
 from servelab.core.families.kvcache import KVCache
 from servelab.core.layout import Capacity, KVLayout
 
@@ -40,7 +40,7 @@ class Transfer:
 class _Tier:
     """Reference counts of one pool on one tier."""
 
-    __slots__ = ("external", "free", "promised", "refs", "total", "withdraw")
+    __slots__ = ("external", "free", "promised", "reading", "refs", "total", "withdraw")
 
     def __init__(self, pages: int) -> None:
         self.refs = [0] * pages
@@ -53,6 +53,8 @@ class _Tier:
         """Pages to take out as soon as they are free."""
         self.external: Counter[int] = Counter()
         """References held outside leases (prefix stores)."""
+        self.reading: Counter[int] = Counter()
+        """Pages that launches in flight copy from: not free even when nobody refers to them any more."""
 
 
 class Ledger:
@@ -76,7 +78,7 @@ class Ledger:
         self._promises: dict[int, list[int]] = {}
         self._shares = False
         """True once any page was shared: until then nothing need be copied on write."""
-        self._copies: list[tuple[int, int, int]] = []
+        self._copies: list[tuple[Lease, int, int, int]] = []
         for i in range(len(self.pools)):
             kvcache.attach(i, "device", capacity.device_pages[i])
             if host[i]:
@@ -103,18 +105,24 @@ class Ledger:
         scheduled = r.computed + r.flying
         tables, pages_for, view = r.lease.tables, self.kvcache.pages_for, r.view
         out = []
-        for i, pool in enumerate(self.pools):
-            table = tables[i]
-            need = pages_for(pool, view, scheduled + n) - len(table)
-            if need < 0:
-                need = 0
-            if self._shares and self._shared_tail(i, table, scheduled) is not None:
-                need += 1
-            out.append(need)
+        try:
+            for i, pool in enumerate(self.pools):
+                table = tables[i]
+                need = pages_for(pool, view, scheduled + n) - len(table)
+                if need < 0:
+                    need = 0
+                if self._shares and self._shared_tail(i, table, scheduled) is not None:
+                    need += 1
+                out.append(need)
+        except Exception as exc:
+            raise self._fault(exc, "pages_for") from exc
         return out
 
     def releasable(self, leases: Sequence[Lease]) -> list[int]:
-        """Device pages, per pool, that releasing these leases together frees at once."""
+        """Device pages, per pool, that releasing these leases together gives up at once.
+
+        Those that a resize waits for (``withdrawing``) do not become free.
+        """
         idle = [lease for lease in leases if not lease.in_flight]
         out = []
         for i, tier in enumerate(self._device):
@@ -125,6 +133,10 @@ class Ledger:
                 held = Counter(p for lease in idle for p in lease.tables[i])
                 out.append(sum(refs[p] == count for p, count in held.items()))
         return out
+
+    def withdrawing(self) -> list[int]:
+        """Device pages, per pool, that leave the pool as soon as they are given up."""
+        return [tier.withdraw for tier in self._device]
 
     def _shared_tail(self, i: int, table: list[int], tokens: int) -> int | None:
         """Index of the partly filled page that the next token is written to, if others hold it too."""
@@ -176,12 +188,13 @@ class Ledger:
             if self._shares and (tail := self._shared_tail(i, table, scheduled)) is not None:
                 old = table[tail]
                 table[tail] = pages.pop()
-                self._copies.append((i, old, table[tail]))
+                self._copies.append((lease, i, old, table[tail]))
+                self._device[i].reading[old] += 1
                 self._drop_refs(i, "device", [old])
             table.extend(pages)
         r.slack = self._slack(r)
 
-    def promise(self, lane: int, requests: Sequence[Request], tokens: int) -> int:
+    def promise(self, launch: int, requests: Sequence[Request], tokens: int) -> int:
         """Set pages aside so that each request can grow by up to ``tokens`` more; returns how many fit.
 
         Used for the later steps of a held launch: the pages are not taken until the steps have run.
@@ -209,15 +222,17 @@ class Ledger:
                 fits, best, low = probe, total, probe + 1
             probe = (low + high) // 2
         if any(best):
-            self._promises[lane] = best
+            self._promises[launch] = best
             for tier, n in zip(self._device, best, strict=True):
                 tier.promised += n
         return fits
 
-    def settle(self, lane: int) -> None:
-        """End the promise of a lane; its requests reserve what they really used."""
-        for tier, n in zip(self._device, self._promises.pop(lane, ()), strict=False):
-            tier.promised -= n
+    def settle(self, launch: int) -> None:
+        """End the promise of a launch, if it has one; its requests reserve what they really used."""
+        promised = self._promises.pop(launch, None)
+        if promised is not None:
+            for tier, n in zip(self._device, promised, strict=True):
+                tier.promised -= n
 
     def fork(self, parent: Request, child: Request) -> None:
         """The child shares every page of the parent; whoever writes to a partly filled page copies it."""
@@ -261,18 +276,45 @@ class Ledger:
             self._reap(lease)
 
     def take_copies(self) -> tuple[tuple[int, int, int], ...]:
-        """(pool, source, destination) page copies due before the next launch; forgets them."""
-        copies, self._copies = tuple(self._copies), []
-        return copies
+        """(pool, source, destination) page copies due before the next launch; forgets them.
+
+        Their sources are not free before the launch that makes the copies has landed.
+        """
+        if not self._copies:
+            return ()
+        copies, self._copies = self._copies, []
+        for lease, pool, source, _ in copies:
+            lease.sources.append((pool, source))
+        return tuple(copy[1:] for copy in copies)
 
     def landed(self, leases: Iterable[Lease]) -> None:
         """A launch or transfer that named (and so fenced) these leases has ended."""
         for lease in leases:
             lease.in_flight -= 1
-            if lease.released and not lease.in_flight:
-                self._reap(lease)
+            if not lease.in_flight:
+                if lease.sources:
+                    self._drop_sources(lease)
+                if lease.released:
+                    self._reap(lease)
+        for i, tier in enumerate(self._device):
+            if tier.withdraw:  # what its launch was promised and did not use
+                self._withdraw_free(i)
+
+    def _drop_sources(self, lease: Lease) -> None:
+        for pool, page in lease.sources:
+            tier = self._device[pool]
+            tier.reading[page] -= 1
+            if not tier.reading[page]:
+                del tier.reading[page]
+                if not tier.refs[page]:
+                    self._free(pool, "device", [page])
+        lease.sources = []
 
     def _reap(self, lease: Lease) -> None:
+        if self._copies:  # copies it will never make
+            lease.sources += [(i, source) for owner, i, source, _ in self._copies if owner is lease]
+            self._copies = [copy for copy in self._copies if copy[0] is not lease]
+        self._drop_sources(lease)
         for i in range(len(self.pools)):
             if lease.tables[i]:
                 self._drop_refs(i, "device", lease.tables[i])
@@ -319,6 +361,11 @@ class Ledger:
                 self.kvcache.released(pool, "device", back)
             return
         tier.withdraw += min(-delta, tier.total - tier.withdraw)
+        self._withdraw_free(pool)
+
+    def _withdraw_free(self, pool: int) -> None:
+        """Take out free pages that nobody was promised, as far as a resize asked for it."""
+        tier = self._device[pool]
         now = min(tier.withdraw, tier.free - tier.promised)
         for page in self._take(pool, "device", now, None) if now else ():
             tier.refs[page] = WITHDRAWN
@@ -387,7 +434,10 @@ class Ledger:
 
     def _take(self, i: int, tier_name: str, n: int, r: Request | None) -> list[int]:
         tier = (self._device if tier_name == "device" else self._host)[i]
-        pages = list(self.kvcache.choose(i, tier_name, n, r.view if r is not None else None))
+        try:
+            pages = list(self.kvcache.choose(i, tier_name, n, r.view if r is not None else None))
+        except Exception as exc:
+            raise self._fault(exc, "choose") from exc
         refs = tier.refs
         if len(pages) != n:
             raise LedgerError(
@@ -397,8 +447,10 @@ class Ledger:
                 do="choose() must return exactly n free pages",
             )
         for page in pages:
-            if not 0 <= page < len(refs) or refs[page] != 0:
-                state = "outside the pool" if not 0 <= page < len(refs) else f"held ({refs[page]} references)"
+            if not 0 <= page < len(refs) or refs[page] != 0 or page in tier.reading:
+                state = "outside the pool"
+                if 0 <= page < len(refs):
+                    state = f"held ({refs[page]} references)" if refs[page] else "still being copied from"
                 raise LedgerError(
                     f"kvcache {self.name!r} chose page {page}, which is not free",
                     where=f"{tier_name} pool {self.pools[i].id!r}",
@@ -420,18 +472,38 @@ class Ledger:
             refs[page] = count
             if not count:
                 freed.append(page)
-        if not freed:
-            return
+        if tier.reading:
+            freed = [page for page in freed if page not in tier.reading]
+        if freed:
+            self._free(i, tier_name, freed)
+
+    def _free(self, i: int, tier_name: str, pages: list[int]) -> None:
+        """Nobody names these pages any more: withdraw those a resize waits for, give back the rest."""
+        tier = (self._device if tier_name == "device" else self._host)[i]
         if tier.withdraw and tier_name == "device":
-            gone = freed[: tier.withdraw]
+            gone = pages[: tier.withdraw]
             tier.withdraw -= len(gone)
             tier.total -= len(gone)
             for page in gone:
-                refs[page] = WITHDRAWN
-            del freed[: len(gone)]
-        tier.free += len(freed)
-        if freed:
-            self.kvcache.released(i, tier_name, freed)
+                tier.refs[page] = WITHDRAWN
+            pages = pages[len(gone) :]
+        tier.free += len(pages)
+        if pages:
+            try:
+                self.kvcache.released(i, tier_name, pages)
+            except Exception as exc:
+                raise self._fault(exc, "released") from exc
+
+    def _fault(self, exc: Exception, method: str) -> Exception:
+        """What to raise when the kvcache plugin raised."""
+        if isinstance(exc, ServeLabError):
+            return exc
+        return PluginCallError(
+            f"kvcache {self.name!r} raised {type(exc).__name__}: {exc}",
+            where=f"{method}()",
+            why="the exception is chained below (SERVELAB_TRACEBACK=1 shows it)",
+            do="mend the plugin",
+        )
 
     def check_integrity(self) -> None:
         """Recount everything. Linear in pages; run by tests and by ``checks=full`` when a run ends.
@@ -439,9 +511,17 @@ class Ledger:
         Raises:
             LedgerError: counts and tables disagree.
         """
+        for lease in self._leases.values():
+            if lease.in_flight < 0 or (lease.released and not lease.in_flight):
+                raise LedgerError(
+                    f"lease of {lease.owner} is {'released' if lease.released else 'held'}",
+                    why=f"{lease.in_flight} launches and transfers name it",
+                )
         for name, tiers in (("device", self._device), ("host", self._host)):
             for i, tier in enumerate(tiers):
                 held: Counter[int] = Counter(tier.external)
+                if name == "device":
+                    self._check_claims(i, tier)
                 for lease in self._leases.values():
                     table = (lease.tables if name == "device" else lease.host_tables)[i]
                     if len(set(table)) != len(table):
@@ -455,16 +535,33 @@ class Ledger:
                         )
                 if tier.total != len(tier.refs) - tier.refs.count(WITHDRAWN):
                     raise LedgerError(f"{name} pool {self.pools[i].id!r} counts {tier.total} pages in all")
-                if tier.free != tier.refs.count(0):
+                free = tier.refs.count(0) - sum(not tier.refs[page] for page in tier.reading)
+                if tier.free != free:
                     raise LedgerError(
                         f"{name} pool {self.pools[i].id!r} counts {tier.free} free pages",
-                        why=f"{tier.refs.count(0)} have no reference",
+                        why=f"{free} have no reference and are not being copied from",
                     )
                 if not 0 <= tier.promised <= tier.free:
                     raise LedgerError(
                         f"{tier.promised} pages promised, {tier.free} free",
                         where=f"{name} {self.pools[i].id!r}",
                     )
+
+    def _check_claims(self, i: int, tier: _Tier) -> None:
+        """Promises, withdrawals and pages being read agree with who made them."""
+        promised = sum(promise[i] for promise in self._promises.values())
+        if promised != tier.promised or not 0 <= tier.withdraw <= tier.total - tier.free + promised:
+            raise LedgerError(
+                f"{tier.promised} pages promised, {tier.withdraw} to withdraw in pool {self.pools[i].id!r}",
+                why=f"launches were promised {promised}, {tier.total - tier.free} are held",
+            )
+        reading = Counter(source for _, pool, source, _ in self._copies if pool == i)
+        reading.update(page for x in self._leases.values() for pool, page in x.sources if pool == i)
+        if reading != tier.reading:
+            raise LedgerError(
+                f"pool {self.pools[i].id!r} has {dict(tier.reading)} pages being copied from",
+                why=f"copies account for {dict(reading)}",
+            )
 
 
 def _runs(source: Sequence[int], destination: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ class Lease:
     that names them has ended (``in_flight`` is zero).
     """
 
-    __slots__ = ("host_tables", "in_flight", "owner", "released", "tables")
+    __slots__ = ("host_tables", "in_flight", "owner", "released", "sources", "tables")
 
     def __init__(self, owner: str, pools: int) -> None:
         self.owner = owner
@@ -21,6 +21,8 @@ class Lease:
         self.host_tables: list[list[int]] = [[] for _ in range(pools)]
         self.in_flight = 0
         self.released = False
+        self.sources: list[tuple[int, int]] = []
+        """(pool, page) that a launch in flight copies from (copy-on-write)."""
 
 
 class Request:

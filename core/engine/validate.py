@@ -28,35 +28,41 @@ class PlanCheck:
     def run(self, plan: StepPlan) -> None:
         """Raises PlanError naming plugin, step, request, value and limit."""
         if not isinstance(plan, StepPlan):
-            self.refuse(
-                f"plan() returned {type(plan).__name__}", "a StepPlan is expected", "return StepPlan()"
-            )
+            what = f"plan() returned {type(plan).__name__}"
+            self.refuse(what, "a StepPlan is expected", "return StepPlan()")
+        try:
+            self._check(plan)
+        except (TypeError, AttributeError, ValueError) as exc:
+            # checking every type beforehand would cost each step; here the plan is known to be malformed
+            raise self._error(
+                f"the plan is malformed: {type(exc).__name__}: {exc}",
+                "one of its parts is not what StepPlan says it is",
+                "give views where views are asked for and whole numbers where counts are",
+            ) from exc
+
+    def _check(self, plan: StepPlan) -> None:
         freed = self._changes(plan) if self._has_changes(plan) else []
         host_need = [0] * len(self.engine.ledger.pools)
         short = self._swaps(plan, host_need) if plan.preemptions or plan.swap_ins else None
-        try:
-            self._work(plan.work, freed, short)
-        except AttributeError as exc:  # checking the type of each item's request would cost every step
-            strangers = [i for i in plan.work if not isinstance(getattr(i, "request", None), RequestView)]
-            if not strangers:
-                raise
-            self.refuse(
-                f"work item {strangers[0]!r} names no request view",
-                str(exc),
-                "plan requests of this call's queues",
-            )
+        self._work(plan.work, freed, short)
         if plan.hold is not None:
             self._hold(plan, plan.hold)
-        if plan.wake_at is not None and plan.wake_at <= self.engine.now_ns:
-            self.refuse(
-                f"wake_at {plan.wake_at} is not in the future",
-                f"now is {self.engine.now_ns}",
-                "ask for a later time, or plan the work now",
-            )
+        if plan.wake_at is not None:
+            if type(plan.wake_at) is not int:
+                raise TypeError(f"wake_at is {plan.wake_at!r}, not a whole number of nanoseconds")
+            if plan.wake_at <= self.engine.now_ns:
+                self.refuse(
+                    f"wake_at {plan.wake_at} is not in the future",
+                    f"now is {self.engine.now_ns}",
+                    "ask for a later time, or plan the work now",
+                )
+
+    def _error(self, what: str, why: str, do: str, request: Request | None = None) -> PlanError:
+        where = f"scheduler {self.engine.scheduler_name!r}, step {self.engine.step}, lane {self.lane}"
+        return PlanError(what, where=where + (f", request {request.id}" if request else ""), why=why, do=do)
 
     def refuse(self, what: str, why: str, do: str, request: Request | None = None) -> NoReturn:
-        where = f"scheduler {self.engine.scheduler_name!r}, step {self.engine.step}, lane {self.lane}"
-        raise PlanError(what, where=where + (f", request {request.id}" if request else ""), why=why, do=do)
+        raise self._error(what, why, do, request)
 
     @staticmethod
     def _has_changes(plan: StepPlan) -> bool:
@@ -196,6 +202,8 @@ class PlanCheck:
                     f"work item {item!r}", "Tokens or Background is expected", "use plan.run(request, n)"
                 )
             r = item.request._r
+            if item is not r.one:
+                _check_types(item)
             n = item.n
             # the common case, inlined: live here, first time, running or waiting, not on another lane
             if r.mark == mark or r.home is not engine or (r.launches and r.lane != lane):
@@ -215,12 +223,7 @@ class PlanCheck:
                 if n < 1 or n > r.pending:
                     self._wrong_count(r, n)
                 if r.layer_cursor:
-                    self.refuse(
-                        f"request {r.id} is at layer {r.layer_cursor} of a chunk",
-                        "the chunk must pass all layers before other tokens run",
-                        f"continue it with Tokens(request, {r.layer_chunk}, layers=({r.layer_cursor}, ...))",
-                        r,
-                    )
+                    self._mid_chunk(r)
             else:
                 if n < 1:
                     self._wrong_count(r, n)
@@ -248,7 +251,8 @@ class PlanCheck:
         ledger = self.engine.ledger
         free = list(ledger.free())
         if freed:
-            free = [have + n for have, n in zip(free, ledger.releasable(freed), strict=True)]
+            given = zip(ledger.releasable(freed), ledger.withdrawing(), strict=True)
+            free = [have + max(0, n - gone) for have, (n, gone) in zip(free, given, strict=True)]
         need = list(taken) if taken else [0] * len(free)
         for r, n in needy:
             for i, pages in enumerate(ledger.missing(r, n)):
@@ -267,6 +271,14 @@ class PlanCheck:
                     f"{free[i]} are free in pool {ledger.pools[i].id!r}",
                     "swap in fewer requests",
                 )
+
+    def _mid_chunk(self, r: Request) -> NoReturn:
+        self.refuse(
+            f"request {r.id} is at layer {r.layer_cursor} of a chunk",
+            "the chunk must pass all layers before other tokens run",
+            f"continue it with Tokens(request, {r.layer_chunk}, layers=({r.layer_cursor}, ...))",
+            r,
+        )
 
     def _wrong_count(self, r: Request, n: int) -> NoReturn:
         if r.pending == 0 and n > 0:
@@ -301,6 +313,8 @@ class PlanCheck:
                     r,
                 )
             return 0
+        if r.layer_cursor and not item.layers:
+            self._mid_chunk(r)
         if item.draft < 0 or (item.draft and (item.layers or r.flying or item.n != r.pending)):
             self.refuse(
                 f"request {r.id} cannot verify {item.draft} drafts after {item.n} tokens",
@@ -343,3 +357,15 @@ class PlanCheck:
                     "a held item runs one token per step and brings one",
                     "hold plans in which every item is Tokens(request, 1) with pending_tokens == 1",
                 )
+
+
+def _check_types(item: Tokens) -> None:
+    """Raises TypeError or ValueError for an item that no rule could be applied to."""
+    if type(item.n) is not int or type(item.draft) is not int:
+        raise TypeError(f"{item!r}: n and draft must be whole numbers")
+    if item.advance not in ("append", "rewrite", "none"):
+        raise ValueError(f"{item!r}: advance must be 'append', 'rewrite' or 'none'")
+    if item.layers is not None:
+        first, end = item.layers
+        if type(first) is not int or type(end) is not int:
+            raise TypeError(f"{item!r}: layers must be two whole numbers")

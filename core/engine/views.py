@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from servelab.core.engine.contexts import Context, Contexts
+from servelab.core.engine.lane import position
 from servelab.core.engine.ledger import Ledger
 from servelab.core.engine.state import Request
 from servelab.core.errors import CapabilityError, ViewError
@@ -76,11 +77,12 @@ class LaneQueue(Queue):
 class KVBudget:
     """Scratch account of free pages; see ``families/scheduler.py``."""
 
-    __slots__ = ("_ledger", "_left")
+    __slots__ = ("_ledger", "_left", "_withdraw")
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._left = list(ledger.free())
+        self._withdraw = ledger.withdrawing()
 
     def take(self, request: RequestView, n: int) -> bool:
         r = request._r
@@ -96,7 +98,9 @@ class KVBudget:
 
     def give_back(self, request: RequestView) -> None:
         for i, pages in enumerate(self._ledger.releasable([request._r.lease])):
-            self._left[i] += pages
+            gone = min(pages, self._withdraw[i])
+            self._withdraw[i] -= gone
+            self._left[i] += pages - gone
 
     @property
     def free(self) -> tuple[int, ...]:
@@ -153,25 +157,31 @@ class CostView:
         self._engine = engine
 
     def step_ns(self, work: list[Tokens]) -> int:
-        requests = [item.request._r for item in work]
+        layers = self._engine.model.layers
+        at = [position(item, item.request._r, layers) for item in work]
         return self._price(
-            requests,
+            [item.request._r for item in work],
             [item.n for item in work],
-            [r.computed + r.flying for r in requests],
+            [start for start, _ in at],
+            [sample for _, sample in at],
             {i: item for i, item in enumerate(work) if not item.plain},
         )
 
     def recompute_ns(self, request: RequestView) -> int:
         r = request._r
-        return self._price([r], [max(r.computed, 1)], [0], {})
+        return self._price([r], [max(r.computed, 1)], [0], [False], {})
 
     def swap_ns(self, request: RequestView) -> int:
         return self._engine.price_swap(request._r)
 
     def _price(
-        self, requests: list[Request], tokens: list[int], starts: list[int], extras: dict[int, Tokens]
+        self,
+        requests: list[Request],
+        tokens: list[int],
+        starts: list[int],
+        samples: list[bool],
+        extras: dict[int, Tokens],
     ) -> int:
-        samples = [r.pending <= n for r, n in zip(requests, tokens, strict=True)]
         leases = [r.lease for r in requests]
         batch = Batch(0, -1, self._engine.step, 1, requests, leases, tokens, starts, samples, extras)
         return self._engine.cost.price(batch, 1)[0]

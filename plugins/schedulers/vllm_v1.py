@@ -85,7 +85,7 @@ class VllmV1:
 
         running = list(view.running)
         last = len(running)  # running[:last] are still running in this plan
-        for index, request in enumerate(running):
+        for index, request in enumerate(running[: config.max_num_seqs]):  # with lanes there may be more
             if index >= last or not budget:
                 steady = False
                 break

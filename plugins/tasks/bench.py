@@ -9,7 +9,7 @@ Deviations: none. Tier: stable.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from servelab.core.api import Context
 from servelab.core.bus import Bus
@@ -49,7 +49,7 @@ class Bench:
 
 
 def _driver(run: Run, bus: Bus) -> Driver:
-    parts = {
+    parts: dict[str, Any] = {
         "engines": [run.engine],
         "executors": [run.executor],
         "costs": [run.cost],

@@ -143,9 +143,11 @@ def test_holding_is_worth_it() -> None:
     assert run(items, vllm, 1000, foresight=False)[1] == 20
 
 
-@pytest.mark.parametrize(("at", "second_starts"), [(520, 520), (519, 520), (521, 630), (629, 630), (630, 630)])
+@pytest.mark.parametrize(
+    ("at", "second_starts"), [(520, 520), (519, 520), (521, 630), (629, 630), (630, 630)]
+)
 def test_an_arrival_interrupts_at_a_step_boundary(at: int, second_starts: int) -> None:
-    """Steps cost 110 ns for one row: prompt until 140 (4 rows), then boundaries at 190 + 110 k, ..., 520, 630."""
+    """Steps end at 190 + 110 k: 520, 630."""
     cost = ToyCost(step_ns=100, token_ns=10)
     items: list[Arrival | Cancel] = [arrival("a", 9, 20, cap=30), arrival("b", 4, 1, at=at)]
     for hold, foresight in ((1, True), (1000, True), (1000, False)):

@@ -25,7 +25,9 @@ def ledger(
     layout = kv.layout(TOY_MODEL)
     pools = len(layout.pools)
     device = (pages,) * pools if isinstance(pages, int) else pages
-    return Ledger(kv, "toykv", layout, Capacity(device_pages=device, host_pages=(host,) * pools if host else ()))
+    return Ledger(
+        kv, "toykv", layout, Capacity(device_pages=device, host_pages=(host,) * pools if host else ())
+    )
 
 
 def request(book: Ledger, id: str = "a") -> Request:

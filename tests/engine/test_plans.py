@@ -12,7 +12,16 @@ from servelab.core.families.scheduler import StepView
 from servelab.core.plan import Background, Hold, Outcome, Preemption, StepPlan, Tokens
 from servelab.core.records import Planned, RequestAdmitted, RequestPreempted, StepDone
 from servelab.core.request import Phase
-from servelab.core.testing.fakes import Rig, Script, ToyKV, find, make_engine, raises_in, toy_layout, toy_limits
+from servelab.core.testing.fakes import (
+    Rig,
+    Script,
+    ToyKV,
+    find,
+    make_engine,
+    raises_in,
+    toy_layout,
+    toy_limits,
+)
 
 Plan = Callable[[StepView], StepPlan]
 
@@ -113,9 +122,9 @@ def play(rig: Rig, *plans: Plan) -> None:
 
 WHERE = "scheduler 'toy', step 1, lane 0"
 
-REFUSALS: dict[str, tuple[Plan, str, str, str, str | None]] = {
+REFUSALS: dict[str, tuple[Any, str, str, str, str | None]] = {
     "not a plan": (
-        lambda view: [Tokens(find(view, "a"), 1)],  # type: ignore[return-value]
+        lambda view: [Tokens(find(view, "a"), 1)],
         "plan() returned list",
         "a StepPlan is expected",
         "return StepPlan()",
@@ -656,14 +665,14 @@ def test_abort_ends_a_running_request_and_frees_its_pages(rig: Rig) -> None:
 
 def test_swap_out_and_in_keep_everything(rig: Rig) -> None:
     rig = build(host_pages=4)
-    r = rig.request("a")
+    r: Any = rig.request("a")
     play(rig, verdict("preempt", "a", "swap", "makes room"))
     assert r.phase is Phase.SWAPPING
     assert rig.free() == (4,)
     rig.finish_transfer()
     assert (r.phase, rig.free(), list(rig.engine.swapped)) == (Phase.SWAPPED, (6,), ["a"])
     play(rig, verdict("swap_in", "a", "room again"))
-    assert r.phase is Phase.LOADING
+    assert rig.request("a").phase is Phase.LOADING
     rig.finish_transfer()
     assert (r.phase, r.computed, r.generated, r.slack) == (Phase.RUNNING, 6, 1, 2)
     assert rig.free("host") == (4,)

@@ -127,7 +127,7 @@ def test_ties_between_engines_go_by_class_then_by_the_order_posted() -> None:
 
 
 def test_cancellations_find_the_engine_of_their_request() -> None:
-    items = [arrival("a", 4, 50), arrival("b", 4, 50), Cancel(2500, "b")]
+    items: list[Arrival | Cancel] = [arrival("a", 4, 50), arrival("b", 4, 50), Cancel(2500, "b")]
     run = Run(items, Fcfs(), Fcfs(), dispatch=lambda s: int(s.id == "b")).go()
     assert ("b", "cancelled") in run.ends
     (end,) = [x for x in run.records if isinstance(x, RequestFinished) and x.request == "b"]
