@@ -72,6 +72,10 @@ class Bus:
             except Exception as error:
                 raise self._failure(call, record, error) from error
 
+    def listens(self, ev: str) -> bool:
+        """Whether any observer watches records of this type."""
+        return bool(self._calls[ev])
+
     def _emit_last(self, record: RunFinished) -> None:
         first: tuple[PluginCallError, Exception] | None = None
         for call in self._calls[record.ev]:

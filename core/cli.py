@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 TRACEBACK_ENV = "SERVELAB_TRACEBACK"
+DEPENDENCIES = frozenset({"hydra", "omegaconf", "pluggy", "pydantic"})
 
 log = logging.getLogger("servelab")
 
@@ -27,6 +28,10 @@ def main() -> None:
             from servelab.core import __version__
 
             print(f"servelab {__version__}")
+        elif args[:1] not in (["plugins"], ["show"]) and {"--help", "-h"} & set(args):
+            from servelab.core.help import show_help
+
+            show_help()
         elif args[:1] in (["plugins"], ["show"]):
             from servelab.core.listing import command
 
@@ -38,6 +43,14 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `servelab plugins | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except ModuleNotFoundError as exc:
+        if exc.name not in DEPENDENCIES or _wants_traceback():
+            raise
+        sys.stderr.write(
+            f"servelab: {exc.name} is not installed for {sys.executable}\n"
+            '  do:    pip install -c constraints.txt -e ".[run]"   (in the checkout)\n'
+        )
         sys.exit(1)
     except ServeLabError as exc:
         if _wants_traceback():
@@ -53,10 +66,10 @@ def _hydra(args: Sequence[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from servelab.core.errors import ServeLabError
-    from servelab.core.overrides import normalize
+    from servelab.core.overrides import check_choices, normalize
     from servelab.core.searchpath import install
 
-    sys.argv[1:] = normalize(args)
+    sys.argv[1:] = check_choices(normalize(args))
     install()
     if _wants_traceback():
         os.environ["HYDRA_FULL_ERROR"] = "1"

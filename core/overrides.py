@@ -79,3 +79,44 @@ def _rewrite(arg: str, sign: str, key: str, value: str) -> str:
     if root in CHOSEN:
         return f"{key}={value}"
     return arg
+
+
+def check_choices(argv: Sequence[str]) -> list[str]:
+    """Refuse names that nobody knows, before Hydra does it without the nearest name or a package's fault.
+
+    A plugin without a YAML file of its own is chosen all the same.
+
+    Raises:
+        ConfigError: no such choice.
+        PluginError: no such plugin, with the packages that could not be loaded.
+    """
+    if any(arg.partition("=")[0].lstrip("+") in _OTHER_FOLDERS for arg in argv):
+        return list(argv)
+    return [_check_choice(arg) for arg in argv]
+
+
+_OTHER_FOLDERS = frozenset({*_OTHER_CONFIG, "-cd", "--config-dir", "hydra.searchpath"})
+_CHOICE = re.compile(r"\+?(?P<group>\w+)=(?P<names>\w+(,\w+)*)")
+
+
+def _check_choice(arg: str) -> str:
+    match = _CHOICE.fullmatch(arg)
+    if match is None or match["group"] not in TECHNIQUES | CHOSEN:
+        return arg
+    from servelab.core.help import choices
+
+    group, names = match["group"], match["names"].split(",")
+    known = choices().get(group, set())
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return arg
+    if group not in KINDS:
+        raise ConfigError(
+            f"unknown {group} {unknown[0]!r}", where=f"command line: {arg}", do=nearest(unknown[0], known)
+        )
+    from servelab.core.registry import Registry
+
+    registry = Registry.load()
+    for name in unknown:
+        registry.spec(group, name)  # raises for a name that nobody declares
+    return f"++{group}.name={match['names']}"

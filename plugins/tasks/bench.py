@@ -34,6 +34,7 @@ class Bench:
         try:
             bus = Bus(run.observers)
             driver = _driver(run, bus)
+            run.engine.plan_log = bus.listens("planned")
             status: Status = "ok"
             reason = ""
             try:

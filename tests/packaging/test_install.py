@@ -115,7 +115,7 @@ def test_a_strangers_package(
     assert plugin["non_default"] == {"chunk_tokens": 64}
     assert last["status"] == "ok"
 
-    assert "scheduler: demo, vllm_v1" in run_py("--help", python=str(python)).stdout
+    assert "+scheduler=   demo, vllm_v1" in run_py("--help", python=str(python)).stdout
     listed = json.loads(run_py("plugins", "--json", python=str(python)).stdout)
     assert ("demo", "servelab-demo-ext 1.2.3") in [(p["name"], p["provider"]) for p in listed["plugins"]]
     assert [p["problem"] for p in listed["config_packages"]] == [None]
@@ -123,7 +123,7 @@ def test_a_strangers_package(
     # one name leaves both the plugin and its YAML out
     blocked = run_py("-p", "no:demo", "+scheduler=demo", *SHORT, python=str(python))
     assert blocked.returncode == 1
-    assert "Could not find 'scheduler/demo'" in blocked.stderr
+    assert "unknown scheduler 'demo'" in blocked.stderr
 
 
 def _run(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,66 @@
+"""``--help``, without Hydra: it would take longer with every plugin, and this must not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from servelab.core.families import KINDS
+from servelab.core.registry import config_packages
+
+USAGE = """\
+servelab: write an LLM-serving technique once as a plugin; run it on a real engine and in a simulator.
+
+  python run.py                                    the default run
+  python run.py +scheduler=NAME workload=NAME      choose parts (kind=name and +kind=name are the same)
+  python run.py engine.max_batch_tokens=2048       set a field
+  python run.py -m seed=0,1,2                      a sweep (hydra/launcher=joblib: in parallel)
+  python run.py plugins [KIND] [--json]            all plugins: papers, tiers, what is disabled and why
+  python run.py show KIND NAME                     the settings of one plugin
+  python run.py -p no:PACKAGE ...                  leave an installed package out
+  python run.py ... --cfg job                      show the composed configuration and stop
+  python run.py --version | --hydra-help           versions; Hydra's own flags
+
+`servelab` is the same command once the package is installed. SERVELAB_TRACEBACK=1 shows where an error came
+from.
+"""
+
+
+def show_help() -> None:
+    """Print usage, groups with their choices, and the default configuration."""
+    print(USAGE)
+    print("Choices")
+    groups = choices()
+    for group in sorted(groups):
+        sign = "+" if group in KINDS and KINDS[group].technique else " "
+        print(f"  {sign}{group + '=':<12} {', '.join(sorted(groups[group]))}")
+    print("\nThe default run")
+    for line in _default_run():
+        print(f"  {line}")
+
+
+def choices() -> dict[str, set[str]]:
+    """Group -> names, from the YAML files of this package and of installed ones."""
+    found: dict[str, set[str]] = defaultdict(set)
+    packages = ["servelab.configs", *(p.package for p in config_packages() if p.problem is None)]
+    for root in _folders(packages):
+        for file in root.rglob("*.yaml"):
+            group = file.parent.relative_to(root).as_posix()
+            if group != ".":
+                found[group].add(file.stem)
+    return found
+
+
+def _folders(packages: list[str]) -> Iterator[Path]:
+    for package in packages:
+        spec = find_spec(package)
+        yield from map(Path, (spec and spec.submodule_search_locations) or ())
+
+
+def _default_run() -> Iterator[str]:
+    """Our part of ``configs/config.yaml``, as it is written."""
+    (root, *_) = _folders(["servelab.configs"])
+    text = (root / "config.yaml").read_text(encoding="utf-8")
+    yield from text[text.index("defaults:") :].partition("\nhydra:")[0].strip().splitlines()
