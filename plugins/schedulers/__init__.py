@@ -16,6 +16,7 @@ TABLE = (
             "Requests are cut at engine.max_model_len by the core.",
             "Steady decoding is held instead of being planned again each step; the steps are the same.",
             "Prefix-cache hits are looked up by the core.",
+            "Planning a step ahead, a request in flight is not a victim: the step waits for its pages.",
         ),
         tier="stable",
     ),
