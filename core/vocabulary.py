@@ -19,10 +19,12 @@ from itertools import combinations
 from servelab.core.errors import nearest
 
 CAPABILITIES: dict[str, str] = {
+    "scheduler.chunks": "May run a prompt in several launches.",
     "scheduler.layers": "Emits layer ranges: some layers of a prompt per launch.",
     "scheduler.swap": "Preempts by moving KV to the host tier.",
     "scheduler.lanes": "Plans several lanes of a device side by side.",
     "scheduler.ahead": "Plans a step before the results of the one before are known.",
+    "scheduler.retains": "Keeps KV between the turns of a program (on_turn_end).",
     "kvcache.block_table": "Addresses KV as pages named by a table per request.",
     "kvcache.contiguous_slot": "Addresses KV as one contiguous range per request.",
     "kvcache.segments": "Addresses KV as ordered segments whose positions may change.",
@@ -68,6 +70,7 @@ CAPABILITIES: dict[str, str] = {
     "kvquant.gradients": "Needs a backward pass over calibration data.",
     "kvquant.transform": "Folds exact transforms into the projections.",
     "kernel.block_table": "Reads KV by block tables.",
+    "kernel.whole_prompt": "Needs the whole prompt in one launch.",
     "kernel.contiguous_slot": "Reads KV from one contiguous range per request.",
     "kernel.segments": "Reads KV as segments with positions of their own.",
     "kernel.remote_spans": "Computes over KV on other instances.",
@@ -308,6 +311,13 @@ CONFLICTS: tuple[Conflict, ...] = (
         "a stored answer would replace a call whose tools have effects",
         "Take a semantic cache that allows it per category, or one that only augments.",
         _CATEGORY,
+    ),
+    Conflict(
+        "whole_prompts",
+        "kernel.whole_prompt",
+        "scheduler.chunks",
+        "its index is built from the whole prompt in one launch",
+        "Take a scheduler that runs prompts whole, or a kernel that builds after the last chunk.",
     ),
     Conflict(
         "two_placers",

@@ -392,9 +392,7 @@ class Engine:
             )
         )
         for r, reason in done:
-            self._end(r, "completed", reason)
-        if done:
-            self._break_holds()
+            self._end(r, "completed", reason)  # a hold it was part of ends here: see Lane.repeat
 
     def _transfer_done(self, event: TransferDone) -> None:
         transfer = self.transfers.pop(event.transfer, None)

@@ -23,8 +23,9 @@ Capabilities: ``kernel.block_table``, ``kernel.contiguous_slot``, ``kernel.segme
 ``kernel.layer_ranges``, ``kernel.probabilities`` (returns attention mass per key), ``kernel.select`` (reads
 chosen pages only), ``kernel.evicts`` (drops tokens for good), ``kernel.per_head_sets`` (kept tokens differ
 by head), ``kernel.moves_keys`` (gives stored keys new positions), ``kernel.ring`` (overwrites old pages),
-``kernel.prefill_built`` (builds an index once per prompt), ``kernel.index_travels`` (that index can be sent
-to another instance), ``kernel.batch_invariant`` (a row's result does not depend on the batch),
+``kernel.whole_prompt`` (needs a prompt in one launch), ``kernel.prefill_built`` (builds an index once per
+prompt), ``kernel.index_travels`` (that index can be sent to another instance), ``kernel.batch_invariant``
+(a row's result does not depend on the batch),
 ``kernel.linear`` (has kernels for packed weights).
 """
 

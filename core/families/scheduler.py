@@ -8,7 +8,8 @@ recompute, swap or pause, swap-in ahead of need, keeping KV between turns, rejec
 several lanes, planning one step ahead, periodic re-planning (``wake_at``), and long stretches of identical
 steps (``hold``).
 
-Capabilities: ``scheduler.layers`` (emits layer ranges), ``scheduler.swap`` (preempts by swap; needs
+Capabilities: ``scheduler.chunks`` (may run a prompt in several launches), ``scheduler.retains`` (keeps KV
+between turns), ``scheduler.layers`` (emits layer ranges), ``scheduler.swap`` (preempts by swap; needs
 ``kvcache.swap``), ``scheduler.lanes``, ``scheduler.ahead`` (plans one step ahead).
 
 True of every scheduler, and tested by its suite: KV is conserved; output so far survives preemption; with

@@ -8,7 +8,7 @@ from servelab.core.families import KINDS
 from servelab.core.vocabulary import CAPABILITIES, CONFLICTS, Conflict, find_conflicts, unknown_capabilities
 
 PROVIDES: dict[str, set[str]] = {
-    "scheduler 'vllm_v1'": set(),
+    "scheduler 'vllm_v1'": {"scheduler.chunks"},
     "scheduler 'layered_prefill'": {"scheduler.layers"},
     "scheduler 'nanoflow'": {"scheduler.ahead"},
     "kvcache 'paged'": {"kvcache.block_table", "kvcache.fork", "kvcache.swap", "kvcache.pin"},
@@ -34,6 +34,7 @@ PROVIDES: dict[str, set[str]] = {
     "kernel 'flashinfer'": {"kernel.block_table", "kernel.partial", "kernel.cascade", "kernel.tree_mask"},
     "kernel 'shadowkv'": {"kvquant.representation", "kernel.select", "kernel.prefill_built"},
     "kernel 'travelling_index'": {"kernel.select", "kernel.prefill_built", "kernel.index_travels"},
+    "kernel 'one_shot_index'": {"kernel.select", "kernel.whole_prompt"},
     "kernel 'streaming_llm'": {"kernel.evicts", "kernel.moves_keys", "kernel.pre_rope"},
     "kernel 'h2o'": {"kernel.evicts", "kernel.per_head_sets", "kernel.probabilities"},
     "kernel 'snapkv'": {"kernel.evicts", "kernel.per_head_sets", "kernel.prefill_built"},
@@ -70,6 +71,7 @@ REFUSED = [
     ("kvquant 'xquant_cl'", "kernel 'h2o'", "cross_layer_eviction"),
     ("kvquant 'xquant_cl'", "scheduler 'layered_prefill'", "cross_layer_ranges"),
     ("kernel 'snapkv'", "router 'distserve'", "index_stays_behind"),
+    ("kernel 'one_shot_index'", "scheduler 'vllm_v1'", "whole_prompts"),
     # prefix, semantic and app cards
     ("prefix 'hash_prefix'", "prefix 'radix_prefix'", "two_prefix_owners"),
     ("prefix 'careless_blend'", "prefix 'hash_prefix'", "approximate_exact_prefix"),
