@@ -25,18 +25,27 @@ class Selected:
         return f"{self.kind} {self.spec.name!r}"
 
 
-def check_capabilities(selected: Sequence[Selected], registry: Registry) -> None:
+def check_capabilities(
+    selected: Sequence[Selected], registry: Registry, *, ahead: bool = False, lanes: bool = False
+) -> None:
     """Check every requirement and conflict.
+
+    Args:
+        selected: the plugins of the run.
+        registry: all known plugins, for remedies.
+        ahead: the engine plans a step ahead (``engine.max_in_flight`` above 1).
+        lanes: the engine has several lanes.
 
     Raises:
         CapabilityError: one error with every problem: the plugins, the capability and what to do.
     """
-    problems = [*_runs(selected, registry), *_unused(selected)]
+    problems = [*_runs(selected, registry), *_unused(selected), *_engine(selected, ahead, lanes)]
     for one in selected:
         others = [other for other in selected if other is not one]
         problems += _missing(one, others, registry)
         problems += _clashes(one, others)
-    problems += find_conflicts({str(one): one.spec.provides for one in selected})
+    idle = frozenset() if ahead else frozenset({"scheduler.ahead"})  # it could, but will not
+    problems += find_conflicts({str(one): one.spec.provides - idle for one in selected})
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise CapabilityError(
@@ -74,6 +83,20 @@ def _runs(selected: Sequence[Selected], registry: Registry) -> list[str]:
             f"choose {_either([*fitting, *peers])}"
         )
     return problems
+
+
+def _engine(selected: Sequence[Selected], ahead: bool, lanes: bool) -> list[str]:
+    """What settings of the engine ask of the scheduler."""
+    return [
+        f"{one} does not provide {capability!r}, which {setting} of 2 and more needs; set {setting}=1 or "
+        "choose another scheduler"
+        for one in selected
+        for wanted, setting, capability in (
+            (ahead, "engine.max_in_flight", "scheduler.ahead"),
+            (lanes, "engine.lanes", "scheduler.lanes"),
+        )
+        if one.kind == "scheduler" and wanted and capability not in one.spec.provides
+    ]
 
 
 def _unused(selected: Sequence[Selected]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -71,15 +71,17 @@ def compose(config: RunConfig, registry: Registry, *, run_dir: Path | None = Non
         PluginError: a factory failed or returned something else than its family asks for.
     """
     selected = [Selected(kind, registry.spec(kind, choice.name)) for kind, choice in config.choices()]
-    check_capabilities(selected, registry)
+    check_capabilities(
+        selected, registry, ahead=config.engine.max_in_flight > 1, lanes=config.engine.lanes > 1
+    )
     build = _Builder(config, registry, run_dir)
 
     kvcache: KVCache = build.one("kvcache")
-    layout = kvcache.layout(build.model)
-    _check_layout(layout, config.kvcache.name)
+    layout = build.ask("kvcache", kvcache.layout, build.model)
+    _check_layout(layout, config.kvcache.name, build.model)
     executor: Executor = build.one("executor")
     try:
-        capacity = executor.capacity(layout)
+        capacity = build.ask("executor", executor.capacity, layout)
         _check_capacity(capacity, layout, kvcache, config, build.limits)
         workload = build.one("workload")
         if default := _slo(config.slo):
@@ -103,9 +105,13 @@ def compose(config: RunConfig, registry: Registry, *, run_dir: Path | None = Non
             checks=config.engine.checks,
         )
         task: Task = build.one("task")
-        info = _info(config, registry, selected, layout, capacity, workload)
-    except BaseException:
-        executor.close()
+        described = build.ask("workload", workload.describe)
+        info = _info(config, registry, selected, layout, capacity, described)
+    except BaseException as exc:
+        try:
+            executor.close()
+        except Exception as second:
+            exc.add_note(f"while closing the executor: {type(second).__name__}: {second}")
         raise
     return Run(
         config=config,
@@ -158,6 +164,20 @@ class _Builder:
         """The run's only plugin of a kind."""
         return self(kind, getattr(self.config, kind))
 
+    def ask(self, kind: str, method: Callable[..., Any], *args: Any) -> Any:
+        """Call a plugin while the run is being composed; what it raises is reported with its name."""
+        try:
+            return method(*args)
+        except ServeLabError:
+            raise
+        except Exception as exc:
+            name = getattr(self.config, kind).name
+            raise PluginError(
+                f"{kind} {name!r} raised {type(exc).__name__}: {exc}",
+                where=f"{getattr(method, '__name__', method)}(), while the run was composed",
+                do="mend the plugin; SERVELAB_TRACEBACK=1 shows where",
+            ) from exc
+
     def __call__(self, kind: str, choice: Choice) -> Any:
         spec = self.registry.spec(kind, choice.name)
         factory = self.registry.resolve(kind, choice.name, "factory")
@@ -203,13 +223,20 @@ def _members(protocol: str) -> list[str]:
     return sorted(member for member in declared if not member.startswith("_"))
 
 
-def _check_layout(layout: object, kvcache: str) -> None:
+def _check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
     if not isinstance(layout, KVLayout) or not layout.pools:
         raise PluginError(
             f"kvcache {kvcache!r} proposed no usable layout",
             where=f"kvcache {kvcache!r}, layout()",
             why=f"it returned {layout!r:.60}",
             do="return a KVLayout with at least one pool",
+        )
+    if any(model.windows) and all(pool.retention == "full" for pool in layout.pools):
+        raise CapabilityError(
+            f"model {model.name!r} has layers with a sliding window",
+            where=f"kvcache {kvcache!r}",
+            why="its layout keeps every token in every layer, so memory would be counted too high",
+            do="take a kvcache with window pools, or leave model.windows empty to study full attention",
         )
 
 
@@ -257,7 +284,7 @@ def _info(
     selected: Iterable[Selected],
     layout: KVLayout,
     capacity: Capacity,
-    workload: Workload,
+    described: dict[str, Any],
 ) -> dict[str, Any]:
     oracles = [one for one in selected if one.spec.oracle]
     return {
@@ -271,10 +298,16 @@ def _info(
         "settings": config.settings(),
         "model": config.model.name,
         "plugins": _plugins_info(config, registry),
-        "stamps": [f"oracle: {one.spec.name}" for one in oracles],
+        "stamps": [f"oracle: {one.spec.name}" for one in oracles] + _lane_stamps(config, selected),
         "kv": _kv_info(layout, capacity),
-        "workload": workload.describe(),
+        "workload": described,
     }
+
+
+def _lane_stamps(config: RunConfig, selected: Iterable[Selected]) -> list[str]:
+    """Lanes are free hardware unless the cost model prices them together: reports must say so."""
+    together = any("cost.lanes" in one.spec.provides for one in selected)
+    return [] if config.engine.lanes == 1 or together else ["lanes: each priced as if alone on the device"]
 
 
 def _plugins_info(config: RunConfig, registry: Registry) -> dict[str, Any]:

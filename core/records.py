@@ -1,8 +1,9 @@
 """Log records: what happened, as the engine emits it. Metrics, reports and observers read only these.
 
-Every record has ``t_ns`` (when) and ``engine`` (index of the instance). Records of one engine come in time
-order. ``to_dict`` gives the JSON form with ``"ev"`` naming the type; ``from_dict`` reads it back. True
-output lengths never appear before a request has finished.
+Every record has ``t_ns`` (when) and ``engine`` (index of the instance). Records of one engine come in the
+order it learned of things: on the virtual clock with one lane that is time order; otherwise a step may have
+ended a little before the record in front of it. ``to_dict`` gives the JSON form with ``"ev"`` naming the
+type; ``from_dict`` reads it back. True output lengths never appear before a request has finished.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Contexts:
         decision = engine.call(self._on_turn_end, engine.show(r), f"on_turn_end(), request {r.id}")
         if isinstance(decision, Release):
             return None
-        if isinstance(decision, Pin) and decision.until_ns > engine.now_ns:
+        if isinstance(decision, Pin) and type(until := decision.until_ns) is int and until > engine.now_ns:
             return decision
         if isinstance(decision, KeepHost) and engine.ledger.has_host_tier and not r.lease.in_flight:
             return decision

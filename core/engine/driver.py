@@ -94,7 +94,12 @@ class Driver:
         """(time, class, sequence, engine, what): what is an event, a ``Flying`` or a ``StartTransfer``."""
         self._sequence = 0
         self._events = 0
-        """Entries of the heap that are not timers."""
+        """Entries of the heap that make something happen by themselves: not timers, not cancellations."""
+        self._handed_ns = 0
+        """Latest time given to an engine; times never go back."""
+        self._unsaid: list[Record] = []
+        """Records that an error kept from being emitted."""
+        self._lost: set[int] = set()
         self._timers: set[tuple[int, int]] = set()
         self._flying: list[dict[int, Flying]] = [{} for _ in engines]
         """Per engine, timed launches in flight by their number."""
@@ -107,8 +112,8 @@ class Driver:
         Raises:
             ServeLabError: whatever stopped the run. Every live request has had its terminal record first.
         """
-        self._arrivals = iter(self.workload.arrivals())
         try:
+            self._arrivals = iter(self._guard("workload", self.workload.arrivals))
             self._upcoming = self._next_item(0)
             self._loop()
             for engine in self.engines:  # contexts still kept between turns are let go
@@ -125,13 +130,18 @@ class Driver:
     def _abandon(self, exc: BaseException) -> None:
         """Give every live request its terminal record; the error that ended the run stays the one raised."""
         reason = "interrupted" if isinstance(exc, KeyboardInterrupt) else _first_line(exc)
-        try:
-            for engine in self.engines:
-                for command in engine.stop(self.now_ns, reason):
-                    if isinstance(command, Emit):
-                        self._emit(command.record)
-        except Exception as second:
-            exc.add_note(f"while ending the live requests: {type(second).__name__}: {second}")
+        records, self._unsaid = self._unsaid, []
+        now = max(self.now_ns, self._handed_ns)
+        for engine in self.engines:
+            records += [c.record for c in engine.stop(now, reason) if isinstance(c, Emit)]
+        noted = False
+        for record in records:
+            try:
+                self._emit(record)
+            except Exception as second:
+                if not noted:
+                    exc.add_note(f"while ending the live requests: {type(second).__name__}: {second}")
+                noted = True
 
     @property
     def _over(self) -> bool:
@@ -155,29 +165,29 @@ class Driver:
 
     def _push(self, time_ns: int, order: int, engine: int, what: Any) -> None:
         self._sequence += 1
-        self._events += what is not _TIMER
+        self._events += not _weak(what)
         heappush(self._heap, (time_ns, order, self._sequence, engine, what))
 
     def _refill(self, now: int | None = None) -> None:
         """Put the workload's items on the heap: those due by ``now``, or the next one if none is earlier."""
         heap = self._heap
-        while self._upcoming is not None:
-            limit = now if now is not None else (heap[0][0] if heap else self._upcoming.time_ns)
-            if self._upcoming.time_ns > limit:
-                return
-            self._accept(self._upcoming)
-            self._upcoming = self._next_item(self._upcoming.time_ns)
+        while (item := self._upcoming) is not None:
+            limit = now if now is not None else (heap[0][0] if heap else item.time_ns)
+            if item.time_ns > limit and not isinstance(item, Cancel):
+                return  # cancellations may lie ahead: nobody waits for one whose request has ended
+            self._accept(item)
+            self._upcoming = self._next_item(item.time_ns)
 
-    def _run_due(self, until_ns: int, now: int) -> None:
-        """Handle everything due until a time, as happening now."""
+    def _run_due(self, until_ns: int) -> None:
+        """Handle everything due until a time, each entry at its own time."""
         heap = self._heap
         while heap and heap[0][0] <= until_ns:
             due, _, _, index, what = heappop(heap)
             if what is _TIMER:
                 self._timers.discard((index, due))
-            else:
-                self._events -= 1
-            self._fire(index, what, now)
+            self._events -= not _weak(what)
+            self._handed_ns = max(due, self._handed_ns)
+            self._fire(index, what, self._handed_ns)
             self._skip_cut()
 
     def _skip_cut(self) -> None:
@@ -187,6 +197,7 @@ class Driver:
             heappop(heap)
 
     def _schedule_touched(self, now: int) -> None:
+        now = self._handed_ns = max(now, self._handed_ns)
         touched = sorted(self._touched)
         self._touched.clear()
         for index in touched:
@@ -197,7 +208,13 @@ class Driver:
         if isinstance(what, Flying):
             del self._flying[index][what.batch.launch]
             self._deliver(index, self._ended(index, what.batch, what.ends_ns), now)
+        elif isinstance(what, Arrival):
+            self._arrive(what, now)
+        elif isinstance(what, Cancel):
+            self._deliver(self._home.get(what.request_id, 0), Abort(what.request_id), now)
         elif isinstance(what, StartTransfer):
+            if index in self._lost:
+                return
             self._guard(f"executor of engine {index}", self.executors[index].transfer, what.transfer)
             self._deliver(index, TransferDone(what.transfer.id), now)
         else:
@@ -205,9 +222,15 @@ class Driver:
 
     def _deliver(self, index: int, event: Event, now: int) -> None:
         """Hand an event to an engine, after the steps of held launches that came before it."""
-        self._cut(index, now, before=isinstance(event, InstanceLost))
+        self._cut(index, now, before=isinstance(event, InstanceLost | LaunchDone))
         self._touched.add(index)
         self._do(index, self.engines[index].handle(event, now), now)
+        if isinstance(event, InstanceLost):
+            self._lost.add(index)
+            for flying in self._flying[index].values():
+                flying.cut = True
+                self._events -= 1
+            self._flying[index].clear()
 
     # ---------------------------------------------------------------- launches
 
@@ -253,14 +276,17 @@ class Driver:
     def _cut(self, index: int, now: int, before: bool = False) -> None:
         """Something is about to happen: held launches stop after the step in progress.
 
-        Steps that have ended (by now, or before it) are committed first, so that the engine is up to date. If
-        one ends right now no further step has begun, and the launch is over.
+        Steps that have ended (by now, or ``before`` now, for what comes no later than a completion) are
+        committed first, so that the engine is up to date. If one ends right now no further step has begun,
+        and the launch is over.
         """
-        for flying in [f for f in self._flying[index].values() if len(f.ends_ns) > 1]:
+        bisect = bisect_left if before else bisect_right
+        held = [(bisect(f.ends_ns, now), f) for f in self._flying[index].values() if len(f.ends_ns) > 1]
+        held.sort(key=lambda entry: entry[1].ends_ns[entry[0] - 1] if entry[0] else 0)
+        for done, flying in held:
             batch, ends = flying.batch, flying.ends_ns
-            done = (bisect_left if before else bisect_right)(ends, now)
-            if done == len(ends):
-                continue  # its own entry is due at this instant
+            if flying.cut or done == len(ends):
+                continue  # cut while another was, or its own entry is due at this instant
             flying.cut = True
             self._events -= 1
             del self._flying[index][batch.launch]
@@ -276,20 +302,27 @@ class Driver:
     # ---------------------------------------------------------------- commands
 
     def _do(self, index: int, commands: list[Command], now: int) -> None:
-        for command in commands:
-            if isinstance(command, Emit):
-                self._emit(command.record)
-                if isinstance(command.record, RequestFinished):
-                    self._finished(command.record)
-            elif isinstance(command, Launch):
-                self._launch(index, command.batch, now)
-            elif isinstance(command, Interrupt):
-                self._cut(index, now)
-            elif isinstance(command, StartTransfer):
-                self._transfer(index, command, now)
-            elif (index, command.at_ns) not in self._timers:
-                self._timers.add((index, command.at_ns))
-                self._push(command.at_ns, Timer.ORDER, index, _TIMER)
+        for k, command in enumerate(commands):
+            try:
+                self._obey(index, command, now)
+            except BaseException:  # what the engine said after it is not lost: see _abandon
+                self._unsaid += [c.record for c in commands[k + 1 :] if isinstance(c, Emit)]
+                raise
+
+    def _obey(self, index: int, command: Command, now: int) -> None:
+        if isinstance(command, Emit):
+            self._emit(command.record)
+            if isinstance(command.record, RequestFinished):
+                self._finished(command.record)
+        elif isinstance(command, Launch):
+            self._launch(index, command.batch, now)
+        elif isinstance(command, Interrupt):
+            self._cut(index, now)
+        elif isinstance(command, StartTransfer):
+            self._transfer(index, command, now)
+        elif (index, command.at_ns) not in self._timers:
+            self._timers.add((index, command.at_ns))
+            self._push(command.at_ns, Timer.ORDER, index, _TIMER)
 
     def _transfer(self, index: int, command: StartTransfer, now: int) -> None:
         price = self.costs[index].transfer_time
@@ -299,48 +332,78 @@ class Driver:
     # ---------------------------------------------------------------- arrivals
 
     def _next_item(self, last_ns: int) -> Arrival | Cancel | None:
-        item = next(self._arrivals, None)
-        if item is not None and item.time_ns < last_ns:
+        item = self._guard("workload", lambda: next(self._arrivals, _END))
+        if item is _END:
+            return None
+        checked = _checked(item, "arrivals()")
+        if checked.time_ns < last_ns:
             raise WorkloadError(
-                f"the workload went back in time, to {item.time_ns} ns",
+                f"the workload went back in time, to {checked.time_ns} ns",
                 where=f"after an item at {last_ns} ns",
                 why="arrivals() must be in time order",
                 do="sort the trace, or mend the generator",
             )
-        return item
+        return checked
 
     def _accept(self, item: Arrival | Cancel) -> None:
-        """Put an item on the clock; books its truth, and its home so that cancellations find it."""
-        if isinstance(item, Cancel):
-            index = self._home.get(item.request_id, 0)
-            self._push(item.time_ns, Abort.ORDER, index, Abort(item.request_id))
-            return
+        """Put an item on the clock; where it goes is decided when its time has come."""
+        order = Abort.ORDER if isinstance(item, Cancel) else Arrive.ORDER
+        self._push(item.time_ns, order, 0, item)
+
+    def _arrive(self, item: Arrival, now: int) -> None:
+        """Dispatch an arrival; books its truth, and its home so that a cancellation finds it."""
         spec = item.spec
         if item.truth is not None:
             self.truths[spec.id] = item.truth
-        index = self._dispatch(spec)
-        if not 0 <= index < len(self.engines):
+        index = self._guard("dispatch", self._dispatch, spec)
+        if type(index) is not int or not 0 <= index < len(self.engines):
             raise PluginError(
-                f"dispatch sent request {spec.id} to engine {index}",
+                f"dispatch sent request {spec.id} to engine {index!r}",
                 why=f"there are {len(self.engines)} engines",
                 do="answer with an index of the engines given to the driver",
             )
         if len(self.engines) > 1:
             self._home[spec.id] = index
-        self._push(item.time_ns, Arrive.ORDER, index, Arrive(spec))
+        self._deliver(index, Arrive(spec), now)
 
     def _finished(self, record: RequestFinished) -> None:
         """Forget a request and accept what follows from its end."""
         self.truths.pop(record.request, None)
         self._home.pop(record.request, None)
-        for item in self.workload.react(record):
-            if item.time_ns < record.t_ns:
+        follow = self._guard("workload", lambda: tuple(self.workload.react(record)))
+        for item in follow:
+            if _checked(item, "react()").time_ns < record.t_ns:
                 raise WorkloadError(
                     f"the workload reacted to request {record.request} with an item at {item.time_ns} ns",
                     why=f"the request ended at {record.t_ns} ns",
                     do="react with items at or after the record's time",
                 )
             self._accept(item)
+
+
+_END: Any = object()
+
+
+def _weak(what: Any) -> bool:
+    """Entries that wake nobody once every request has ended."""
+    return what is _TIMER or isinstance(what, Cancel)
+
+
+def _checked(item: Any, where: str) -> Arrival | Cancel:
+    """An item of a workload, if it is one, with whole numbers where counts and times are."""
+    numbers: tuple[Any, ...] = ()
+    if isinstance(item, Arrival):
+        numbers = (item.time_ns, item.spec.prompt_tokens, item.spec.max_new_tokens)
+    elif isinstance(item, Cancel):
+        numbers = (item.time_ns,)
+    if not numbers or any(type(n) is not int for n in numbers):
+        raise WorkloadError(
+            f"the workload yielded {item!r}",
+            where=where,
+            why="an Arrival or a Cancel is expected, with whole numbers of nanoseconds and tokens",
+            do="mend the workload",
+        )
+    return item  # type: ignore[no-any-return]
 
 
 def _first_line(exc: BaseException) -> str:

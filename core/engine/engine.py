@@ -15,7 +15,7 @@ from servelab.core.engine.lane import Lane
 from servelab.core.engine.ledger import Ledger, Transfer
 from servelab.core.engine.state import Request
 from servelab.core.engine.validate import PlanCheck
-from servelab.core.engine.views import ProgramView, StepView, renew_view, renew_views
+from servelab.core.engine.views import Expiring, ProgramView, StepView, renew_view, renew_views
 from servelab.core.errors import PluginCallError, PluginError, ServeLabError, WorkloadError
 from servelab.core.events import (
     Abort,
@@ -190,9 +190,11 @@ class Engine:
 
     def _ask(self, lane: Lane) -> StepPlan:
         self._view.lane = lane.index
+        view: Any = self._view
         if self.full_checks:
             renew_views(self)
-        return self.call(self._plan, self._view, f"plan(), step {self.step}, lane {lane.index}")
+            view = Expiring(view, self)
+        return self.call(self._plan, view, f"plan(), step {self.step}, lane {lane.index}")
 
     def show(self, r: Request) -> RequestView:
         """The view a scheduler may be given of one request, for one call."""
@@ -489,6 +491,8 @@ class Engine:
             program.live -= 1
             if spec.is_last_turn and not program.live:
                 del self.programs[program.id]
+                if program.id in self.contexts.kept:
+                    self.contexts.drop(program.id, "its program is over")
         self.emit(
             RequestFinished(
                 t_ns=self.now_ns,

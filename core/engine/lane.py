@@ -163,7 +163,10 @@ class Lane:
             engine.ledger.take_copies(),
         )
         if self._work is not None:
-            batch.steps = self._steps_ahead(batch, self._steps_left)
+            if (
+                engine.limits.max_in_flight == 1
+            ):  # planning ahead, the next step is queued before this one ends
+                batch.steps = self._steps_ahead(batch, self._steps_left)
             self._steps_left -= batch.steps
         engine.step += batch.steps
         self.flights.append((batch, engine.now_ns))
@@ -176,7 +179,15 @@ class Lane:
             if left < steps:
                 steps = left
         if steps > 1:
-            steps = self._engine.horizon(batch, steps)
+            known = self._engine.horizon(batch, steps)
+            if type(known) is not int or not 1 <= known <= steps:
+                raise PluginError(
+                    f"the executor's horizon() answered {known!r}",
+                    where=f"launch {batch.launch}, lane {batch.lane}",
+                    why=f"a whole number from 1 to {steps} is expected",
+                    do="mend the executor",
+                )
+            steps = known
         if steps > 1:
             steps = 1 + self._engine.ledger.promise(batch.launch, batch.requests, steps - 1)
         return steps

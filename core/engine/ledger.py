@@ -113,6 +113,8 @@ class Ledger:
                     need = 0
                 if self._shares and self._shared_tail(i, table, scheduled) is not None:
                     need += 1
+                if not table:  # swapped out: all its pages come back
+                    need = max(need, len(r.lease.host_tables[i]))
                 out.append(need)
         except Exception as exc:
             raise self._fault(exc, "pages_for") from exc
@@ -235,15 +237,20 @@ class Ledger:
                 tier.promised -= n
 
     def fork(self, parent: Request, child: Request) -> None:
-        """The child shares every page of the parent; whoever writes to a partly filled page copies it."""
+        """The child shares the pages of the parent's tokens; who first writes to a shared page copies it.
+
+        Pages the parent holds beyond its tokens stay its own.
+        """
         if child.lease.tables != [[] for _ in self.pools]:
             raise LedgerError(f"fork target {child.id} already holds pages", do="fork into a new request")
         self._shares = True
-        for i, table in enumerate(parent.lease.tables):
+        tokens = parent.computed + parent.flying
+        for i, pool in enumerate(self.pools):
+            shared = parent.lease.tables[i][: self.kvcache.pages_for(pool, parent.view, tokens)]
             refs = self._device[i].refs
-            for page in table:
+            for page in shared:
                 refs[page] += 1
-            child.lease.tables[i] = list(table)
+            child.lease.tables[i] = shared
         parent.slack = self._slack(parent)
         child.slack = self._slack(child)
 
@@ -259,13 +266,21 @@ class Ledger:
             keep = self.kvcache.pages_for(pool, r.view, tokens) if tokens else 0
             extra = table[keep:]
             del table[keep:]
+            if extra and r.lease.in_flight:  # a launch may still write there
+                self._device[i].reading.update(extra)
+                r.lease.sources += [(i, page) for page in extra]
             if extra:
                 self._drop_refs(i, "device", extra)
         r.slack = self._slack(r)
 
     def adopted(self, r: Request) -> None:
-        """The request took over a lease with tokens in it: bring its slack up to date."""
-        r.slack = self._slack(r) if any(r.lease.tables) else 0
+        """The request took over a lease with tokens in it; pages beyond those it reuses are given up.
+
+        They may be shared (a prefix store), and their content is not the request's.
+        """
+        r.slack = 0
+        if any(r.lease.tables) and not any(r.lease.host_tables):
+            self.trim(r, r.computed)
 
     def release(self, lease: Lease) -> None:
         """The owner is done. Pages return now, or when the last launch or transfer naming them ends."""
@@ -325,7 +340,10 @@ class Ledger:
         del self._leases[id(lease)]
 
     def retain(self, pool: int, page: int) -> None:
-        """An outside holder (a prefix store) adds a reference to a held page."""
+        """An outside holder (a prefix store) adds a reference to a held page.
+
+        The page must be full: its holders never write to it again.
+        """
         tier = self._device[pool]
         if tier.refs[page] < 1:
             raise LedgerError(f"page {page} of pool {pool} is not held, so it cannot be retained")

@@ -117,16 +117,17 @@ class PlanCheck:
             freed.append(lease)
         for verdict in plan.rejections:
             r = self._own(verdict.request, "rejection")
-            if r.phase is not Phase.WAITING:
-                self.refuse(
-                    f"request {r.id} cannot be rejected",
-                    f"its phase is {r.phase}",
-                    "abort admitted requests",
-                    r,
-                )
+            if r.phase is not Phase.WAITING or r.admitted_ns is not None:
+                was = "it was admitted before" if r.phase is Phase.WAITING else f"its phase is {r.phase}"
+                self.refuse(f"request {r.id} cannot be rejected", was, "abort admitted requests", r)
             freed.append(r.lease)
         for verdict in plan.aborts:
-            freed.append(self._own(verdict.request, "abort").lease)
+            r = self._own(verdict.request, "abort")
+            if r.admitted_ns is None and r.phase is Phase.WAITING:
+                self.refuse(
+                    f"request {r.id} cannot be aborted", "it never ran", "reject requests that never ran", r
+                )
+            freed.append(r.lease)
         for p in plan.preemptions:
             r = self._own(p.request, "preemption")
             if r.phase not in ON_DEVICE or (p.mode == "pause" and r.phase is Phase.PAUSED):
@@ -344,6 +345,8 @@ class PlanCheck:
         return item.n if not first else 0
 
     def _hold(self, plan: StepPlan, hold: Hold) -> None:
+        if type(hold.max_steps) is not int or type(hold.until_ns) not in (int, type(None)):
+            raise TypeError(f"{hold!r}: max_steps and until_ns must be whole numbers")
         if hold.max_steps < 1 or (hold.until_ns is not None and hold.until_ns <= self.engine.now_ns):
             self.refuse(
                 f"hold of {hold.max_steps} steps until {hold.until_ns}",

@@ -252,6 +252,52 @@ class StepView:
             ) from None
 
 
+class Expiring:
+    """With ``checks=full``: a step view, or a part of one, that fails outside the call it was given to."""
+
+    __slots__ = ("_engine", "_epoch", "_inner")
+
+    def __init__(self, inner: Any, engine: Engine) -> None:
+        self._inner = inner
+        self._engine = engine
+        self._epoch = engine.epoch
+
+    def _alive(self) -> Any:
+        if self._engine.epoch != self._epoch:
+            raise ViewError(
+                f"a {type(self._inner).__name__} was read outside the call it was given to",
+                where=f"scheduler {self._engine.scheduler_name!r}",
+                why=f"it belongs to call {self._epoch}, the engine is at {self._engine.epoch}",
+                do="use the view of the current call, and keep copies of what must be remembered",
+            )
+        return self._inner
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._alive(), name)
+        return Expiring(value, self._engine) if isinstance(value, _PARTS) else value
+
+    def __bool__(self) -> bool:
+        return bool(self._alive())
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._alive()
+
+    def __reversed__(self) -> Iterator[Any]:
+        yield from reversed(self._alive())
+
+    def __len__(self) -> int:
+        return len(self._alive())
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._alive()[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._alive()
+
+
+_PARTS = (Queue, KVView, CostView, MappingProxyType)
+
+
 class CheckedRequestView(RequestView):
     """With ``checks=full``: every read fails outside the call the view was given to."""
 

@@ -20,6 +20,6 @@ class VirtualDriver(Driver):
             if not heap or self._over:
                 break
             now = self.now_ns = heap[0][0]
-            self._run_due(now, now)
+            self._run_due(now)
             self._schedule_touched(now)
         self._check_stall()

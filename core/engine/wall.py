@@ -17,7 +17,9 @@ from servelab.core.errors import PluginCallError, PluginError, ServeLabError
 from servelab.core.events import Batch, Event, LaunchDone, StartTransfer, TransferDone
 from servelab.core.families.executor import Executor
 
-_Mail = tuple[int, Event] | BaseException
+_Mail = tuple[int, Event] | BaseException | None
+_LONGEST_WAIT_S = 3600.0
+"""Sleeps are cut to this: a pin until the end of time must not overflow a timeout."""
 
 
 class _Worker(Thread):
@@ -31,7 +33,7 @@ class _Worker(Thread):
 
     def run(self) -> None:
         executor = self._driver.executors[self._engine]
-        while (job := self.jobs.get()) is not None:
+        while (job := self.jobs.get()) is not None and not self._driver._stopping:
             try:
                 event = self._work(executor, job)
             except BaseException as exc:  # the main thread raises it
@@ -54,79 +56,100 @@ class _Worker(Thread):
 
 
 class WallDriver(Driver):
-    """Real-time driver. ``post`` may be called from any thread."""
+    """Real-time driver.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Args:
+        keep_open: stay and serve what is posted until ``close``; otherwise the run ends with the workload.
+
+    ``post`` and ``close`` may be called from any thread. Executors that do real work are called from worker
+    threads: ``launch`` from one per lane, ``transfer`` from another; everything else from this thread.
+    """
+
+    def __init__(self, *, keep_open: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._mail: SimpleQueue[_Mail] = SimpleQueue()
         self._began = monotonic_ns()
         self._workers: dict[tuple[int, int], _Worker] = {}
+        self._open = keep_open
+        self._stopping = False
 
     def clock(self) -> int:
         """Nanoseconds since the run began."""
         return monotonic_ns() - self._began
 
     def post(self, event: Event, engine: int = 0) -> None:
-        """Hand an event to an engine at the next turn of the loop; thread-safe."""
+        """Hand an event to an engine at the next turn of the loop."""
         self._mail.put((engine, event))
+
+    def close(self) -> None:
+        """With ``keep_open``: end the run when everything posted so far has been served."""
+        self._mail.put(None)
 
     def _loop(self) -> None:
         self._began = monotonic_ns()
         try:
             self._serve()
-        finally:
-            for worker in self._workers.values():
-                worker.jobs.put(None)
-            for worker in self._workers.values():
-                worker.join(timeout=5)
+        except BaseException as exc:
+            self._stop()
+            while not self._mail.empty():  # other workers may have failed too
+                if isinstance(mail := self._mail.get(), Exception):
+                    exc.add_note(f"also, in a worker thread: {type(mail).__name__}: {mail}")
+            raise
+        self._stop()
+
+    def _stop(self) -> None:
+        """Let workers finish the job they are on, and no other."""
+        self._stopping = True
+        for worker in self._workers.values():
+            worker.jobs.put(None)
+        for worker in self._workers.values():
+            worker.join()
 
     def _serve(self) -> None:
         while True:
             self._refill()
-            mail = self._wait()
-            if mail is None:
+            if not self._wait():
                 return
             now = self.now_ns = self.clock()
             self._refill(now)
-            self._run_due(now, now)
-            for index, event in mail:
-                self._deliver(index, event, now)
+            self._run_due(now)
             self._schedule_touched(now)
 
-    def _wait(self) -> list[tuple[int, Event]] | None:
-        """Sleep until mail comes or the next entry is due; None when the run is over."""
-        first: _Mail | None = None
-        if self._mail.empty() and self._over:
-            return None
-        if self._heap:
-            left = self._heap[0][0] - self.clock()
-            if left > 0:
-                try:
-                    first = self._mail.get(timeout=left / 1e9)
-                except Empty:
-                    return []
-        elif any(engine.in_flight for engine in self.engines) or not self._mail.empty():
-            first = self._mail.get()
-        else:
-            self._check_stall()
-        mail: list[tuple[int, Event]] = []
-        while first is not None:
-            mail.append(self._open(first))
-            first = None if self._mail.empty() else self._mail.get()
-        return mail
+    def _wait(self) -> bool:
+        """Sleep until mail comes or the next entry is due; False when the run is over."""
+        if self._mail.empty():
+            if not self._open and self._over:
+                return False
+            timeout = None
+            if self._heap:
+                timeout = min(max(0, self._heap[0][0] - self.clock()) / 1e9, _LONGEST_WAIT_S)
+            elif not self._open and not any(engine.in_flight for engine in self.engines):
+                self._check_stall()
+            try:
+                self._read(self._mail.get(timeout=timeout))
+            except Empty:
+                return True
+        while not self._mail.empty():
+            self._read(self._mail.get())
+        return True
 
-    @staticmethod
-    def _open(mail: _Mail) -> tuple[int, Event]:
-        if not isinstance(mail, BaseException):
-            return mail
-        if isinstance(mail, ServeLabError | KeyboardInterrupt | SystemExit):
+    def _read(self, mail: _Mail) -> None:
+        """Put an event on the heap at its time: a launch's end, else now."""
+        if mail is None:
+            self._open = False
+        elif isinstance(mail, tuple):
+            index, event = mail
+            at = event.ends_ns[-1] if isinstance(event, LaunchDone) else self.clock()
+            self._push(at, event.ORDER, index, event)
+        elif isinstance(mail, ServeLabError | KeyboardInterrupt | SystemExit):
             raise mail
-        raise PluginCallError(
-            f"the executor raised {type(mail).__name__}: {mail}",
-            where="a worker thread of the wall-clock driver",
-            why="the exception is chained below (SERVELAB_TRACEBACK=1 shows it)",
-            do="mend the executor",
-        ) from mail
+        else:
+            raise PluginCallError(
+                f"the executor raised {type(mail).__name__}: {mail}",
+                where="a worker thread of the wall-clock driver",
+                why="the exception is chained below (SERVELAB_TRACEBACK=1 shows it)",
+                do="mend the executor",
+            ) from mail
 
     def _launch(self, index: int, batch: Batch, now: int) -> None:
         if self.executors[index].simulated:

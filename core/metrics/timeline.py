@@ -163,12 +163,12 @@ class EngineFacts:
             self.min_free = free
             self.free_integral = [0] * len(free)
         else:
-            span = step.t_ns - self.last_ns
+            span = max(0, step.t_ns - self.last_ns)  # lanes may report a little out of order
             for pool, pages in enumerate(self.last_free):
                 self.free_integral[pool] += pages * span
             if free != self.last_free:
                 self.min_free = tuple(map(min, self.min_free, free))
-        self.last_ns = step.t_ns
+        self.last_ns = max(step.t_ns, self.last_ns)
         self.last_free = free
 
     @property

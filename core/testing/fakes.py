@@ -210,7 +210,10 @@ def arrival(
 
 
 class Fcfs:
-    """First come first served, youngest running request recomputed when pages run out. No technique."""
+    """First come first served, youngest running request recomputed when pages run out. No technique.
+
+    Made for one lane and one launch in flight: otherwise two lanes may take pages from each other for ever.
+    """
 
     def __init__(self, *, hold: int = 1, chunk: int = 1 << 30) -> None:
         self.hold = hold
@@ -335,7 +338,7 @@ class RandomPlans:
             busy.add(request.id)
         for request in view.waiting:
             if self._may("reject", 25):
-                plan.reject(request, "drawn")
+                (plan.reject if request.admitted_ns is None else plan.abort)(request, "drawn")
                 busy.add(request.id)
         for request in view.swapped:
             if self._may("swap_in", 2) and pages.take(request, 1):

@@ -12,7 +12,6 @@ TABLE = (
         factory="servelab.plugins.costmodels.scripted:ScriptedCost",
         config="servelab.plugins.costmodels.scripted:ScriptedCostConfig",
         summary="prices from a list or a straight line in tokens and context",
-        provides=frozenset({"cost.lanes"}),
         tier="stable",
     ),
 )

@@ -19,7 +19,7 @@ TABLE = (
             "Planning a step ahead, a request in flight is not a victim: the step waits for its pages.",
         ),
         tier="stable",
-        provides=frozenset({"scheduler.chunks", "scheduler.lanes"}),
+        provides=frozenset({"scheduler.chunks", "scheduler.lanes", "scheduler.ahead"}),
     ),
 )
 

@@ -9,11 +9,13 @@ Deviations: none. Tier: stable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from servelab.core.api import Context
 from servelab.core.bus import Bus
-from servelab.core.errors import ServeLabError
+from servelab.core.errors import PluginCallError, ServeLabError
 from servelab.core.records import RunFinished, RunStarted
 
 if TYPE_CHECKING:
@@ -30,23 +32,47 @@ class Bench:
         pass
 
     def run(self, run: Run) -> None:
-        """Serve the run's workload; figures are the observers' business."""
+        """Serve the run's workload; figures are the observers' business.
+
+        The first error is the one raised; what fails while the run is wound up is noted on it.
+        """
+        bus = driver = None
+        error: BaseException | None = None
         try:
             bus = Bus(run.observers)
-            driver = _driver(run, bus)
             run.engine.plan_log = bus.listens("planned")
-            status: Status = "ok"
-            reason = ""
-            try:
-                bus.emit(RunStarted(t_ns=0, info=run.info))
-                driver.run()
-            except BaseException as exc:
-                status, reason = _ending(exc)
-                _finish(bus, driver, status, reason, exc)
-                raise
-            _finish(bus, driver, status, reason, None)
-        finally:
-            run.executor.close()
+            driver = _driver(run, bus)
+            bus.emit(RunStarted(t_ns=0, info=run.info))
+            driver.run()
+        except BaseException as exc:
+            error = exc
+        error = _attempt(run.executor.close, "closing the executor", error)
+        if bus is not None and driver is not None:
+            status, reason = _ending(error)
+            last = RunFinished(t_ns=driver.now_ns, status=status, reason=reason)
+            error = _attempt(partial(bus.emit, last), "ending the run", error)
+        if error is not None:
+            raise error
+
+
+def _attempt(action: Callable[[], None], what: str, error: BaseException | None) -> BaseException | None:
+    """Do one thing more; the error that stands afterwards."""
+    try:
+        action()
+    except Exception as exc:
+        if error is not None:
+            error.add_note(f"while {what}: {type(exc).__name__}: {exc}")
+        elif isinstance(exc, ServeLabError):
+            return exc
+        else:
+            failed = PluginCallError(
+                f"{what} raised {type(exc).__name__}: {exc}",
+                do="mend the plugin",
+                where="after the last request",
+            )
+            failed.__cause__ = exc
+            return failed
+    return error
 
 
 def _driver(run: Run, bus: Bus) -> Driver:
@@ -67,17 +93,9 @@ def _driver(run: Run, bus: Bus) -> Driver:
     return WallDriver(**parts)
 
 
-def _ending(exc: BaseException) -> tuple[Status, str]:
-    if isinstance(exc, KeyboardInterrupt):
+def _ending(error: BaseException | None) -> tuple[Status, str]:
+    if error is None:
+        return "ok", ""
+    if isinstance(error, KeyboardInterrupt):
         return "interrupted", "keyboard interrupt"
-    return "failed", exc.what if isinstance(exc, ServeLabError) else f"{type(exc).__name__}: {exc}"
-
-
-def _finish(bus: Bus, driver: Driver, status: Status, reason: str, cause: BaseException | None) -> None:
-    """Emit the last record. The error that ended the run stays the one raised."""
-    try:
-        bus.emit(RunFinished(t_ns=driver.now_ns, status=status, reason=reason))
-    except Exception as exc:
-        if cause is None:
-            raise
-        cause.add_note(f"while ending the run: {type(exc).__name__}: {exc}")
+    return "failed", error.what if isinstance(error, ServeLabError) else f"{type(error).__name__}: {error}"

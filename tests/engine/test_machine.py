@@ -382,9 +382,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 class VllmMachine(EngineMachine):
-    """The engine under ``vllm_v1``, which knows one lane."""
-
-    lanes = 1
+    """The engine under ``vllm_v1``."""
 
     def scheduler(self, rng: Random) -> Any:
         limits = self.limits
