@@ -188,13 +188,19 @@ class Driver:
             self._events -= not _weak(what)
             self._handed_ns = max(due, self._handed_ns)
             self._fire(index, what, self._handed_ns)
-            self._skip_cut()
+            self._skip_void()
 
-    def _skip_cut(self) -> None:
-        """Drop entries of launches that were cut short: no time need pass for them."""
+    def _skip_void(self) -> None:
+        """Drop entries that mean nothing any more: no time need pass for them."""
         heap = self._heap
-        while heap and isinstance(heap[0][4], Flying) and heap[0][4].cut:
+        while heap and self._is_void(heap[0][3], heap[0][4]):
             heappop(heap)
+
+    def _is_void(self, index: int, what: Any) -> bool:
+        """A launch that was cut short, or a transfer of a lost instance."""
+        if isinstance(what, Flying):
+            return what.cut
+        return isinstance(what, StartTransfer) and index in self._lost
 
     def _schedule_touched(self, now: int) -> None:
         now = self._handed_ns = max(now, self._handed_ns)
@@ -202,7 +208,7 @@ class Driver:
         self._touched.clear()
         for index in touched:
             self._do(index, self.engines[index].handle(_SCHEDULE, now), now)
-        self._skip_cut()
+        self._skip_void()
 
     def _fire(self, index: int, what: Any, now: int) -> None:
         if isinstance(what, Flying):
@@ -213,8 +219,6 @@ class Driver:
         elif isinstance(what, Cancel):
             self._deliver(self._home.get(what.request_id, 0), Abort(what.request_id), now)
         elif isinstance(what, StartTransfer):
-            if index in self._lost:
-                return
             self._guard(f"executor of engine {index}", self.executors[index].transfer, what.transfer)
             self._deliver(index, TransferDone(what.transfer.id), now)
         else:
@@ -226,11 +230,17 @@ class Driver:
         self._touched.add(index)
         self._do(index, self.engines[index].handle(event, now), now)
         if isinstance(event, InstanceLost):
-            self._lost.add(index)
-            for flying in self._flying[index].values():
-                flying.cut = True
-                self._events -= 1
-            self._flying[index].clear()
+            self._forget_work(index)
+
+    def _forget_work(self, index: int) -> None:
+        """The instance is lost: its launches and transfers will not happen."""
+        self._events -= len(self._flying[index])
+        self._events -= sum(isinstance(entry[4], StartTransfer) and entry[3] == index for entry in self._heap)
+        for flying in self._flying[index].values():
+            flying.cut = True
+        self._flying[index].clear()
+        self._lost.add(index)
+        self._skip_void()
 
     # ---------------------------------------------------------------- launches
 

@@ -226,7 +226,7 @@ class Fcfs:
         while running:
             request = running.pop(0)
             n = min(request.pending_tokens, left, self.chunk)
-            if n < 1:
+            if n < 1 or len(plan.work) == view.limits.max_batch_requests:  # the rest is for other lanes
                 decoding = False
                 continue
             fits = pages.take(request, n)
