@@ -1,0 +1,100 @@
+"""Settings of the engine that ask something of plugins, and ends of runs in which several things fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from servelab.core.compose import compose
+from servelab.core.config import validate
+from servelab.core.errors import CapabilityError, PluginCallError, PluginError
+from servelab.core.registry import Registry
+from servelab.core.spec import PluginSpec
+from servelab.plugins.executors.scripted import ScriptedExecutor, ScriptedExecutorConfig
+
+
+def composed(raw: dict[str, Any], registry: Registry) -> Any:
+    return compose(validate(raw, registry), registry)
+
+
+@pytest.mark.parametrize(
+    ("setting", "capability"), [("max_in_flight", "scheduler.ahead"), ("lanes", "scheduler.lanes")]
+)
+def test_settings_that_need_a_scheduler_that_can(
+    raw: dict[str, Any], registry: Registry, setting: str, capability: str
+) -> None:
+    from servelab.plugins.schedulers.vllm_v1 import VllmV1, VllmV1Config
+
+    raw["engine"] = {**raw.get("engine", {}), setting: 2}
+    composed(raw, registry)
+    registry.add(
+        "scheduler",
+        PluginSpec(name="simple", factory="a:b", config="a:c"),
+        factory=VllmV1,
+        config=VllmV1Config,
+    )
+    raw["scheduler"] = {"name": "simple"}
+    with pytest.raises(CapabilityError, match=f"scheduler 'simple' does not provide '{capability}'"):
+        composed(raw, registry)
+
+
+def test_lanes_that_are_priced_apart_are_stamped(raw: dict[str, Any], registry: Registry) -> None:
+    assert composed(raw, registry).info["stamps"] == []
+    raw["engine"] = {**raw.get("engine", {}), "lanes": 2}
+    assert composed(raw, registry).info["stamps"] == ["lanes: each priced as if alone on the device"]
+
+
+def test_windows_that_no_pool_honours_are_refused(raw: dict[str, Any], registry: Registry) -> None:
+    raw["model"] = {**raw["model"], "windows": [8] * raw["model"]["layers"]}
+    with pytest.raises(CapabilityError, match="sliding window"):
+        composed(raw, registry)
+
+
+def _executor(**failing: str) -> type:
+    """A scripted executor whose methods raise what they are told."""
+
+    def method(name: str, text: str) -> Any:
+        def fail(self: Any, *args: Any) -> Any:
+            raise OSError(text)
+
+        return fail
+
+    return type("Failing", (ScriptedExecutor,), {name: method(name, text) for name, text in failing.items()})
+
+
+def use(raw: dict[str, Any], registry: Registry, factory: type) -> None:
+    registry.add(
+        "executor",
+        PluginSpec(name="failing", factory="a:b", config="a:c", provides=frozenset({"executor.sim"})),
+        factory=factory,
+        config=ScriptedExecutorConfig,
+    )
+    raw["executor"] = {"name": "failing"}
+
+
+def test_the_first_error_stands_when_closing_fails_too(raw: dict[str, Any], registry: Registry) -> None:
+    use(raw, registry, _executor(launch="first", close="second"))
+    run = composed(raw, registry)
+    with pytest.raises(PluginCallError, match="OSError: first") as info:
+        run.task.run(run)
+    assert any("second" in note for note in info.value.__notes__)
+
+
+def test_a_failing_close_is_an_error_of_its_own_and_in_the_log(
+    raw: dict[str, Any], registry: Registry
+) -> None:
+    use(raw, registry, _executor(close="second"))
+    run = composed(raw, registry)
+    with pytest.raises(PluginCallError, match="closing the executor raised OSError: second"):
+        run.task.run(run)
+    assert run.engine.ended["completed"] == run.engine.arrived > 0
+
+
+def test_what_fails_while_composing_is_named_and_closing_does_not_hide_it(
+    raw: dict[str, Any], registry: Registry
+) -> None:
+    use(raw, registry, _executor(capacity="first", close="second"))
+    with pytest.raises(PluginError, match="executor 'failing' raised OSError: first") as info:
+        composed(raw, registry)
+    assert any("second" in note for note in info.value.__notes__)
