@@ -8,42 +8,41 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
 
 TRACEBACK_ENV = "SERVELAB_TRACEBACK"
 DEPENDENCIES = frozenset({"hydra", "omegaconf", "pluggy", "pydantic"})
+PRINTS = frozenset({"-c", "--cfg", "-i", "--info", "--hydra-help"})
+"""Flags with which Hydra prints something and runs nothing."""
 
 log = logging.getLogger("servelab")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken the way of Ctrl-C: the run ends as interrupted and its files are written."""
+
+
 def main() -> None:
-    """Entry point; ends the process with 0, 1 (an error) or 130 (Ctrl-C)."""
+    """Entry point; ends the process with 0, 1 (an error), 130 (Ctrl-C) or 143 (SIGTERM).
+
+    A reader of stdout that goes away, as in ``servelab plugins | head``, ends the printing and nothing else.
+    """
     from servelab.core.errors import ServeLabError
 
     try:
-        args = _take_blocks(sys.argv[1:])
-        if args[:1] == ["--version"]:
-            from servelab.core import __version__
-
-            print(f"servelab {__version__}")
-        elif args[:1] not in (["plugins"], ["show"]) and {"--help", "-h"} & set(args):
-            from servelab.core.help import show_help
-
-            show_help()
-        elif args[:1] in (["plugins"], ["show"]):
-            from servelab.core.listing import command
-
-            command(args)
-        else:
-            _hydra(args)
-    except KeyboardInterrupt:
-        sys.stderr.write("servelab: interrupted\n")
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `servelab plugins | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _command(sys.argv[1:])
+    except KeyboardInterrupt as exc:
+        terminated = isinstance(exc, Terminated)
+        sys.stderr.write(f"servelab: {'terminated' if terminated else 'interrupted'}\n")
+        sys.exit(143 if terminated else 130)
+    except BrokenPipeError:
+        pass
     except ModuleNotFoundError as exc:
         if exc.name not in DEPENDENCIES or _wants_traceback():
             raise
@@ -57,6 +56,54 @@ def main() -> None:
             raise
         sys.stderr.write(f"servelab: {exc}\n")
         sys.exit(1)
+    finally:
+        _flush_stdout()
+
+
+def _command(argv: Sequence[str]) -> None:
+    args = _take_blocks(argv)
+    if args[:1] == ["--version"]:
+        from servelab.core import __version__
+
+        print(f"servelab {__version__}")
+    elif args[:1] not in (["plugins"], ["show"]) and {"--help", "-h"} & set(args):
+        from servelab.core.help import show_help
+
+        show_help()
+    elif args[:1] in (["plugins"], ["show"]):
+        from servelab.core.listing import command
+
+        command(args)
+    else:
+        _hydra(args)
+
+
+def _flush_stdout() -> None:
+    """Now rather than at exit, where Python would complain about a reader that has gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """While a run goes on in the main thread, SIGTERM does what Ctrl-C does, unless others handle it."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _hydra(args: Sequence[str]) -> None:
@@ -69,6 +116,8 @@ def _hydra(args: Sequence[str]) -> None:
     from servelab.core.overrides import check_choices, normalize
     from servelab.core.searchpath import install
 
+    if PRINTS & {arg.partition("=")[0] for arg in args}:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Hydra would print a traceback
     sys.argv[1:] = check_choices(normalize(args))
     install()
     if _wants_traceback():
@@ -78,7 +127,8 @@ def _hydra(args: Sequence[str]) -> None:
     def task(cfg: DictConfig) -> float | None:
         try:
             raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-            return run(raw)  # type: ignore[arg-type]
+            with _sigterm_interrupts():
+                return run(raw)  # type: ignore[arg-type]
         except (ServeLabError, OmegaConfBaseException) as exc:
             # of this class Hydra prints the message alone and exits with 1, and in a sweep the other jobs
             # still run; SystemExit would end the sweep at the first bad job
@@ -112,24 +162,38 @@ def run(raw: dict[str, Any]) -> float | None:
 
 
 def _take_blocks(args: Sequence[str]) -> list[str]:
-    """Take ``-p no:NAME`` out, into the environment; Hydra's own ``-p PACKAGE`` stays."""
-    from servelab.core.registry import BLOCK_ENV, blocked_names
+    """Take ``-p no:NAME`` out, into the environment; Hydra's own option is ``--package``.
+
+    Raises:
+        ConfigError: ``-p`` without ``no:``, or a name that no plugin package has.
+    """
+    from servelab.core.registry import BLOCK_ENV, blocked_names, check_blocks
 
     rest: list[str] = []
-    names = set(blocked_names())
+    names: set[str] = set()
     pending = iter(args)
     for arg in pending:
-        if arg.startswith("-pno:"):
-            names.add(arg.removeprefix("-pno:"))
-            continue
-        value = next(pending, None) if arg == "-p" else None
-        if value is not None and value.startswith("no:"):
-            names.add(value.removeprefix("no:"))
-            continue
-        rest += [arg] if value is None else [arg, value]
+        if arg.startswith("-p"):
+            names.add(_blocked(arg.removeprefix("-p") or next(pending, "")))
+        else:
+            rest.append(arg)
     if names:
-        os.environ[BLOCK_ENV] = ",".join(sorted(names))
+        check_blocks(names)
+        os.environ[BLOCK_ENV] = ",".join(sorted(names | blocked_names()))
     return rest
+
+
+def _blocked(value: str) -> str:
+    if value.startswith("no:") and value != "no:":
+        return value.removeprefix("no:")
+    from servelab.core.errors import ConfigError
+
+    name = value.removeprefix("no:") or "NAME"
+    raise ConfigError(
+        "-p takes no:NAME, the plugin package to leave out",
+        where=f"command line: -p {value}".rstrip(),
+        do=f"write -p no:{name} to leave {name} out; Hydra's own option is written --package",
+    )
 
 
 def _wants_traceback() -> bool:

@@ -218,8 +218,11 @@ def _observers(value: Any, registry: Registry, problems: list[str]) -> tuple[Cho
         choice = _choice(f"observers.{index}", "observer", item, registry, problems)
         if choice is None:
             continue
-        if choice in found:
-            problems.append(f"observers.{index}: {choice.name!r} is listed twice with the same settings")
+        if any(choice.name == other.name for other in found):
+            problems.append(
+                f"observers.{index}: {choice.name!r} is listed twice; both would write the same files: "
+                "list it once, with all its settings"
+            )
         found.append(choice)
     return tuple(found)
 

@@ -16,9 +16,11 @@ servelab: write an LLM-serving technique once as a plugin; run it on a real engi
   python run.py                                    the default run
   python run.py +scheduler=NAME workload=NAME      choose parts (kind=name and +kind=name are the same)
   python run.py engine.max_batch_tokens=2048       set a field
-  python run.py -m seed=0,1,2                      a sweep (hydra/launcher=joblib: in parallel)
+  python run.py -m seed=0,1,2                      a sweep; with hydra/launcher=joblib in parallel,
+                                                   which needs: pip install -e ".[sweep]"
   python run.py plugins [KIND] [--json]            all plugins: papers, tiers, what is disabled and why
   python run.py show KIND NAME                     the settings of one plugin
+  python run.py show engine                        of a section: engine, slo, model, clock, hardware
   python run.py -p no:PACKAGE ...                  leave an installed package out
   python run.py ... --cfg job                      show the composed configuration and stop
   python run.py --version | --hydra-help           versions; Hydra's own flags

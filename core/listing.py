@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from textwrap import wrap
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from servelab.core.errors import PluginError, nearest
 from servelab.core.families import KINDS
@@ -15,31 +17,77 @@ from servelab.core.spec import Paper, PluginSpec
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+SECTIONS = {
+    "engine": "EngineConfig",
+    "slo": "SLOConfig",
+    "model": "ModelConfig",
+    "clock": "ClockConfig",
+    "hardware": "HardwareConfig",
+}
+"""Sections of our own and their models in ``core/config.py``, which only ``show`` imports."""
+WIDTH = 100
+"""Columns that ``show`` keeps to."""
 
 
 def command(args: Sequence[str]) -> None:
-    """Run ``plugins [KIND] [--json]`` or ``show KIND NAME [--json]``.
+    """Run ``plugins [KIND] [--json]`` or ``show KIND NAME [--json]`` or ``show SECTION [--json]``.
 
     Raises:
-        PluginError: an unknown kind or plugin.
+        PluginError: an unknown kind, section or plugin.
     """
     parser = argparse.ArgumentParser(prog="servelab")
     commands = parser.add_subparsers(dest="command", required=True)
     plugins = commands.add_parser("plugins", help="all plugins, and packages that could not be loaded")
     plugins.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
-    show = commands.add_parser("show", help="one plugin: paper, deviations, capabilities, settings")
-    show.add_argument("kind", metavar="KIND", help=", ".join(KINDS))
-    show.add_argument("name", metavar="NAME")
+    show = commands.add_parser(
+        "show", help="one plugin: paper, deviations, capabilities, settings; or one section of settings"
+    )
+    show.add_argument("kind", metavar="KIND", help=f"{', '.join(KINDS)}; or a section: {', '.join(SECTIONS)}")
+    show.add_argument("name", nargs="?", metavar="NAME", help="the plugin; none for a section")
     for one in (plugins, show):
         one.add_argument("--json", action="store_true", help="machine-readable")
     chosen = parser.parse_args(args)
+    if chosen.command == "show" and chosen.kind in SECTIONS:
+        _section(chosen.kind, chosen.name, chosen.json)
+        return
     if chosen.kind is not None and chosen.kind not in KINDS:
-        raise PluginError(f"unknown kind of plugin {chosen.kind!r}", do=nearest(chosen.kind, KINDS))
+        known = [*KINDS, *SECTIONS] if chosen.command == "show" else KINDS
+        or_section = " or section" if chosen.command == "show" else ""
+        raise PluginError(
+            f"unknown kind of plugin{or_section} {chosen.kind!r}", do=nearest(chosen.kind, known)
+        )
     registry = Registry.load()
     if chosen.command == "plugins":
         _plugins(registry, chosen.kind, chosen.json)
+    elif chosen.name is None:
+        raise PluginError(
+            f"which {chosen.kind}?",
+            where=f"servelab show {chosen.kind} NAME",
+            do=nearest("", registry.names(chosen.kind)),
+        )
     else:
         _show(registry, chosen.kind, chosen.name, chosen.json)
+
+
+def _section(name: str, extra: str | None, as_json: bool) -> None:
+    """One of our own sections, which no plugin owns."""
+    from servelab.core import config
+
+    if extra is not None:
+        raise PluginError(
+            f"{name!r} is a section, not a kind of plugin", where=extra, do=f"servelab show {name}"
+        )
+    model: type[BaseModel] = getattr(config, SECTIONS[name])
+    if as_json:
+        print(json.dumps({"section": name, "settings": model.model_json_schema()}, indent=2))
+        return
+    about = (model.__doc__ or "").strip().partition("\n")[0]
+    _print_wrapped(f"section {name!r}: {about}", 2)
+    print(f"  {'set with:':<12} {name}.{next(iter(model.model_fields))}=...")
+    print("\nSettings:")
+    _print_fields(model)
 
 
 def _plugins(registry: Registry, only: str | None, as_json: bool) -> None:
@@ -126,12 +174,12 @@ def _show(registry: Registry, kind: str, name: str, as_json: bool) -> None:
     }
     for label, text in facts.items():
         if text:
-            print(f"  {label + ':':<12} {text}")
+            _print_wrapped(f"  {label + ':':<12} {text}", 15)
     for number, deviation in enumerate(spec.deviations, 1):
-        print(f"  {'deviations:' if number == 1 else '':<12} {number}. {deviation}")
+        _print_wrapped(f"  {'deviations:' if number == 1 else '':<12} {number}. {deviation}", 18)
     print("\nSettings" + (":" if model else ": none"))
     if model:
-        _table(("field", "default", "type", "meaning"), _fields(model), indent="  ")
+        _print_fields(model)
 
 
 def _spec_dict(spec: PluginSpec) -> dict[str, Any]:
@@ -142,23 +190,46 @@ def _spec_dict(spec: PluginSpec) -> dict[str, Any]:
     return values
 
 
-def _fields(model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
-    rows = []
+def _print_fields(model: type[BaseModel]) -> None:
+    """Per field: name, type with bounds and default; below it what it means."""
+    width = max(len(name) for name in model.model_fields) + 2
     for name, field in model.model_fields.items():
-        default = (
-            "(required)" if field.is_required() else _plain(field.get_default(call_default_factory=True))
-        )
-        kind = getattr(field.annotation, "__name__", None) if field.annotation else None
-        if kind is None or "[" in str(field.annotation) or "|" in str(field.annotation):
-            kind = str(field.annotation).replace("typing.", "")
         bounds = [
-            f"{sign}{getattr(m, attribute)}"
+            f"{sign} {getattr(m, attribute)}"
             for m in field.metadata
             for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
             if getattr(m, attribute, None) is not None
         ]
-        rows.append((name, default, " ".join([kind, *bounds]), field.description or ""))
-    return rows
+        kind, null, _ = (field.title or type_words(field.annotation)).partition(" or null")
+        kind = " ".join([kind, ", ".join(bounds)]).strip() + null
+        given = "required" if field.is_required() else f"default {_plain(_default(field))}"
+        _print_wrapped(f"  {name:<{width}}{kind}; {given}", width + 4)
+        _print_wrapped(f"  {'':<{width}}{field.description or ''}", width + 2)
+
+
+def _default(field: FieldInfo) -> object:
+    return field.get_default(call_default_factory=True)
+
+
+def type_words(annotation: Any) -> str:
+    """A type as a reader of the settings wants it, without names of classes."""
+    if annotation is None or annotation is type(None):
+        return "null"
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        titles = [title for one in args[1:] if (title := getattr(one, "title", None))]
+        return titles[0] if titles and isinstance(titles[0], str) else type_words(args[0])
+    if origin is Literal:
+        return " | ".join(map(_plain, args))
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(type_words, args)))
+    if origin in (tuple, list, set, frozenset, Sequence):
+        return f"list of {type_words(args[0])}"
+    if origin in (dict, Mapping):
+        return f"mapping of {type_words(args[0])} to {type_words(args[1])}"
+    if fields := getattr(annotation, "model_fields", None):
+        return f"{{{', '.join(fields)}}}"
+    return getattr(annotation, "__name__", str(annotation))
 
 
 def _plain(value: object) -> str:
@@ -166,12 +237,23 @@ def _plain(value: object) -> str:
     dump = getattr(value, "model_dump", None)
     if dump is not None:
         value = dump(mode="json")
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_plain(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plain, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], indent: str = "") -> None:
+def _print_wrapped(text: str, indent: int) -> None:
+    lead = text[: len(text) - len(text.lstrip())]
+    lines = wrap(text.lstrip(), WIDTH - len(lead), break_on_hyphens=False, drop_whitespace=True)
+    rest = wrap(" ".join(lines[1:]), WIDTH - indent, break_on_hyphens=False, break_long_words=False)
+    for number, line in enumerate([*lines[:1], *rest]):
+        print((lead if not number else " " * indent) + line)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     lines = [tuple(head), *map(tuple, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print((indent + "  ".join(cells)).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -30,6 +30,8 @@ SECTIONS = frozenset("observers" if kind == "observer" else kind for kind in KIN
     "clock",
 }
 """The fields of ``RunConfig``, which is not imported: pydantic would cost ``--help`` a third of its time."""
+USUAL_OBSERVERS = ("jsonl", "report")
+"""The list in ``configs/config.yaml``."""
 ROOTS = SECTIONS | TECHNIQUES | {"hydra"}
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
@@ -68,6 +70,8 @@ def _rewrite(arg: str, sign: str, key: str, value: str) -> str:
         )
     if root == "hydra":
         return arg
+    if root == "observers" and rest:
+        raise _not_a_section(arg, rest, value)
     if rest:
         return f"++{key}={value}" if root in SECTIONS else arg
     if root in SECTIONS and root in KINDS.keys() | {"hardware"} and value in ("null", "none"):
@@ -79,6 +83,26 @@ def _rewrite(arg: str, sign: str, key: str, value: str) -> str:
     if root in CHOSEN:
         return f"{key}={value}"
     return arg
+
+
+def _not_a_section(arg: str, rest: str, value: str) -> ConfigError:
+    """``observers`` is a list: Hydra cannot set a field of an entry."""
+    name, _, field = rest.partition(".")
+    if name.isdigit():
+        name = USUAL_OBSERVERS[int(name) % len(USUAL_OBSERVERS)]
+    whole = _listed(name, field or "FIELD", value)
+    return ConfigError(
+        "observers is a list; the settings of an observer are written into it",
+        where=f"command line: {arg}",
+        do=f"state the whole list, quoted for the shell: 'observers=[{whole}]'",
+    )
+
+
+def _listed(name: str, field: str, value: str) -> str:
+    """The default list with one field set, in Hydra's spelling."""
+    entry = f"{{name: {name}, {field}: {value}}}"
+    entries = [entry if one == name else one for one in USUAL_OBSERVERS]
+    return ",".join(entries if name in USUAL_OBSERVERS else [*entries, entry])
 
 
 def check_choices(argv: Sequence[str]) -> list[str]:

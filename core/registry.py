@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import pluggy
 
 from servelab.core import __version__
-from servelab.core.errors import ApiVersionError, PluginError, PluginLoadError, nearest
+from servelab.core.errors import ApiVersionError, ConfigError, PluginError, PluginLoadError, nearest
 from servelab.core.families import KINDS
 from servelab.core.hookspecs import PROJECT, Events, Registration
 from servelab.core.spec import PluginSpec
@@ -28,7 +28,12 @@ GROUP = "servelab"
 CONFIG_GROUP = "servelab.configs"
 """Entry points whose value is a package of Hydra YAML; the files are read, the package holds no code."""
 BLOCK_ENV = "SERVELAB_BLOCK"
-"""Comma-separated names to leave out, set by ``-p no:NAME``; in the environment so that workers see it."""
+"""Comma-separated names to leave out, set by ``-p no:NAME``; in the environment so that workers see it.
+
+``-p`` refuses names that no package has; here they are ignored, as one setting may serve several machines."""
+
+IN_TREE = "servelab."
+"""In-tree families are packages of this prefix and their folder."""
 
 HOOKS = {kind.hook: kind.name for kind in KINDS.values()}
 EVENT_HOOKS = frozenset(name for name in vars(Events) if name.startswith("servelab_"))
@@ -91,6 +96,23 @@ def blocked_names() -> frozenset[str]:
     return frozenset(filter(None, os.environ.get(BLOCK_ENV, "").split(",")))
 
 
+def check_blocks(names: Iterable[str]) -> None:
+    """Refuse to leave out what is not there.
+
+    Raises:
+        ConfigError: no plugin package has one of these names.
+    """
+    known = {f"{IN_TREE}{kind.folder}" for kind in KINDS.values()}
+    known |= {entry.name for group in (GROUP, CONFIG_GROUP) for entry in _entry_points(group)}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"there is no plugin package {name!r} to leave out",
+                where=f"command line: -p no:{name}",
+                do=nearest(name, known),
+            )
+
+
 def config_packages() -> list[ConfigPackage]:
     """All YAML packages that are not blocked, in a fixed order. In-tree ``configs`` is not among them."""
     blocked = blocked_names()
@@ -108,6 +130,8 @@ class Registry:
     specs: dict[tuple[str, str], PluginSpec] = field(default_factory=dict)
     providers: dict[tuple[str, str], Provider] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
+    blocked: list[Provider] = field(default_factory=list)
+    """Installed packages and in-tree families that were left out on request."""
     config_packages: list[ConfigPackage] = field(default_factory=list)
     _objects: dict[tuple[str, str, str], Any] = field(default_factory=dict)
 
@@ -124,7 +148,6 @@ class Registry:
         for package in registry.config_packages:
             if package.problem:
                 registry.broken.append(Broken(package.name, package.provider, package.problem))
-        loader.report_useless_blocks()
         return registry
 
     def add(
@@ -258,9 +281,11 @@ class Registry:
                 raise _refusal(broken)
         packages = [str(b) for b in self.broken if not b.name]
         error = PluginLoadError if packages else PluginError
+        reasons = [f"package not loaded: {p}" for p in packages]
+        reasons += [f"package left out by -p no:{who.package} ({who})" for who in self.blocked]
         raise error(
             f"unknown {kind} {name!r}",
-            why="\n         ".join(f"package not loaded: {p}" for p in packages),
+            why="\n         ".join(reasons),
             do=nearest(name, self.names(kind)),
         )
 
@@ -280,26 +305,18 @@ class _Loader:
         module = f"servelab.plugins.{folder}"
         if importlib.util.find_spec(module) is None:
             return  # a family without in-tree plugins
-        provider = Provider(f"servelab.{folder}", "servelab", __version__)
+        provider = Provider(f"{IN_TREE}{folder}", "servelab", __version__)
         self._load(provider, lambda: importlib.import_module(module))
 
     def load_entry_point(self, entry: EntryPoint) -> None:
         self._load(_provider(entry), entry.load, source=entry.value)
-
-    def report_useless_blocks(self) -> None:
-        known = self.seen | {entry.name for entry in _entry_points(CONFIG_GROUP)}
-        for name in sorted(self.blocked - known):
-            self._broken(
-                Provider(name, "blocked by -p no:", ""),
-                "no plugin package has that name",
-                nearest(name, known),
-            )
 
     def _load(self, provider: Provider, load: Callable[[], object], source: str = "") -> None:
         name = provider.package
         taken = name in self.seen
         self.seen.add(name)
         if name in self.blocked:
+            self.registry.blocked.append(provider)
             return
         if taken:
             self._broken(

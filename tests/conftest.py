@@ -6,11 +6,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+FOREIGN = frozenset(e.name for group in ("servelab", "servelab.configs") for e in entry_points(group=group))
+"""Plugin packages of the developer's environment: left out, here and in subprocesses, from the start.
+
+A test that installs a package of one of these names unblocks it with ``blocking_all_but``."""
+os.environ["SERVELAB_BLOCK"] = ",".join(sorted(FOREIGN))
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -18,8 +25,19 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The developer's own settings do not reach the tests."""
-    for name in ("SERVELAB_BLOCK", "SERVELAB_TRACEBACK", "HYDRA_FULL_ERROR", "PYTHONPATH"):
+    monkeypatch.setenv("SERVELAB_BLOCK", ",".join(sorted(FOREIGN)))
+    for name in ("SERVELAB_TRACEBACK", "HYDRA_FULL_ERROR", "PYTHONPATH"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def blocking_all_but(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call it with names of packages that the test brings along itself."""
+
+    def unblock(*names: str) -> None:
+        monkeypatch.setenv("SERVELAB_BLOCK", ",".join(sorted(FOREIGN - set(names))))
+
+    return unblock
 
 
 @pytest.fixture

@@ -494,16 +494,24 @@ class Rig:
         return r if r is not None else _GONE
 
     def finish(
-        self, lane: int = 0, *, steps: int | None = None, outcomes: Sequence[Outcome] | None = None
+        self,
+        lane: int = 0,
+        *,
+        steps: int | None = None,
+        outcomes: Sequence[Outcome] | None = None,
+        more: bool = False,
     ) -> LaunchDone:
-        """The oldest launch of a lane ends, after ``steps`` steps (default: all it may run)."""
-        batch = self.flights[lane].popleft()
+        """The oldest launch of a lane ends, after ``steps`` steps (default: all it may run).
+
+        With ``more`` it has been cut short, and its next step is still running.
+        """
+        batch = self.flights[lane][0] if more else self.flights[lane].popleft()
         steps = batch.steps if steps is None else steps
         if outcomes is None:
             outcomes = self.executor.launch(batch, steps)
         start = self.now_ns
         ends = [start + self.tick_ns * (k + 1) for k in range(steps)]
-        done = LaunchDone(lane, batch.launch, ends, outcomes)
+        done = LaunchDone(lane, batch.launch, ends, outcomes, more)
         self.send(done, at=ends[-1])
         self._then()
         return done
@@ -579,12 +587,12 @@ def step_by_step(records: Iterable[Record]) -> list[tuple[Any, ...]]:
     out: list[tuple[Any, ...]] = []
     for record in records:
         if isinstance(record, StepDone):
-            steps = len(record.ends_ns)
+            steps, lane = len(record.ends_ns), record.lane
             start = record.start_ns
             for k, end in enumerate(record.ends_ns):
                 tokens = tuple(record.tokens) if k == 0 else (1,) * len(record.tokens)
                 emitted = tuple(n // steps for n in record.emitted)
-                out.append(("step", start, end, tuple(record.requests), tokens, emitted))
+                out.append(("step", lane, start, end, tuple(record.requests), tokens, emitted))
                 start = end
         elif isinstance(record, RequestPreempted):
             out.append(("preempted", record.t_ns, record.request, record.mode, record.lost_tokens))

@@ -20,6 +20,8 @@ from servelab.core.engine.state import Request
 from servelab.core.events import Batch
 
 _NOTHING = Outcome()
+MAX_PAGES = 50_000_000
+"""More than any device has. The ledger keeps a few bytes per page: a slip of the finger would eat memory."""
 
 
 class ScriptedExecutorConfig(BaseModel):
@@ -27,8 +29,18 @@ class ScriptedExecutorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_kv_pages: int = Field(512, ge=1, description="device pages of every KV pool")
-    num_host_pages: int = Field(0, ge=0, description="host pages of every KV pool; 0: no swapping")
+    num_kv_pages: int = Field(
+        512,
+        ge=1,
+        le=MAX_PAGES,
+        description="device pages of every KV pool; bounded because the engine keeps a few bytes for each",
+    )
+    num_host_pages: int = Field(
+        0,
+        ge=0,
+        le=MAX_PAGES,
+        description="host pages of every KV pool, bounded as num_kv_pages; 0: no swapping",
+    )
     acceptance: float = Field(1.0, ge=0, le=1, description="share of each draft accepted, rounded down")
     placeholder: int = Field(0, ge=0, description="token id that stands for every output token")
     foresight: bool = Field(

@@ -36,8 +36,9 @@ first the predecessor is empty):
 - ``preempted``, ``swapped_in``, ``rejected``, ``aborted``: plain lists, left out when empty;
 - everything else under its own name.
 
-Lines are written through a buffer that is flushed at the end of the run. After a crash the last line may be
-cut off: ``read_log`` says so, or skips it when told ``allow_truncated=True``.
+Lines are written through a buffer that is flushed every 1000 lines, whenever the run's own time has moved on
+by a second, and at the end of the run. After a crash the last line may be cut off: ``read_log`` says so, or
+skips it when told ``allow_truncated=True``.
 """
 
 from __future__ import annotations
@@ -63,12 +64,14 @@ from servelab.core.records import (
     from_dict,
     to_dict,
 )
+from servelab.plugins.observers._folder import EVENTS_FILE, PLANS_FILE, check_unused, in_use
 
 FORMAT = 1
 EVENTS_LOG = "servelab-events"
 PLANS_LOG = "servelab-plans"
-EVENTS_FILE = "events.jsonl"
-PLANS_FILE = "plan.jsonl"
+FLUSH_LINES = 1000
+FLUSH_NS = 1_000_000_000
+"""A file is flushed after so many lines, and when the records' own time has moved on by this much."""
 
 Key = tuple[str, int, int]
 """Type, engine and lane: lines are coded against the previous one of the same key."""
@@ -82,9 +85,7 @@ class JsonlConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     events: bool = Field(default=True, description=f"Write {EVENTS_FILE}: every record but plans.")
-    plans: bool = Field(
-        default=True, description=f"Write {PLANS_FILE}: every plan with its reasons; the larger of the two."
-    )
+    plans: bool = Field(default=True, description=f"Write {PLANS_FILE}: every plan with its reasons.")
 
 
 class JsonlObserver:
@@ -101,6 +102,7 @@ class JsonlObserver:
                 why="this run has no folder",
                 do="give the run a folder, or leave 'jsonl' out of 'observers'",
             )
+        check_unused(ctx.run_dir, ctx.name)
         self._folder = ctx.run_dir
         self._config = config
         self._events: _LogFile | None = None
@@ -153,9 +155,14 @@ class _LogFile:
         self._encode = Encoder()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream: TextIO = path.open("w", encoding="utf-8", newline="\n", buffering=1 << 18)
+            self._stream: TextIO = path.open("x", encoding="utf-8", newline="\n", buffering=1 << 18)
+        except FileExistsError as error:
+            if not path.exists():
+                raise _cannot_write(path, error) from error  # the folder's own path is a file
+            raise in_use(path.parent, "jsonl", [path.name]) from error
         except OSError as error:
             raise _cannot_write(path, error) from error
+        self._lines, self._flushed_ns = 0, 0
         self._put({"log": log, "format": FORMAT, "schema": LOG_SCHEMA})
 
     def write(self, record: Record) -> None:
@@ -168,6 +175,13 @@ class _LogFile:
                 why=f"it holds something that JSON does not know: {error}",
                 do="put only text, finite numbers, booleans, lists and dicts into records",
             ) from error
+        self._lines += 1
+        if self._lines >= FLUSH_LINES or record.t_ns - self._flushed_ns >= FLUSH_NS:
+            self._lines, self._flushed_ns = 0, record.t_ns
+            try:
+                self._stream.flush()
+            except OSError as error:
+                raise _cannot_write(self._path, error) from error
 
     def _put(self, line: dict[str, Any]) -> None:
         text = _dumps(line)

@@ -21,8 +21,8 @@ from servelab.core.api import ConfigError, Context, ServeLabError, hookimpl
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
 from servelab.core.metrics.definitions import NS_PER_MS, percentile_name
 from servelab.core.records import Record, RunFinished
+from servelab.plugins.observers._folder import RESULTS_FILE, check_unused
 
-RESULTS_FILE = "results.json"
 WIDTH = 100
 """Columns the report keeps to."""
 LATENCIES = (
@@ -78,6 +78,8 @@ class ReportObserver:
             rejections_are_misses=config.rejections_are_misses,
             tbt_bound_ns=None if config.tbt_ms is None else round(config.tbt_ms * NS_PER_MS),
         )
+        if ctx.run_dir is not None:
+            check_unused(ctx.run_dir, ctx.name)
         self._folder = ctx.run_dir
         self._timeline = Timeline()
 
@@ -92,8 +94,11 @@ class ReportObserver:
         if self._folder is not None:
             write_results(result, self._folder / RESULTS_FILE)
         text = "\n".join(render(result, self._options.percentiles, self._folder))
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            pass  # nobody reads any more, as in `... | head`; the files are written, the run is whole
 
 
 def write_results(result: Mapping[str, Any], path: Path) -> None:

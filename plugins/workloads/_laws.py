@@ -267,7 +267,12 @@ def _shorthand(value: object) -> object:
 
 LengthLaw = Annotated[
     Annotated[
-        Constant | Uniform | Normal | LogNormal | Zipf | Empirical | Mixture, Field(discriminator="law")
+        Constant | Uniform | Normal | LogNormal | Zipf | Empirical | Mixture,
+        Field(
+            discriminator="law",
+            title="a length law (constant, uniform, normal, lognormal, zipf, empirical, mixture) "
+            "or a whole number",
+        ),
     ],
     BeforeValidator(_shorthand),
 ]

@@ -225,7 +225,7 @@ class Synthetic:
         self._patience_ms = self._column("patience", config.patience_ms)
         gives_up = self._stream("cancel").random
         self._cancels = [i for i in range(n) if gives_up() < config.cancel_fraction]
-        self._check_lengths(ctx.limits.max_model_len)
+        self._check_lengths(ctx.limits.max_model_len, ctx.model.max_position)
 
     def arrivals(self) -> Iterator[Arrival | Cancel]:
         """Requests and cancellations in time order; at the same time, cancellations first."""
@@ -307,7 +307,7 @@ class Synthetic:
             {"name": c.name, "tenant": c.tenant, "requests": counts[k]} for k, c in enumerate(self._classes)
         ]
 
-    def _check_lengths(self, limit: int) -> None:
+    def _check_lengths(self, limit: int, max_position: int) -> None:
         """What a request really takes is its prompt and the output it is allowed."""
         config = self._config
         for i, (prompt, output, cap) in enumerate(zip(self._prompts, self._outputs, self._caps, strict=True)):
@@ -317,6 +317,10 @@ class Synthetic:
             longest_output = min(config.output_length.highest, config.max_new_tokens.highest)
             longest = config.prefix_tokens + config.prompt_length.highest + longest_output
             prefix = f" with {config.prefix_tokens} of prefix_tokens" if config.prefix_tokens else ""
+            if limit < max_position:
+                otherwise = f"raise engine.max_model_len (the model allows {max_position})"
+            else:
+                otherwise = "choose a model with a longer context"
             raise WorkloadError(
                 f"request {_id(i)} is longer than the model allows",
                 where=f"{self._where}, prompt_length {config.prompt_length}, "
@@ -324,7 +328,7 @@ class Synthetic:
                 why=f"prompt of {prompt} tokens{prefix} plus {served} of output is {prompt + served}, "
                 f"limit {limit} (max_model_len)",
                 do=f"these laws reach {longest} tokens: lower them to {limit} together (max of prompt_length "
-                "and output_length, or their values), or choose a model with a longer context",
+                f"and output_length, or their values), or {otherwise}",
             )
 
 

@@ -50,6 +50,20 @@ def test_another_primary_configuration_is_left_alone() -> None:
     assert normalize(args) == args
 
 
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        ("observers.report.tbt_ms=20", "'observers=[jsonl,{name: report, tbt_ms: 20}]'"),
+        ("observers.0.events=false", "'observers=[{name: jsonl, events: false},report]'"),
+        ("++observers.mine.x=1", "'observers=[jsonl,report,{name: mine, x: 1}]'"),
+    ],
+)
+def test_settings_of_an_observer_are_written_into_the_list(given: str, form: str) -> None:
+    with pytest.raises(ConfigError, match="observers is a list") as error:
+        normalize([given])
+    assert form in error.value.do
+
+
 @pytest.mark.parametrize(("given", "nearest"), [("shceduler=x", "scheduler"), ("enigne.lanes=2", "engine")])
 def test_misspelt_section(given: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean {nearest!r}") as error:

@@ -399,6 +399,82 @@ def test_pages_for_held_steps_are_promised_and_only_used_ones_are_taken() -> Non
     r.engine.check_integrity()
 
 
+def test_a_held_launch_cut_short_commits_its_steps_and_goes_on_with_one() -> None:
+    r = rig(Fcfs(hold=20), pages=8)
+    a, b = r.arrive("a", 4, 50), r.arrive("b", 3, 50)
+    r.finish()
+    r.finish()
+    batch = r.flights[0][0]
+    assert (batch.steps, batch.first_step, batch.starts) == (11, 2, [5, 3])
+    r.finish(steps=4, more=True)
+    assert r.flights[0][0] is batch
+    assert (batch.steps, batch.first_step, batch.starts) == (1, 6, [9, 7])
+    assert (a.computed, a.flying, a.expected, a.generated, a.launches) == (9, 1, 1, 6, 1)
+    assert (b.computed, b.flying, b.expected, b.generated, b.launches) == (7, 1, 1, 5, 1)
+    assert r.free() == (8 - 3 - 2,)
+    assert r.engine.step == 7
+    r.engine.check_integrity()
+    r.abort("b")
+    assert r.free() == (3,), "b's pages are still written to"
+    r.finish()
+    assert r.free()[0] >= 0
+    assert (a.computed, a.generated, a.launches) == (10, 7, 1)
+    steps = [(x.step, len(x.ends_ns), x.emitted) for x in r.records if isinstance(x, StepDone)]
+    assert steps == [(0, 1, [1]), (1, 1, [1, 1]), (2, 4, [4, 4]), (6, 1, [1, 0])]
+    assert [x.step for x in r.records if isinstance(x, Planned)] == [0, 1, 2, 7]
+    r.engine.check_integrity()
+
+
+def test_a_launch_cut_short_must_have_a_step_left() -> None:
+    r = rig(Fcfs(hold=20), pages=8)
+    r.arrive("a", 4, 50)
+    r.finish()
+    steps = r.flights[0][0].steps
+    error = raises_in(lambda: r.finish(steps=steps, more=True))
+    assert error.what == f"launch 2 came back with 1 outcomes and {steps} steps"
+
+
+def test_promised_pages_that_were_not_used_leave_a_shrinking_pool_when_the_launch_ends() -> None:
+    r = rig(Fcfs(hold=20), pages=8)
+    r.arrive("a", 4, 50)
+    r.finish()
+    assert r.free() == (2,)
+    r.engine.ledger.resize(0, -5)
+    assert (r.free(), r.engine.ledger.total()) == ((0,), (6,))
+    r.send(Abort("a"))
+    r.finish(steps=2)
+    assert (r.free(), r.engine.ledger.total()) == ((3,), (3,))
+    r.engine.check_integrity()
+
+
+def test_what_one_lane_decides_ends_the_holds_of_the_others() -> None:
+    """Lane 0 has nothing to run; between two steps of lane 1's hold it rejects w. Lane 1 is asked again."""
+    asked: list[int] = []
+
+    def plan(view: StepView) -> StepPlan:
+        asked.append(view.lane)
+        out = StepPlan()
+        if view.lane == 0:
+            if any(x.generated_tokens == 2 for x in view.running):
+                for x in view.waiting:
+                    out.reject(x, "no")
+        elif view.running:
+            out = decode(view)
+            out.hold = Hold(9)
+        elif view.waiting:
+            out.work = [Tokens(find(view, "b"), 4)]
+        return out
+
+    r = rig(Script(then=plan), limits=toy_limits(lanes=2), horizon=lambda batch, steps: 1)
+    r.arrive("b", 4, 50)
+    r.arrive("w", 4, 50)
+    r.finish(1)
+    asked.clear()
+    r.finish(1)
+    assert [x.request for x in r.ends()] == ["w"]
+    assert asked == [0, 0, 1] or asked == [0, 1]
+
+
 def test_until_sets_a_timer_and_a_step_that_ends_then_is_the_last() -> None:
     def plan(view: StepView) -> StepPlan:
         out = decode(view)

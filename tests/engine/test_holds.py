@@ -123,13 +123,20 @@ def test_held_runs_equal_stepped_runs_long(make: Callable[[int], Any], items: li
     _compare(make, items)
 
 
+def step_numbers(records: list[Record]) -> list[int]:
+    return [x.step + k for x in records if isinstance(x, StepDone) for k in range(len(x.ends_ns))]
+
+
 def _compare(make: Callable[[int], Any], items: list[Arrival | Cancel]) -> None:
     stepped, launches = run(items, make, 1)
     reference = step_by_step(stepped)
+    numbers = step_numbers(stepped)
+    assert numbers == list(range(len(numbers)))
     for hold in (3, 1000):
         for foresight in (True, False):
             held, fewer = run(items, make, hold, foresight=foresight)
             assert step_by_step(held) == reference
+            assert step_numbers(held) == numbers
             assert fewer <= launches
     full, _ = run(items, make, 1000, checks="full")
     assert step_by_step(full) == reference

@@ -157,6 +157,7 @@ class EngineMachine(RuleBasedStateMachine):
         lane = rng.choice([i for i, flights in self.rig.flights.items() if flights])
         batch = self.rig.flights[lane][0]
         steps = rng.choice([batch.steps, rng.randint(1, batch.steps)])
+        more = steps < batch.steps and rng.randrange(2) == 0  # cut short, with a step still running
         outcomes = []
         for i, r in enumerate(batch.requests):
             draft = batch.extras[i].draft if i in batch.extras else 0
@@ -165,8 +166,13 @@ class EngineMachine(RuleBasedStateMachine):
             if outcome.finish and not draft and len(outcome.tokens) > 1 and r.phase is not Phase.FINISHED:
                 assert r.generated + steps == self.rig.truths[r.id].output_tokens, "ran past the end"
             outcomes.append(outcome)
-        self.fences.pop(batch.launch)
-        self.rig.finish(lane, steps=steps, outcomes=outcomes)
+        self.rig.finish(lane, steps=steps, outcomes=outcomes, more=more)
+        if more:
+            assert batch.steps == 1
+            self.check_batch(batch)
+            self.fences[batch.launch] = Pages(batch)
+        else:
+            self.fences.pop(batch.launch)
         if rng.randrange(5):  # else more happens at this instant
             self.plan()
 

@@ -112,9 +112,11 @@ def test_a_client_that_gives_up_during_a_hold_keeps_the_tokens_of_the_steps_befo
     assert step_by_step(held) == step_by_step(stepped)
 
 
-def test_an_instance_lost_during_a_hold_keeps_the_tokens_of_the_steps_before() -> None:
+@pytest.mark.parametrize("at", [450, 500], ids=["inside a step", "on a boundary"])
+def test_an_instance_lost_during_a_hold_keeps_the_tokens_of_the_steps_before(at: int) -> None:
+    """A step that ends at the very instant of the loss is lost: see the order of events."""
     items: list[Arrival | Cancel] = [arrival("a", 4, 50)]
-    lost = (450, InstanceLost())
+    lost = (at, InstanceLost())
     stepped, _ = virtual(items, Fcfs(), pages=64, post=lost)
     held, _ = virtual(items, Fcfs(hold=100), pages=64, post=lost)
     assert step_by_step(held) == step_by_step(stepped)

@@ -256,13 +256,47 @@ def test_an_unwritable_folder_is_explained(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
-def test_a_full_disk_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode, **how: real(Path("/dev/full"), "w", **how))
     bus = Bus([JsonlObserver(JsonlConfig(plans=False), context(tmp_path))])
     bus.emit(started())
     with pytest.raises(PluginCallError, match="No space left on device") as error:
         bus.emit(ended(1))
     assert "free space" in error.value.do
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "plan.jsonl", "results.json"])
+def test_a_used_folder_is_refused_before_the_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("old")
+    with pytest.raises(ConfigError, match="over another run") as error:
+        JsonlObserver(JsonlConfig(), context(tmp_path))
+    assert error.value.where == str(tmp_path)
+    assert name in error.value.why and error.value.do
+    assert (tmp_path / name).read_text() == "old"
+
+
+def test_two_runs_that_start_together_do_not_share_a_file(tmp_path: Path) -> None:
+    first, second = (JsonlObserver(JsonlConfig(), context(tmp_path)) for _ in range(2))
+    first.servelab_on_record(started())
+    with pytest.raises(ConfigError, match="over another run"):
+        second.servelab_on_record(started())
+    first.close()
+    assert len(list(read_log(tmp_path / "events.jsonl"))) == 1
+
+
+def flushed(path: Path) -> int:
+    return sum(1 for _ in read_log(path, allow_truncated=True))
+
+
+def test_the_log_of_a_killed_run_lacks_only_its_last_part(tmp_path: Path) -> None:
+    observer = JsonlObserver(JsonlConfig(plans=False), context(tmp_path))
+    for i in range(1500):
+        observer.servelab_on_record(arrived(i, f"r{i}"))
+    assert flushed(tmp_path / "events.jsonl") >= 1000
+    observer.servelab_on_record(arrived(1_000_001_000, "late"))
+    assert flushed(tmp_path / "events.jsonl") == 1501
+    observer.close()
 
 
 def test_what_json_does_not_know_is_refused(tmp_path: Path) -> None:

@@ -42,6 +42,22 @@ def words(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
+def test_a_used_folder_is_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("old")
+    with pytest.raises(ConfigError, match="over another run"):
+        ReportObserver(ReportConfig(), context(tmp_path))
+
+
+def test_a_reader_that_has_gone_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    run(three_requests(), tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["completed"] == 3
+
+
 def test_report_of_three_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = three_requests()
     records[0] = started(plugins=PLUGINS, stamps=["oracle: scheduler fcfs"], run_dir="outputs/1")

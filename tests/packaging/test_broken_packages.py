@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from servelab.core.errors import ApiVersionError, PluginError, PluginLoadError
-from servelab.core.registry import Broken, Registry
+from servelab.core.errors import ApiVersionError, ConfigError, PluginError, PluginLoadError
+from servelab.core.registry import Broken, Registry, check_blocks
 from servelab.core.spec import PluginSpec
 
 Package = Callable[..., None]
@@ -27,14 +28,19 @@ HEAD = "from servelab.core.api import PluginSpec, hookimpl\n"
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
+def package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocking_all_but: Callable[..., None]
+) -> Iterator[Package]:
     """Make a distribution: metadata and one module, in a folder on the path."""
     before = set(sys.modules)
+    brought: set[str] = set()
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(
         name: str, code: str | None = None, *, entry: str | None = None, configs: str = "", module: str = ""
     ) -> None:
+        brought.add(entry or name)
+        blocking_all_but(*brought)
         module = module or f"fake_{name.replace('-', '_')}"
         if code is not None:
             (tmp_path / f"{module}.py").write_text(code, encoding="utf-8")
@@ -234,12 +240,17 @@ def test_config_package_that_cannot_be_read(
 def test_blocking_a_package(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     package("bad", "raise RuntimeError('never imported')")
     package("good", GOOD.format(name="good", module="fake_good"))
-    monkeypatch.setenv("SERVELAB_BLOCK", "bad,good")
+    foreign = os.environ["SERVELAB_BLOCK"]
+    monkeypatch.setenv("SERVELAB_BLOCK", f"bad,good,{foreign}")
     registry = Registry.load()
     assert (registry.broken, registry.names("scheduler")) == ([], ["vllm_v1"])
-    monkeypatch.setenv("SERVELAB_BLOCK", "bda")
-    registry = Registry.load()
-    assert "did you mean 'bad'?" in broken(registry, "bda").do
+    with pytest.raises(PluginError, match=r"package left out by -p no:good \(fake-good 0.9\)"):
+        registry.spec("scheduler", "good")
+    check_blocks(["bad", "servelab.schedulers"])
+    with pytest.raises(ConfigError, match="did you mean 'bad'"):
+        check_blocks(["bda"])
+    monkeypatch.setenv("SERVELAB_BLOCK", f"bda,good,{foreign}")
+    assert [b.package for b in Registry.load().broken] == ["bad"]
 
 
 def test_unknown_names_come_with_the_nearest() -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from servelab.plugins.observers.jsonl import read_log
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 SHORT = ("observers=[]", "workload.num_requests=3", "hydra.run.dir=out")
 
@@ -81,12 +83,109 @@ def test_plugins_and_show(run_py: Command) -> None:
     assert run_py("plugins", "kvcahce").returncode == 1
 
 
+def test_show_is_readable(run_py: Command) -> None:
+    shown = run_py("show", "workload", "synthetic").stdout
+    assert max(map(len, shown.splitlines())) <= 100
+    assert "prompt_length       a length law (constant, uniform, normal" in shown
+    assert "servelab.plugins.workloads._laws" not in shown
+    assert "process             poisson | gamma | constant; default poisson" in shown
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ("engine", "max_model_len       int >= 1 or null; default null"),
+        ("slo", "ttft_ms  float > 0 or null; default null"),
+        ("model", "layers             int >= 1; required"),
+        ("clock", "name  virtual | wall; default virtual"),
+        ("hardware", "memory_bytes           int > 0 or null; default null"),
+    ],
+)
+def test_sections_are_shown(run_py: Command, section: str, line: str) -> None:
+    shown = run_py("show", section)
+    assert shown.returncode == 0, shown.stderr
+    assert line in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 100
+    assert section in run_py("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("show", "engin"), "did you mean 'engine'?"),
+        (("show", "engine", "x"), "do:    servelab show engine"),
+        (("show", "scheduler"), "known: vllm_v1"),
+    ],
+)
+def test_show_says_what_it_can_show(run_py: Command, args: tuple[str, ...], text: str) -> None:
+    done = run_py(*args)
+    assert done.returncode == 1
+    assert text in done.stderr
+
+
 def test_results_on_stdout_and_logs_on_stderr(run_py: Command) -> None:
-    done = run_py("-p", "no:nobody", *SHORT, "observers=[report]")
-    assert done.returncode == 0, done.stderr
+    done = run_py(*SHORT, "observers=[report]")
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("ServeLab run\n")
-    assert "no plugin package has that name" in done.stderr
-    assert "nobody" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("-p", "foo"), "write -p no:foo to leave foo out; Hydra's own option is written --package"),
+        (("-pfoo",), "write -p no:foo"),
+        (("-p",), "-p takes no:NAME"),
+        (("-p", "no:servelab.schduler"), "did you mean 'servelab.schedulers'?"),
+        (("-p", "no:servelab.schedulers"), "package left out by -p no:servelab.schedulers"),
+    ],
+)
+def test_leaving_packages_out(run_py: Command, args: tuple[str, ...], text: str) -> None:
+    done = run_py(*args, *SHORT)
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [
+        ("plugins", 0),
+        ("--help", 0),
+        ("--version", 0),
+        ("--cfg job", -signal.SIGPIPE),
+        ("hydra.run.dir=out", 0),
+    ],
+)
+def test_a_reader_that_goes_away(repository: Path, tmp_path: Path, args: str, status: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, str(repository / "run.py"), *args.split()],
+            cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (status, "")
+    if "out" in args:
+        for name in ("events.jsonl", "plan.jsonl", "results.json"):
+            assert (tmp_path / "out" / name).stat().st_size
+
+
+def test_two_runs_do_not_share_a_folder(run_py: Command, tmp_path: Path) -> None:
+    short = ("workload.num_requests=3", "observers=[jsonl,report]")
+    assert run_py(*short, "hydra.run.dir=out").returncode == 0
+    before = (tmp_path / "out" / "events.jsonl").read_bytes()
+    again = run_py(*short, "hydra.run.dir=out", "seed=1")
+    assert again.returncode == 1
+    assert "will not write over another run" in again.stderr
+    assert (tmp_path / "out" / "events.jsonl").read_bytes() == before
+    for _ in range(2):
+        assert run_py(*short).returncode == 0
+    (day,) = (tmp_path / "outputs").iterdir()
+    names = [folder.name for folder in day.iterdir()]
+    assert len(names) == 2
+    assert all(len(name) == len("hh-mm-ss-ffffff") for name in names)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +236,8 @@ def test_sweep_over_a_technique(run_py: Command, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]
 
 
-def test_interrupt_leaves_a_whole_log(repository: Path, tmp_path: Path) -> None:
-    log = tmp_path / "out" / "events.jsonl"
+def _wall_run(repository: Path, folder: Path, signal_number: int, wait_s: float) -> tuple[int, str, str]:
+    """Start a run on the wall clock, send it a signal once it has run a while."""
     process = subprocess.Popen(
         [
             sys.executable,
@@ -147,29 +246,52 @@ def test_interrupt_leaves_a_whole_log(repository: Path, tmp_path: Path) -> None:
             "workload.request_rate=2",
             "hydra.run.dir=out",
         ],
-        cwd=tmp_path,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    log = folder / "out" / "events.jsonl"
     try:
         deadline = time.monotonic() + 30
         while not log.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        time.sleep(wait_s)
+        process.send_signal(signal_number)
         stdout, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130, stderr
+    return process.returncode, stdout, stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_interrupt_leaves_a_whole_log(
+    repository: Path, tmp_path: Path, number: int, status: int, word: str
+) -> None:
+    returncode, stdout, stderr = _wall_run(repository, tmp_path, number, 0.2)
+    assert returncode == status, stderr
     assert "PARTIAL (interrupted" in stdout
-    assert stderr == "servelab: interrupted\n"
+    assert stderr == f"servelab: {word}\n"
+    log = tmp_path / "out" / "events.jsonl"
     assert json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["status"] == "interrupted"
     assert (tmp_path / "out" / "results.json").exists()
 
 
-def test_a_run_goes_on_without_a_broken_package(run_py: Command, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_a_readable_log(repository: Path, tmp_path: Path) -> None:
+    returncode, _, _ = _wall_run(repository, tmp_path, signal.SIGKILL, 2.5)
+    assert returncode == -signal.SIGKILL
+    records = list(read_log(tmp_path / "out" / "events.jsonl", allow_truncated=True))
+    assert records[0].ev == "run_started"
+    assert records[-1].t_ns >= 1_000_000_000
+
+
+def test_a_run_goes_on_without_a_broken_package(
+    run_py: Command, tmp_path: Path, blocking_all_but: Callable[..., None]
+) -> None:
     """Even one whose YAML cannot be looked for: Hydra alone would stop at it."""
+    blocking_all_but("bad")
     info = tmp_path / "site" / "fake_bad-0.9.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-bad\nVersion: 0.9\n", encoding="utf-8")

@@ -88,7 +88,9 @@ def test_a_strangers_package(
     run_py: Command,
     demo_source: Path,
     tmp_path: Path,
+    blocking_all_but: Callable[..., None],
 ) -> None:
+    blocking_all_but("demo")
     python = fresh_env()
     what = (str(request.getfixturevalue("demo_wheel")),) if how == "wheel" else ("-e", str(demo_source))
     pip(

@@ -441,6 +441,10 @@ def test_a_request_beyond_the_model_names_everything(build: Build) -> None:
     assert "prompt_length constant(value=200)" in error.where
     assert "prompt of 200 tokens plus 100 of output is 300, limit 256 (max_model_len)" in error.why
     assert "lower them to 256" in error.do
+    assert "raise engine.max_model_len (the model allows 4096)" in error.do
+    with pytest.raises(WorkloadError) as caught:
+        build(num_requests=3, prompt_length=4000, output_length=100)
+    assert caught.value.do.endswith("or choose a model with a longer context")
 
 
 def test_the_length_that_counts_includes_the_prefix_and_stops_at_the_cap(build: Build) -> None:
