@@ -37,16 +37,16 @@ class _Law(BaseModel):
     @property
     def lowest(self) -> int:
         """No length is below this."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
     @property
     def highest(self) -> int:
         """No length is above this."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
     def sampler(self) -> Sampler:
         """The law as a function of one uniform number."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
     def __str__(self) -> str:
         items = self.model_dump(mode="json", exclude_none=True)
