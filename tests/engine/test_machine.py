@@ -277,6 +277,8 @@ class EngineMachine(RuleBasedStateMachine):
         for i in range(len(batch.requests)):
             item = batch.extras.get(i)
             assert batch.starts[i] >= 0
+            if batch.requests[i].lease is not batch.leases[i] or batch.requests[i].phase is Phase.FINISHED:
+                continue  # it ended while a held launch went on: its row is dropped
             if item is None or item.advance == "append":
                 draft = item.draft if item else 0
                 reach = batch.starts[i] + batch.tokens[i] + draft
