@@ -274,15 +274,15 @@ class EngineMachine(RuleBasedStateMachine):
         assert batch.num_tokens() <= self.limits.max_batch_tokens
         assert len(batch.requests) <= self.limits.max_batch_requests
         assert len({r.id for r in batch.requests}) == len(batch.requests)
-        for i in range(len(batch.requests)):
+        for i, lease in enumerate(batch.leases):
             item = batch.extras.get(i)
             assert batch.starts[i] >= 0
-            if batch.requests[i].lease is not batch.leases[i] or batch.requests[i].phase is Phase.FINISHED:
+            if batch.requests[i].lease is not lease or batch.requests[i].phase is Phase.FINISHED:
                 continue  # it ended while a held launch went on: its row is dropped
             if item is None or item.advance == "append":
                 draft = item.draft if item else 0
                 reach = batch.starts[i] + batch.tokens[i] + draft
-                for pool, table in zip(self.rig.engine.ledger.pools, batch.leases[i].tables, strict=True):
+                for pool, table in zip(self.rig.engine.ledger.pools, lease.tables, strict=True):
                     assert reach <= len(table) * pool.page_tokens, "writes beyond its pages"
 
     def integrity(self) -> None:
