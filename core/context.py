@@ -6,9 +6,15 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from servelab.core.facts import HardwareFacts, Limits, ModelFacts
 from servelab.core.request import Truth
+
+if TYPE_CHECKING:
+    from servelab.core.config import ModelConfig
+    from servelab.core.families.kernel import AttentionBackend
+    from servelab.core.text import Tokenizer
 
 Oracle = Callable[[str], Truth]
 """True outcome of a request by id."""
@@ -27,6 +33,14 @@ class Context:
     limits: Limits
     oracle: Oracle | None = None
     """Given to executors and to plugins whose spec says ``oracle=True``; None otherwise."""
+    checkpoint: ModelConfig | None = None
+    """Given to executors: the whole ``model`` section, with where the weights are."""
+    kernel: AttentionBackend | None = None
+    """Given to executors: the selected backend, which has accepted the layout before ``capacity``."""
+    seed: int = 0
+    """The run's seed, for chance that must not depend on order (a request's own draws)."""
+    tokenizer: Tokenizer | None = None
+    """The executor's, given to what is built after it (workload, cost, scheduler, observers, task)."""
     run_dir: Path | None = None
     """Where observers and tasks write; None when nothing may be written."""
 

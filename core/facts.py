@@ -19,6 +19,8 @@ class ModelFacts:
     vocab: int
     max_position: int
     """Longest context in tokens."""
+    dtype: str = "bfloat16"
+    """Of weights, activations and KV before any quantization."""
     dtype_bytes: float = 2.0
     """Bytes per weight and per KV element before any quantization."""
     windows: tuple[int | None, ...] = ()

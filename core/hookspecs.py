@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RunFinished,
         RunStarted,
         StepDone,
+        TokensEmitted,
         TransferEnded,
         TransferStarted,
     )
@@ -155,6 +156,10 @@ class Events:
         """A launch of one or more equal steps ended and its tokens are committed."""
 
     @hookspec
+    def servelab_on_tokens_emitted(self, record: TokensEmitted) -> None:
+        """A request got output tokens, right after the step that brought them; its end comes later."""
+
+    @hookspec
     def servelab_on_request_preempted(self, record: RequestPreempted) -> None:
         """A running request was taken off the device."""
 
@@ -189,6 +194,7 @@ EVENT_OF_RECORD: dict[str, str] = {
     "admitted": "servelab_on_request_admitted",
     "planned": "servelab_after_plan",
     "step": "servelab_after_step",
+    "tokens": "servelab_on_tokens_emitted",
     "preempted": "servelab_on_request_preempted",
     "transfer_started": "servelab_on_transfer_started",
     "transfer_ended": "servelab_on_transfer_ended",

@@ -191,3 +191,5 @@ class Outcome:
     rewritten: int = 0
     exit_layer: int | None = None
     stash_bytes: int = 0
+    logprobs: tuple[dict[int, float], ...] | None = None
+    """Per output token, if the request asked for them: token id -> log-probability, the drawn one first."""

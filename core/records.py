@@ -126,6 +126,19 @@ class StepDone(Record):
 
 
 @dataclass(slots=True, kw_only=True)
+class TokensEmitted(Record):
+    """Output tokens of one request, right after the step that brought them. Sent only to runs in which an
+    observer has the hook ``servelab_on_tokens_emitted``: a log of every token is large.
+    """
+
+    ev = "tokens"
+    request: str
+    tokens: list[int]
+    logprobs: list[dict[int, float]] | None = None
+    """Per token, if the request asked for them: token id -> natural logarithm, the drawn one first."""
+
+
+@dataclass(slots=True, kw_only=True)
 class RequestPreempted(Record):
     ev = "preempted"
     request: str
@@ -197,6 +210,7 @@ RECORDS: dict[str, type[Record]] = {
         RequestAdmitted,
         Planned,
         StepDone,
+        TokensEmitted,
         RequestPreempted,
         TransferStarted,
         TransferEnded,
@@ -230,6 +244,8 @@ def from_dict(data: Mapping[str, Any]) -> Record:
     for name in ("free_pages", "pages"):
         if isinstance(values.get(name), list):  # JSON has no tuples
             values[name] = tuple(values[name])
+    if cls is TokensEmitted and values.get("logprobs"):  # JSON has only text as keys
+        values["logprobs"] = [{int(k): v for k, v in one.items()} for one in values["logprobs"]]
     if cls is Planned:
         for name in ("work", "preempted", "swapped_in", "rejected", "aborted", "deferred", "unpinned"):
             values[name] = [tuple(item) for item in values[name]]

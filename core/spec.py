@@ -61,5 +61,8 @@ class PluginSpec:
     """Top-level modules that must be installed (checked without importing them)."""
     probe: str | None = None
     """Import path of ``probe() -> str | None``: the reason it cannot run here, or ``None``."""
+    describe_model: str | None = None
+    """Executors only: import path of ``describe(model: ModelConfig) -> dict``, which reads the fields of a
+    model's shape from its files where the configuration leaves them open."""
     oracle: bool = False
     """True if it may read true output lengths; every report of such a run is stamped."""

@@ -130,6 +130,7 @@ CAPABILITIES: dict[str, str] = {
     "workload.truth": "Carries true output lengths.",
     "executor.torch": "Runs real weights and gives real tokens.",
     "executor.sim": "Prices work only.",
+    "executor.tokenizer": "Turns text into the model's token ids and back.",
     "executor.simulated": "Takes no time of its own; the cost model says how long a launch lasts.",
 }
 """Every capability the core knows, by kind."""

@@ -49,6 +49,7 @@ from servelab.core.records import (
     RequestFinished,
     RequestPreempted,
     StepDone,
+    TokensEmitted,
     TransferEnded,
     TransferStarted,
 )
@@ -97,6 +98,8 @@ class Engine:
         self.full_checks = checks == "full"
         self.plan_log = True
         """Emit ``Planned`` records; drivers turn it off when nobody listens."""
+        self.token_log = False
+        """Emit ``TokensEmitted`` records; drivers turn it on when an observer asks for them."""
 
         self.now_ns = 0
         self.step = 0
@@ -393,8 +396,24 @@ class Engine:
                 free_pages=self.ledger.free(),
             )
         )
+        if self.token_log:
+            self._log_tokens(event, batch, emitted)
         for r, reason in done:
             self._end(r, "completed", reason)  # a hold it was part of ends here: see Lane.repeat
+
+    def _log_tokens(self, event: LaunchDone, batch: Batch, emitted: list[int]) -> None:
+        for r, out, count in zip(batch.requests, event.outcomes, emitted, strict=True):
+            if count:
+                probabilities = list(out.logprobs[:count]) if out.logprobs is not None else None
+                self.emit(
+                    TokensEmitted(
+                        t_ns=event.ends_ns[-1],
+                        engine=self.index,
+                        request=r.id,
+                        tokens=list(out.tokens[:count]),
+                        logprobs=probabilities,
+                    )
+                )
 
     def _transfer_done(self, event: TransferDone) -> None:
         transfer = self.transfers.pop(event.transfer, None)

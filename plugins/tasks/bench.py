@@ -41,6 +41,7 @@ class Bench:
         try:
             bus = Bus(run.observers)
             run.engine.plan_log = bus.listens("planned")
+            run.engine.token_log = bus.asks("tokens")
             driver = _driver(run, bus)
             bus.emit(RunStarted(t_ns=0, info=run.info))
             driver.run()
