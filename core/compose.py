@@ -247,7 +247,7 @@ class _Builder:
                 do="SERVELAB_TRACEBACK=1 shows where; for settings it cannot work with, "
                 "a factory raises ConfigError",
             ) from exc
-        lacking = [name for name in _members(KINDS[kind].protocol) if not hasattr(made, name)]
+        lacking = [name for name in members(KINDS[kind].protocol) if not hasattr(made, name)]
         if lacking:
             raise PluginError(
                 f"{kind} {choice.name!r} is not a {KINDS[kind].protocol.partition(':')[2]}",
@@ -258,7 +258,7 @@ class _Builder:
         return made
 
 
-def _members(protocol: str) -> list[str]:
+def members(protocol: str) -> list[str]:
     """Names that a family's protocol asks for."""
     module, _, name = protocol.partition(":")
     cls = getattr(import_module(module), name)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import isfinite
 
 from servelab.core.errors import ConfigError
 
@@ -16,8 +16,10 @@ class SamplingParams:
     Order of application: repetition, presence and frequency penalties, ``min_tokens``; greedy if
     ``temperature`` is 0; else temperature, min-p, top-k, top-p, and one draw.
 
+    ``stop`` may be given as one text and any iterable of ids as ``stop_token_ids``; both are kept as tuples.
+
     Raises:
-        ConfigError: a value out of range; the message names all of them.
+        ConfigError: values of the wrong type or out of range; the message names all of them.
     """
 
     temperature: float = 1.0
@@ -35,11 +37,13 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted as many times as the token is in the output."""
     seed: int | None = None
-    """Draws depend on this and on the position in the output only; None: derived from run and request."""
+    """Draws depend on this, 64 bits, and on the position in the output only; None: derived from run and
+    request."""
     max_tokens: int | None = 16
     """Output tokens at most; None: as many as the context has room for. Becomes the request's cap."""
     min_tokens: int = 0
-    """No end of text and no stop token before so many output tokens."""
+    """No end of text and no stop token before so many output tokens; stop texts completed until then do
+    not end it."""
     stop: tuple[str, ...] = ()
     """Texts that end the output; they are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
@@ -51,57 +55,58 @@ class SamplingParams:
     distribution (before penalties and temperature); None: none."""
 
     def __post_init__(self) -> None:
-        stop: Sequence[str] = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            # what cannot be a tuple is left for the rules to name
+            if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+                object.__setattr__(self, name, tuple(value))
         problems = [
-            f"{name} must be {rule}, got {value!r}" for name, value, ok, rule in self._rules() if not ok
+            f"{name} must be {rule}, got {getattr(self, name)!r}"
+            for name, ok, rule in self._rules()
+            if not ok
         ]
         if problems:
             raise ConfigError("sampling parameters are out of range: " + "; ".join(problems))
 
-    def _rules(self) -> list[tuple[str, object, bool, str]]:
-        def number(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-        def whole(value: object, least: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-        def within(value: float, low: float, high: float) -> bool:
-            return number(value) and low <= value <= high
-
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        most = self.max_tokens if _whole(self.max_tokens, 1) else None
         return [
-            (
-                "temperature",
-                self.temperature,
-                number(self.temperature) and self.temperature >= 0,
-                "0 or more",
-            ),
-            ("top_k", self.top_k, whole(self.top_k, -1), "-1 or more"),
-            ("top_p", self.top_p, within(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1"),
-            ("min_p", self.min_p, within(self.min_p, 0, 1), "0 to 1"),
+            ("temperature", _number(self.temperature, 0), "0 or more"),
+            ("top_k", _whole(self.top_k, -1), "-1 or more"),
+            ("top_p", _number(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1"),
+            ("min_p", _number(self.min_p, 0, 1), "0 to 1"),
             (
                 "repetition_penalty",
-                self.repetition_penalty,
-                number(self.repetition_penalty) and self.repetition_penalty > 0,
+                _number(self.repetition_penalty, 0) and self.repetition_penalty != 0,
                 "above 0",
             ),
-            ("presence_penalty", self.presence_penalty, within(self.presence_penalty, -2, 2), "-2 to 2"),
-            ("frequency_penalty", self.frequency_penalty, within(self.frequency_penalty, -2, 2), "-2 to 2"),
-            ("seed", self.seed, self.seed is None or whole(self.seed, 0), "0 or more, or None"),
-            (
-                "max_tokens",
-                self.max_tokens,
-                self.max_tokens is None or whole(self.max_tokens, 1),
-                "1 or more",
-            ),
-            ("min_tokens", self.min_tokens, whole(self.min_tokens, 0), "0 or more"),
-            ("stop", self.stop, all(isinstance(s, str) and s for s in self.stop), "texts that are not empty"),
-            (
-                "stop_token_ids",
-                self.stop_token_ids,
-                all(whole(i, 0) for i in self.stop_token_ids),
-                "token ids",
-            ),
-            ("logprobs", self.logprobs, self.logprobs is None or whole(self.logprobs, 0), "0 or more"),
+            ("presence_penalty", _number(self.presence_penalty, -2, 2), "-2 to 2"),
+            ("frequency_penalty", _number(self.frequency_penalty, -2, 2), "-2 to 2"),
+            ("seed", self.seed is None or _whole(self.seed, 0, 2**64 - 1), "0 to 2**64 - 1, or None"),
+            ("max_tokens", self.max_tokens is None or _whole(self.max_tokens, 1), "1 or more, or None"),
+            ("min_tokens", _whole(self.min_tokens, 0, most), "0 or more and at most max_tokens"),
+            ("stop", _all(self.stop, lambda s: isinstance(s, str) and s != ""), "texts that are not empty"),
+            ("stop_token_ids", _all(self.stop_token_ids, lambda i: _whole(i, 0)), "token ids"),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
+            ("logprobs", self.logprobs is None or _whole(self.logprobs, 0), "0 or more, or None"),
         ]
+
+
+def _number(value: object, least: float, most: float = sys.float_info.max) -> bool:
+    # comparing refuses NaN, infinities and whole numbers that no float can hold
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _whole(value: object, least: int, most: int | None = None) -> bool:
+    return (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and value >= least
+        and (most is None or value <= most)
+    )
+
+
+def _all(values: object, rule: Callable[[object], bool]) -> bool:
+    return isinstance(values, tuple) and all(rule(value) for value in values)

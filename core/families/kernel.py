@@ -144,7 +144,20 @@ class Kept:
 
 
 State = tuple[Any, Any]
-"""``(o [tokens, heads, head_dim], lse [tokens, heads])``, float32; the empty set is ``(0, -inf)``."""
+"""``(o [tokens, heads, head_dim], lse [tokens, heads])``, float32 or wider; the empty set is ``(0, -inf)``.
+``run`` gives ``o`` in the dtype of its queries."""
+
+
+class Rotary(Protocol):
+    """The model's rotary embedding, whatever its variant; given to backends, which decide when to turn."""
+
+    def angles(self, positions: Any) -> Any:
+        """Cosines and sines for integer positions ``[tokens]``; computed once per launch."""
+        ...
+
+    def turn(self, x: Any, angles: Any) -> Any:
+        """``x [tokens, heads, head_dim]``, each token turned by its angles; a new tensor."""
+        ...
 
 
 class AttentionImpl(Protocol):
@@ -234,8 +247,24 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def load(self, layout: KVLayout, model: ModelFacts, device: str) -> AttentionImpl:
-        """Import and build the other half."""
+    def load(
+        self,
+        layout: KVLayout,
+        model: ModelFacts,
+        device: str,
+        buffers: Mapping[int, Mapping[str, Any]],
+        rotary: Rotary,
+    ) -> AttentionImpl:
+        """Import and build the other half.
+
+        Args:
+            layout: frozen; accepted by ``refuses``.
+            model: its shape.
+            device: where the buffers are.
+            buffers: layer -> capture -> ``[pages, page_tokens, kv_heads, width]``, owned by the executor,
+                zeroed; the page ids of the layer's pool index the first axis.
+            rotary: the model's rotary embedding.
+        """
         ...
 
 

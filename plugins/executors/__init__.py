@@ -8,6 +8,18 @@ from servelab.core.api import PluginSpec, hookimpl
 
 TABLE = (
     PluginSpec(
+        name="torch",
+        factory="servelab.plugins.executors.torch.executor:TorchExecutor",
+        config="servelab.plugins.executors.torch.executor:TorchExecutorConfig",
+        describe_model="servelab.plugins.executors.checkpoint.find:describe",
+        summary="real weights and tokens on this machine's CPU",
+        runs=("torch",),
+        provides=frozenset({"executor.torch", "executor.tokenizer"}),
+        requires=frozenset({"workload.prompt_ids"}),
+        imports=("torch", "numpy", "safetensors", "tokenizers", "jinja2"),
+        tier="stable",
+    ),
+    PluginSpec(
         name="scripted",
         factory="servelab.plugins.executors.scripted:ScriptedExecutor",
         config="servelab.plugins.executors.scripted:ScriptedExecutorConfig",

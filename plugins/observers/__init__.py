@@ -15,6 +15,14 @@ TABLE = (
         tier="stable",
     ),
     PluginSpec(
+        name="progress",
+        factory="servelab.plugins.observers.progress:progress",
+        config="servelab.plugins.observers.progress:ProgressConfig",
+        summary="one live line on the terminal: requests, tokens/s, KV pages in use",
+        imports=("tqdm",),
+        tier="stable",
+    ),
+    PluginSpec(
         name="report",
         factory="servelab.plugins.observers.report:ReportObserver",
         config="servelab.plugins.observers.report:ReportConfig",

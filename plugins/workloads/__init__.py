@@ -8,6 +8,15 @@ from servelab.core.api import PluginSpec, hookimpl
 
 TABLE = (
     PluginSpec(
+        name="chat",
+        factory="servelab.plugins.workloads.chat:Chat",
+        config="servelab.plugins.workloads.chat:ChatConfig",
+        summary="open loop: instructions about real text, through the model's chat template",
+        provides=frozenset({"workload.prompt_ids", "workload.truth"}),
+        requires=frozenset({"executor.tokenizer"}),
+        tier="stable",
+    ),
+    PluginSpec(
         name="synthetic",
         factory="servelab.plugins.workloads.synthetic:Synthetic",
         config="servelab.plugins.workloads.synthetic:SyntheticConfig",

@@ -30,34 +30,23 @@ Tier: stable.
 
 from __future__ import annotations
 
-import math
 import struct
 from array import array
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop
-from itertools import pairwise
 from random import Random
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from servelab.core.api import SLO, Arrival, Cancel, Context, RequestSpec, Truth, WorkloadError
 from servelab.core.records import RequestFinished
-from servelab.plugins.workloads._arrivals import MIN_RATE, NS, RampUp, arrival_times_ns
+from servelab.plugins.workloads._describe import arrival_statistics, json_settings, statistics
 from servelab.plugins.workloads._laws import Constant, LengthLaw, LogNormal, chooser
+from servelab.plugins.workloads._traffic import Traffic
 
 NS_PER_MS = 1_000_000
-
-WINDOW_S = 60
-"""Length of the windows in which papers state burstiness."""
-
-MIN_WINDOW_GAPS = 10
-"""A window with fewer gaps says nothing about their variation."""
-
-MAX_RATE_POINTS = 120
-"""Longest rate series ``describe`` gives; longer runs use a multiple of the window."""
 
 
 class RequestClass(BaseModel):
@@ -88,12 +77,8 @@ class RequestClass(BaseModel):
         return SLO(ttft_ns=_ns(self.ttft_ms), tpot_ns=_ns(self.tpot_ms), e2el_ns=_ns(self.e2el_ms))
 
 
-class SyntheticConfig(BaseModel):
+class SyntheticConfig(Traffic):
     """Settings of the ``synthetic`` workload. Defaults are ours, sized for a small model on a CPU."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_requests: int = Field(default=64, ge=1, le=10_000_000, description="How many requests, n.")
 
     prompt_length: LengthLaw = Field(
         default=LogNormal(median=128, sigma=0.6, min=16, max=1024),
@@ -107,29 +92,6 @@ class SyntheticConfig(BaseModel):
         default=Constant(value=1024),
         description="Law of the client's cap in tokens, independent of the true length. An output above its "
         "cap is cut there and ends with reason 'length'; ``describe`` counts them as ``length_capped``.",
-    )
-
-    request_rate: float = Field(
-        default=8.0, ge=MIN_RATE, description="R in requests/s; inf: all at time 0 (vLLM's default)."
-    )
-    process: Literal["poisson", "gamma", "constant"] = Field(
-        default="poisson",
-        description="Gaps between arrivals: exponential, Gamma with shape ``burstiness``, or all equal.",
-    )
-    burstiness: float = Field(
-        default=1.0,
-        ge=1e-3,
-        description="Shape g of process 'gamma', CV = 1/sqrt(g): below 1 burstier than Poisson, above 1 more "
-        "even, inf equal gaps. vLLM's default.",
-    )
-    normalize_arrivals: bool = Field(
-        default=True,
-        description="Rescale times so that the last arrival is at exactly n/R, as vLLM does. False keeps the "
-        "gaps independent. A ramp-up is never rescaled.",
-    )
-    ramp_up: RampUp | None = Field(
-        default=None,
-        description="Let the rate change from request to request; needs request_rate=inf, as in vLLM.",
     )
 
     with_prompt_ids: bool = Field(
@@ -156,16 +118,6 @@ class SyntheticConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.process != "gamma" and self.burstiness != 1.0:
-            raise ValueError(
-                f"burstiness={self.burstiness:g} has no effect on process {self.process!r}: "
-                "set process to 'gamma', or leave burstiness at 1"
-            )
-        if self.ramp_up is not None and not math.isinf(self.request_rate):
-            raise ValueError(
-                f"both ramp_up and request_rate={self.request_rate:g} state the rate: "
-                "set request_rate to inf, or remove ramp_up"
-            )
         if self.prefix_tokens and not self.with_prompt_ids:
             raise ValueError(
                 f"prefix_tokens={self.prefix_tokens} cannot be shared without token ids: "
@@ -183,11 +135,6 @@ class SyntheticConfig(BaseModel):
                 f"class {name!r} of tenant {tenant!r} is listed {times} times: merge them or rename one"
             )
         return self
-
-    @property
-    def shape(self) -> float:
-        """Shape of the gaps under any process."""
-        return {"poisson": 1.0, "gamma": self.burstiness, "constant": math.inf}[self.process]
 
 
 class Synthetic:
@@ -209,13 +156,7 @@ class Synthetic:
         self._classes = config.classes or (RequestClass(name="online"),)
 
         n = config.num_requests
-        self._times = arrival_times_ns(
-            n,
-            self._stream("arrival"),
-            rate=config.ramp_up or config.request_rate,
-            burstiness=config.shape,
-            normalize=config.normalize_arrivals,
-        )
+        self._times = config.times_ns(self._stream("arrival"))
         drawn = self._column("prompt", config.prompt_length)
         self._prompts = array("q", [config.prefix_tokens + length for length in drawn])
         self._outputs = self._column("output", config.output_length)
@@ -258,29 +199,19 @@ class Synthetic:
 
     def describe(self) -> dict[str, Any]:
         """Sample statistics and every setting, ready for JSON. See the workload's page for the keys."""
-        config, n, last_ns = self._config, len(self._times), self._times[-1]
-        prompt_total = sum(self._prompts)
-        settings = config.model_dump(mode="json")
-        for name in ("request_rate", "burstiness"):  # JSON has no infinity
-            if math.isinf(settings[name]):
-                settings[name] = "inf"
+        config, prompt_total = self._config, sum(self._prompts)
         return {
-            "requests": n,
-            "duration_s": last_ns / NS,
-            "realised_rate": n * NS / last_ns if last_ns else None,
-            "rate_series": rate_series(self._times),
-            "iat_cv": cv(_gaps(self._times)),
-            "iat_cv_60s": windowed_iat_cv(self._times),
+            **arrival_statistics(self._times),
             "prompt_tokens": statistics(self._prompts),
             "output_tokens": statistics(self._outputs),
             "max_new_tokens": statistics(self._caps),
             "length_capped": sum(o > c for o, c in zip(self._outputs, self._caps, strict=True)),
-            "shared_prefix_share": config.prefix_tokens * (n - 1) / prompt_total,
+            "shared_prefix_share": config.prefix_tokens * (len(self._prompts) - 1) / prompt_total,
             "turns": 1,
             "cancellations": len(self._cancels),
             "patience_ms": statistics([self._patience_ms[i] for i in self._cancels]),
             "classes": self._class_counts(),
-            "settings": settings,
+            "settings": json_settings(config),
         }
 
     def _stream(self, quantity: str) -> Random:
@@ -335,76 +266,6 @@ class Synthetic:
 def uniform_ids(n: int, vocab: int, rng: Random) -> tuple[int, ...]:
     """``n`` token ids, uniform over ``[0, vocab)`` up to one part in ``2**32 / vocab``."""
     return tuple([x * vocab >> 32 for x in struct.unpack(f"<{n}I", rng.randbytes(4 * n))])
-
-
-def statistics(values: Sequence[int]) -> dict[str, Any] | None:
-    """Mean, population CV and percentiles by linear interpolation (as NumPy's default); None of nothing."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    return {
-        "mean": sum(ordered) / len(ordered),
-        "cv": cv(ordered),
-        "min": ordered[0],
-        **{f"p{q}": percentile(ordered, q) for q in (10, 50, 90, 99)},
-        "max": ordered[-1],
-        "total": sum(ordered),
-    }
-
-
-def percentile(ordered: Sequence[float], q: float) -> float:
-    """The value ``q`` percent of the way through sorted values, linearly interpolated."""
-    position = (len(ordered) - 1) * q / 100
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
-
-
-def cv(values: Sequence[float]) -> float | None:
-    """Population standard deviation over the mean; None of nothing and of a mean of 0."""
-    mean = sum(values) / len(values) if values else 0.0
-    if not mean:
-        return None
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values)) / mean
-
-
-def rate_series(times_ns: Sequence[int]) -> dict[str, Any]:
-    """Requests/s in equal windows from time 0; the last one counts only as far as the last arrival."""
-    last_ns = times_ns[-1]
-    windows = max(1, -(-last_ns // (WINDOW_S * NS)))
-    window_s = WINDOW_S * -(-windows // MAX_RATE_POINTS)
-    window_ns = window_s * NS
-    rates: list[float | None] = []
-    done = 0
-    for start in range(0, last_ns, window_ns):
-        end = min(start + window_ns, last_ns)
-        upto = bisect_right(times_ns, end)
-        rates.append((upto - done) * NS / (end - start))
-        done = upto
-    return {"window_s": window_s, "requests_per_s": rates}
-
-
-def windowed_iat_cv(times_ns: Sequence[int]) -> dict[str, Any]:
-    """CV of the gaps inside each 60 s window, over the windows with enough of them."""
-    window_ns = WINDOW_S * NS
-    per_window: dict[int, list[int]] = {}
-    for before, after in pairwise(times_ns):
-        if before // window_ns == after // window_ns:
-            per_window.setdefault(after // window_ns, []).append(after - before)
-    values = sorted(
-        value
-        for gaps in per_window.values()
-        if len(gaps) >= MIN_WINDOW_GAPS and (value := cv(gaps)) is not None
-    )
-    return {
-        "windows": len(values),
-        "p50": percentile(values, 50) if values else None,
-        "p90": percentile(values, 90) if values else None,
-    }
-
-
-def _gaps(times_ns: Sequence[int]) -> list[int]:
-    return [after - before for before, after in pairwise(times_ns)]
 
 
 def _id(index: int) -> str:

@@ -3,6 +3,8 @@
 The code lives in the repository's core/, plugins/ and configs/ folders. The links beside this file name
 them for build tools, type checkers and IDEs; at run time, in a checkout, the folders themselves are used, so
 that tracebacks, breakpoints and coverage show core/... and a checkout that lost its links still runs.
+
+``LLM``, ``SamplingParams`` and ``Completion`` are here too, imported on first use.
 """
 
 from pathlib import Path as _Path
@@ -11,3 +13,12 @@ _here = _Path(__file__).resolve().parent
 _root = _here.parent.parent
 if _here.parent.name == "src" and (_root / "core" / "__init__.py").is_file():
     __path__.insert(0, str(_root))
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    home = {"LLM": "llm", "Completion": "llm", "Chunk": "llm", "SamplingParams": "sampling"}.get(name)
+    if home is None:
+        raise AttributeError(f"module 'servelab' has no attribute {name!r}")
+    return getattr(import_module(f"servelab.core.{home}"), name)

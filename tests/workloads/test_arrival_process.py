@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from servelab.plugins.workloads._arrivals import NS, RampUp, arrival_times_ns
-from servelab.plugins.workloads.synthetic import cv
+from servelab.plugins.workloads._describe import cv
 
 MANY = 100_000
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from servelab.core.api import SLO, Arrival, Cancel, Context, Workload, WorkloadError
 from servelab.core.records import RequestFinished
+from servelab.plugins.workloads import _describe
 from servelab.plugins.workloads import synthetic as module
 from servelab.plugins.workloads._arrivals import RampUp
 from servelab.plugins.workloads.synthetic import Synthetic, SyntheticConfig
@@ -396,9 +397,9 @@ def test_describe_without_duration_says_so(build: Build) -> None:
 
 
 def test_percentiles_interpolate_as_vllm_does() -> None:
-    assert module.percentile([1, 2, 3, 4], 50) == 2.5
-    assert module.percentile([5], 99) == 5
-    assert module.statistics([1, 2, 3, 4]) == {
+    assert _describe.percentile([1, 2, 3, 4], 50) == 2.5
+    assert _describe.percentile([5], 99) == 5
+    assert _describe.statistics([1, 2, 3, 4]) == {
         "mean": 2.5,
         "cv": pytest.approx(math.sqrt(1.25) / 2.5),
         "min": 1,
@@ -415,16 +416,16 @@ def test_window_statistics_of_a_known_series() -> None:
     """Eleven even arrivals in the first minute, eleven in the third, none between."""
     burst = [5 * i * NS for i in range(11)]
     times = burst + [t + 120 * NS for t in burst]
-    assert module.windowed_iat_cv(times) == {"windows": 2, "p50": 0, "p90": 0}
-    assert module.windowed_iat_cv(burst[:10])["windows"] == 0
-    assert module.rate_series(times) == {
+    assert _describe.windowed_iat_cv(times) == {"windows": 2, "p50": 0, "p90": 0}
+    assert _describe.windowed_iat_cv(burst[:10])["windows"] == 0
+    assert _describe.rate_series(times) == {
         "window_s": 60,
         "requests_per_s": [11 / 60, 1 / 60, 10 / 50],  # an arrival on an edge belongs to the window it ends
     }
 
 
 def test_a_long_run_gets_wider_windows_not_a_long_series() -> None:
-    series = module.rate_series([i * 60 * NS for i in range(1, 1001)])
+    series = _describe.rate_series([i * 60 * NS for i in range(1, 1001)])
     assert series["window_s"] == 540
     assert len(series["requests_per_s"]) == math.ceil(1000 / 9)
 

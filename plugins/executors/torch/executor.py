@@ -1,0 +1,299 @@
+"""Torch executor: a real model on this machine's CPU, real tokens. A baseline, from no paper.
+
+Mechanism: the rows of a launch are flattened into one list of tokens, run through ``decoder`` with the
+selected attention backend over the executor's KV pages, and sampled where a row ends its pending tokens.
+What a request's next token is depends on its own tokens, parameters and seed alone, never on the schedule
+(up to rounding: a batch of another shape may round otherwise; in float64 that decides no token).
+
+A request whose workload states its true output length ends exactly there (lengths are enforced); any
+other by the model's end-of-text tokens, its own stops, or its cap.
+
+Deviations: none. Faithful when: logits equal transformers' (float32 1e-4, float64 1e-9), greedy tokens do not
+depend on schedule, chunk size or preemption in float64. Tier: stable.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+from time import perf_counter  # noqa: TID251 - how long loading took, for people
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from servelab.core.api import (
+    Capacity,
+    ConfigError,
+    Context,
+    KVLayout,
+    Outcome,
+    PluginError,
+    SamplingParams,
+    Tokenizer,
+    WorkloadError,
+)
+from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.state import Request
+from servelab.core.events import Batch
+from servelab.core.families.kernel import AttentionImpl, BatchLayout
+from servelab.core.stops import stop_check
+from servelab.plugins.executors.checkpoint.find import find
+from servelab.plugins.executors.torch.decoder import Decoder, DecoderConfig
+from servelab.plugins.executors.torch.linear import packs
+from servelab.plugins.executors.torch.sampler import Row, sample
+from servelab.plugins.executors.torch.weights import tensors
+
+log = logging.getLogger("servelab")
+GREEDY = SamplingParams(temperature=0.0)
+"""For requests that do not say how they want to be sampled."""
+_NOTHING = Outcome()
+
+
+class TorchExecutorConfig(BaseModel):
+    """Settings of ``executor=torch``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_kv_pages: int | None = Field(
+        None, ge=1, description="device pages of every KV pool; null: as many as kv_memory_mib holds"
+    )
+    kv_memory_mib: int = Field(
+        192, ge=1, description="memory for KV pages of all pools together, MiB; not used with num_kv_pages"
+    )
+    pack_weights: bool = Field(
+        True,
+        description="reorder bfloat16 weights once for the CPU's matrix kernels: same results, faster small "
+        "batches; where the CPU has none, nothing is packed and the report says so",
+    )
+
+
+class TorchExecutor:
+    """Owns weights, KV bytes and the tokenizer. One launch at a time."""
+
+    simulated = False
+
+    def __init__(self, config: TorchExecutorConfig, ctx: Context) -> None:
+        if ctx.checkpoint is None or ctx.oracle is None:
+            raise ConfigError("executor 'torch' was built outside a run", do="use compose()")
+        _check_limits(ctx)
+        self.config, self._ctx, self._truth = config, ctx, ctx.oracle
+        self._kernel = ctx.kernel
+        if self._kernel is None:
+            raise ConfigError(
+                "executor 'torch' has no attention kernel", where="kernel", do="choose one: kernel=sdpa"
+            )
+        began = perf_counter()
+        self._checkpoint = find(ctx.checkpoint)
+        shape = DecoderConfig.of(self._checkpoint.config)
+        _check_shape(shape, ctx)
+        self.tokenizer: Tokenizer = self._checkpoint.tokenizer()
+        dtype: torch.dtype = getattr(torch, ctx.checkpoint.dtype)
+        with torch.inference_mode():
+            self.decoder = Decoder(shape, dtype, tensors(self._checkpoint))
+            self._packed = config.pack_weights and packs(dtype)
+            if self._packed:
+                self.decoder.pack()
+        took = perf_counter() - began
+        log.info("model %s loaded in %.1f s (%s)", ctx.model.name, took, ctx.checkpoint.dtype)
+        self._attention: AttentionImpl | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Where the weights come from and how they are run, for the report."""
+        return {
+            **self._checkpoint.provenance,
+            "dtype": self._ctx.model.dtype,
+            "packed": self._packed,
+            "threads": torch.get_num_threads(),
+        }
+
+    # ------------------------------------------------------------ KV memory
+
+    def capacity(self, layout: KVLayout) -> Capacity:
+        """Allocate the KV pages."""
+        pages = self._pages(layout)
+        total = sum(pages * pool.bytes_per_page for pool in layout.pools)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if total > memory:
+            raise ConfigError(
+                f"{pages} KV pages need {_gib(total)}",
+                where="executor.num_kv_pages",
+                why=f"this machine has {_gib(memory)} of memory",
+                do="lower executor.num_kv_pages or executor.kv_memory_mib",
+            )
+        model, dtype = self._ctx.model, self.decoder.dtype
+        buffers: dict[int, dict[str, Tensor]] = {}
+        for pool in layout.pools:
+            shape = (pages, pool.page_tokens, model.kv_heads, model.head_dim)
+            for layer in pool.layers:
+                buffers[layer] = {name: torch.zeros(shape, dtype=dtype) for name in pool.captures}
+            held = sum(t.nbytes for layer in pool.layers for t in buffers[layer].values())
+            if held != pages * pool.bytes_per_page:
+                raise PluginError(
+                    f"pool {pool.id!r} states {pool.bytes_per_page} bytes per page",
+                    why=f"executor 'torch' stores a page in {held // pages} bytes of {dtype}",
+                    do="mend the kvcache's layout()",
+                )
+        self._buffers, self._layout = buffers, layout
+        assert self._kernel is not None
+        self._attention = self._kernel.load(layout, model, "cpu", buffers, self.decoder.rotary)
+        return Capacity(device_pages=(pages,) * len(layout.pools))
+
+    def _pages(self, layout: KVLayout) -> int:
+        if self.config.num_kv_pages is not None:
+            return self.config.num_kv_pages
+        together = sum(pool.bytes_per_page for pool in layout.pools)
+        return max(1, (self.config.kv_memory_mib << 20) // together)
+
+    # --------------------------------------------------------------- launch
+
+    def horizon(self, batch: Batch, max_steps: int) -> int:
+        """1: when a request ends is known only once its token is."""
+        return 1
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, steps: int) -> Sequence[Outcome]:
+        self._check_plain(batch)
+        assert self._attention is not None
+        for pool, source, target in batch.copies:
+            for layer in self._layout.pools[pool].layers:
+                for buffer in self._buffers[layer].values():
+                    buffer[target] = buffer[source]
+        ids: list[int] = []
+        for r, start, n in zip(batch.requests, batch.starts, batch.tokens, strict=True):
+            ids += _tokens(r, start, n)
+        layout = batch_layout(batch, len(self._layout.pools))
+        plan = self._attention.plan(layout, ())
+        x = self.decoder.run(self.decoder.embed(torch.tensor(ids)), self._attention, plan)
+        return self._sample(batch, layout, x)
+
+    def _sample(self, batch: Batch, layout: BatchLayout, x: Tensor) -> list[Outcome]:
+        out = [_NOTHING] * len(batch.requests)
+        sampled = [i for i, wanted in enumerate(batch.samples) if wanted]
+        if not sampled:
+            return out
+        if len(sampled) < len(x):
+            x = x[torch.tensor([layout.q_indptr[i + 1] - 1 for i in sampled])]
+        rows = [self._row(batch.requests[i]) for i in sampled]
+        for i, row, drawn in zip(sampled, rows, sample(self.decoder.head(x), rows), strict=True):
+            end = self._ending(batch.requests[i], row, drawn.token)
+            probabilities = None if drawn.logprobs is None else (drawn.logprobs,)
+            out[i] = Outcome((drawn.token,), finish=end, logprobs=probabilities)
+        return out
+
+    def _row(self, r: Request) -> Row:
+        params = _params(r)
+        if params.seed is None:
+            key = int.from_bytes(blake2b(f"{self._ctx.seed}/{r.id}".encode(), digest_size=8).digest())
+        else:
+            key = params.seed
+        return Row(params, r.spec.prompt_ids or (), r.output, key, self.tokenizer.stop_ids, r.id)
+
+    def _ending(self, r: Request, row: Row, token: int) -> str | None:
+        try:
+            return "stop" if len(r.output) + 1 >= self._truth(r.id).output_tokens else None
+        except KeyError:
+            pass  # no true length is stated: the text decides
+        return stop_check(row.params, [*r.output, token], row.eos_ids, self.tokenizer.decode)
+
+    def _check_plain(self, batch: Batch) -> None:
+        special = next(iter(batch.extras.values()), None)
+        if special is not None or batch.background:
+            what = f"work item {special!r}" if special is not None else "background work"
+            raise PluginError(
+                f"executor 'torch' cannot run {what}",
+                where=f"launch {batch.launch}, step {batch.first_step}",
+                why="it runs plain tokens: no drafts, layer ranges, masks, rewrites or background work yet",
+                do="choose a scheduler that plans plain tokens, or executor=scripted",
+            )
+
+    def transfer(self, transfer: Transfer) -> None:
+        raise PluginError("executor 'torch' has no host tier to move pages to", do="preempt by recompute")
+
+    def close(self) -> None:
+        self._attention = None
+        self._buffers = {}
+
+
+def batch_layout(batch: Batch, pools: int) -> BatchLayout:
+    """The rows of a launch as attention backends read them: one segment each, from position 0."""
+    q_indptr, positions, tokens = [0], list[int](), list[int]()
+    for start, n in zip(batch.starts, batch.tokens, strict=True):
+        q_indptr.append(q_indptr[-1] + n)
+        positions += range(start, start + n)
+        tokens.append(start + n)
+    rows = len(tokens)
+    return BatchLayout(
+        q_indptr=q_indptr,
+        q_positions=positions,
+        seg_indptr=range(rows + 1),
+        seg_tokens=tokens,
+        seg_offset=[0] * rows,
+        seg_pages=[[lease.tables[pool] for lease in batch.leases] for pool in range(pools)],
+    )
+
+
+def _tokens(r: Request, start: int, n: int) -> Sequence[int]:
+    """Ids at positions ``start..start+n-1`` of prompt and output."""
+    prompt = r.spec.prompt_ids
+    if prompt is None:
+        raise WorkloadError(
+            f"request {r.id} has no token ids",
+            where="executor 'torch'",
+            why="a model needs tokens, the workload states a length only",
+            do="use a workload with prompts (workload=chat), or workload.with_prompt_ids=true",
+        )
+    if start >= len(prompt):
+        start -= len(prompt)
+        return r.output[start : start + n]
+    if start + n <= len(prompt):
+        return prompt[start : start + n]
+    return [*prompt[start:], *r.output[: start + n - len(prompt)]]
+
+
+def _params(r: Request) -> SamplingParams:
+    params = r.spec.sampling
+    if params is None:
+        return GREEDY
+    if not isinstance(params, SamplingParams):
+        raise WorkloadError(
+            f"request {r.id} asks for sampling by {params!r:.60}",
+            why="executor 'torch' understands SamplingParams",
+            do="give RequestSpec.sampling a SamplingParams, or None",
+        )
+    return params
+
+
+def _check_limits(ctx: Context) -> None:
+    for name, value in (("lanes", ctx.limits.lanes), ("max_in_flight", ctx.limits.max_in_flight)):
+        if value > 1:
+            raise ConfigError(
+                f"executor 'torch' cannot run with engine.{name}={value}",
+                why="it runs one launch at a time, each from the tokens of the one before",
+                do=f"set engine.{name}=1, or choose executor=scripted",
+            )
+
+
+def _check_shape(shape: DecoderConfig, ctx: Context) -> None:
+    """The configured shape, where it is stated, must be the checkpoint's: plans and prices rest on it."""
+    names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab")
+    wrong = [
+        f"model.{name} is {getattr(ctx.model, name)}, the files say {getattr(shape, name)}"
+        for name in names
+        if getattr(ctx.model, name) != getattr(shape, name)
+    ]
+    if ctx.model.max_position > shape.max_position:
+        wrong.append(f"model.max_position is {ctx.model.max_position}, the files say {shape.max_position}")
+    if wrong:
+        raise ConfigError(
+            f"model {ctx.model.name!r} is not what the configuration states",
+            why="; ".join(wrong),
+            do="leave the shape out, so that it is read from the files (model=local, model=hub)",
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,47 @@
+"""A dense linear layer, as ``core/families/quant.py::LinearOp`` asks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NO_FUSION: tuple[str, list[float | None], str] = ("none", [], "")
+
+
+class DenseLinear:
+    """``y = x W^T + b`` with ``weight [n, k]`` and ``bias [n]``."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """``[tokens, k]``, unchanged."""
+        return x
+
+    def apply(self, prepared: Tensor) -> Tensor:
+        """``[tokens, n]``."""
+        return torch.nn.functional.linear(prepared, self.weight, self.bias)
+
+
+class PackedLinear:
+    """The same product, bit by bit, with weights reordered once for oneDNN's kernels.
+
+    PyTorch's own bfloat16 linear reorders them in every call: measured on two AMX cores, 1 to 32 tokens
+    take half the time when they are packed beforehand (``docs/reference/benchmarks.md``).
+    """
+
+    def __init__(self, dense: DenseLinear) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(dense.weight.contiguous(), None)
+        self._bias = dense.bias
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x
+
+    def apply(self, prepared: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(prepared, self._weight, self._bias, *NO_FUSION)
+        return y
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether packing weights of this dtype is possible and pays on this machine."""
+    return dtype is torch.bfloat16 and torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()

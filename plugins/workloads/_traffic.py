@@ -1,0 +1,71 @@
+"""Settings that open-loop workloads share: how many requests, and when they come."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from servelab.plugins.workloads._arrivals import MIN_RATE, RampUp, arrival_times_ns
+
+
+class Traffic(BaseModel):
+    """Base of the settings of open-loop workloads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_requests: int = Field(default=64, ge=1, le=10_000_000, description="How many requests, n.")
+
+    request_rate: float = Field(
+        default=8.0, ge=MIN_RATE, description="R in requests/s; inf: all at time 0 (vLLM's default)."
+    )
+    process: Literal["poisson", "gamma", "constant"] = Field(
+        default="poisson",
+        description="Gaps between arrivals: exponential, Gamma with shape ``burstiness``, or all equal.",
+    )
+    burstiness: float = Field(
+        default=1.0,
+        ge=1e-3,
+        description="Shape g of process 'gamma', CV = 1/sqrt(g): below 1 burstier than Poisson, above 1 more "
+        "even, inf equal gaps. vLLM's default.",
+    )
+    normalize_arrivals: bool = Field(
+        default=True,
+        description="Rescale times so that the last arrival is at exactly n/R, as vLLM does. False keeps the "
+        "gaps independent. A ramp-up is never rescaled.",
+    )
+    ramp_up: RampUp | None = Field(
+        default=None,
+        description="Let the rate change from request to request; needs request_rate=inf, as in vLLM.",
+    )
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Self:
+        if self.process != "gamma" and self.burstiness != 1.0:
+            raise ValueError(
+                f"burstiness={self.burstiness:g} has no effect on process {self.process!r}: "
+                "set process to 'gamma', or leave burstiness at 1"
+            )
+        if self.ramp_up is not None and not math.isinf(self.request_rate):
+            raise ValueError(
+                f"both ramp_up and request_rate={self.request_rate:g} state the rate: "
+                "set request_rate to inf, or remove ramp_up"
+            )
+        return self
+
+    @property
+    def shape(self) -> float:
+        """Shape of the gaps under any process."""
+        return {"poisson": 1.0, "gamma": self.burstiness, "constant": math.inf}[self.process]
+
+    def times_ns(self, rng: Random) -> list[int]:
+        """When the requests arrive, in nanoseconds from the start of the run, never decreasing."""
+        return arrival_times_ns(
+            self.num_requests,
+            rng,
+            rate=self.ramp_up or self.request_rate,
+            burstiness=self.shape,
+            normalize=self.normalize_arrivals,
+        )
