@@ -33,7 +33,7 @@ def main() -> None:
 
     A reader of stdout that goes away, as in ``servelab plugins | head``, ends the printing and nothing else.
     """
-    from servelab.core.errors import ServeLabError
+    from servelab.core.errors import INSTALL, ServeLabError
 
     try:
         _command(sys.argv[1:])
@@ -48,7 +48,7 @@ def main() -> None:
             raise
         sys.stderr.write(
             f"servelab: {exc.name} is not installed for {sys.executable}\n"
-            '  do:    pip install -c constraints.txt -e ".[run]"   (in the checkout)\n'
+            f"  do:    {INSTALL}   (in the checkout)\n"
         )
         sys.exit(1)
     except ServeLabError as exc:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterable, Iterator
-from queue import Empty, SimpleQueue
-from threading import Thread
+from queue import SimpleQueue
+from threading import RLock, Thread
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from servelab.core.bus import Bus
 from servelab.core.engine.wall import WallDriver
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
     from servelab.core.compose import Run
 
 Event = RequestArrived | RequestAdmitted | TokensEmitted | RequestFinished
-_POLL_S = 0.2
-"""How often a waiting client looks whether the engine's thread still lives."""
+Box = SimpleQueue[Event | None]
+"""What became of one request, in order. None: the engine stopped before its end."""
+_AT_EXIT_S = 10.0
+"""How long the interpreter's exit waits for the launch that is running."""
 
 
 class NoTraffic:
@@ -50,7 +54,8 @@ class Mailbox:
     """An observer that hands every record of a request to whoever sent it."""
 
     def __init__(self) -> None:
-        self.boxes: dict[str, SimpleQueue[Event]] = {}
+        self.boxes: dict[str, Box] = {}
+        """Of the requests that somebody waits for."""
 
     @hookimpl
     def servelab_on_request_arrived(self, record: RequestArrived) -> None:
@@ -66,7 +71,9 @@ class Mailbox:
 
     @hookimpl
     def servelab_on_request_finished(self, record: RequestFinished) -> None:
-        self._put(record)
+        if record.outcome != "unfinished":  # the engine is stopping: the client tells why
+            self._put(record)
+            self.boxes.pop(record.request, None)
 
     def _put(self, record: Event) -> None:
         box = self.boxes.get(record.request)
@@ -77,15 +84,16 @@ class Mailbox:
 class Client:
     """Serves a composed run on the wall clock, in a thread of its own, until ``close``.
 
-    Methods may be called from any thread.
+    Methods may be called from any thread. When the thread ends, whatever the reason, it lets go of the engine
+    and the model, and whoever waits is told.
     """
 
     def __init__(self, run: Run) -> None:
-        self._mailbox, self._executor = Mailbox(), run.executor
+        self._mailbox = Mailbox()
         bus = Bus((*run.observers, self._mailbox))
         run.engine.plan_log = bus.listens("planned")
         run.engine.token_log = True
-        self._driver = WallDriver(
+        driver = WallDriver(
             keep_open=True,
             engines=[run.engine],
             executors=[run.executor],
@@ -94,74 +102,107 @@ class Client:
             truths=run.truths,
             emit=bus.emit,
         )
+        self._lock = RLock()
+        self._driver: WallDriver | None = driver
+        """None once it has stopped."""
         self._error: BaseException | None = None
-        self._closed = False
-        self._thread = Thread(target=self._serve, args=(bus, run.info), name="servelab client", daemon=True)
+        self._late: Exception | None = None
+        self._thread = Thread(
+            target=self._serve, args=(driver, bus, run.info), name="servelab client", daemon=True
+        )
         self._thread.start()
+        _running.add(self)
 
-    def _serve(self, bus: Bus, info: dict[str, Any]) -> None:
+    def _serve(self, driver: WallDriver, bus: Bus, info: dict[str, Any]) -> None:
         try:
             bus.emit(RunStarted(t_ns=0, info=info))
-            self._driver.run()
+            driver.run()
         except BaseException as exc:
             self._error = exc
-        failed = self._error is not None
+        last = RunFinished(t_ns=driver.now_ns, status="ok")
+        if self._error is not None:
+            last.status, last.reason = "failed", str(self._error)
         try:
-            bus.emit(
-                RunFinished(
-                    t_ns=self._driver.now_ns,
-                    status="failed" if failed else "ok",
-                    reason=str(self._error) if failed else "",
-                )
-            )
+            try:
+                bus.emit(last)
+            finally:
+                driver.executors[0].close()
         except Exception as exc:
-            self._error = self._error or exc
+            self._late = exc
+        with self._lock:
+            self._driver = None
+            for box in self._mailbox.boxes.values():
+                box.put(None)
 
-    def send(self, spec: RequestSpec) -> SimpleQueue[Event]:
-        """Hand a request to the engine; its records come through the queue, the last is its end.
+    def send(self, spec: RequestSpec) -> Box:
+        """Hand a request to the engine; its records come through the box, the last is its end.
 
         Raises:
             ServeLabError: the engine has stopped.
         """
-        self._check()
-        box: SimpleQueue[Event] = SimpleQueue()
-        self._mailbox.boxes[spec.id] = box
-        self._driver.post(Arrive(spec))
+        box = Box()
+        with self._lock:
+            if self._driver is None or not self._thread.is_alive():  # no thread: this is a fork
+                raise self._stopped() from self._error
+            self._mailbox.boxes[spec.id] = box
+            self._driver.post(Arrive(spec))
         return box
 
-    def receive(self, box: SimpleQueue[Event]) -> Event:
+    def receive(self, box: Box) -> Event:
         """The next record of a request; waits for it.
 
         Raises:
             ServeLabError: the engine stopped before.
         """
-        while True:
-            try:
-                return box.get(timeout=_POLL_S)
-            except Empty:
-                if not self._thread.is_alive() and box.empty():
-                    self._check()
+        event = box.get()
+        if event is None:
+            raise self._stopped() from self._error
+        return event
 
     def forget(self, request_id: str) -> None:
         """Stop listening to a request and give it up if it is still there."""
-        if self._mailbox.boxes.pop(request_id, None) is not None and self._thread.is_alive():
-            self._driver.post(Abort(request_id))
+        with self._lock:
+            waited_for = self._mailbox.boxes.pop(request_id, None) is not None
+            if waited_for and self._driver is not None:
+                self._driver.post(Abort(request_id))
 
-    def _check(self) -> None:
-        if self._error is not None:
-            raise ServeLabError(
-                "the engine has stopped",
-                why=f"{type(self._error).__name__}: {self._error}",
-                do="mend the cause and make a new LLM",
-            ) from self._error
-        if self._closed or not self._thread.is_alive():
-            raise ServeLabError("the engine is closed", do="make a new LLM")
+    def _stopped(self) -> ServeLabError:
+        if self._error is None:
+            return ServeLabError("the engine is closed", where="LLM", do="make a new LLM")
+        why, do = f"{type(self._error).__name__}: {self._error}", "mend the cause"
+        if isinstance(self._error, ServeLabError):
+            told = (self._error.what, self._error.where, self._error.why)
+            why, do = "; ".join(part for part in told if part), self._error.do or do
+        return ServeLabError("the engine has stopped", where="LLM", why=why, do=f"{do}; then make a new LLM")
 
-    def close(self) -> None:
-        """Serve what was sent, then stop. Harmless when repeated."""
-        if self._closed:
-            return
-        self._closed = True
-        self._driver.close()
-        self._thread.join()
-        self._executor.close()
+    def let_go(self) -> None:
+        """Stop when what was sent has been served. Takes no lock and waits for nothing: for finalizers."""
+        driver = self._driver
+        if driver is not None:
+            driver.close()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Give up what runs, stop, and wait for that. Harmless when repeated.
+
+        Raises:
+            ServeLabError: an observer or the executor failed at the end; told once.
+        """
+        with self._lock:
+            if self._driver is not None:
+                for request_id in list(self._mailbox.boxes):
+                    self._driver.post(Abort(request_id, "the LLM was closed"))
+            self.let_go()
+        self._thread.join(timeout_s)
+        late, self._late = self._late, None
+        if late is not None:
+            raise late
+
+
+_running: WeakSet[Client] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A launch must not run while the interpreter goes away."""
+    for client in list(_running):
+        client.close(_AT_EXIT_S)

@@ -172,7 +172,16 @@ def _with_shape(config: RunConfig, registry: Registry) -> RunConfig:
             why=f"executor {name!r} does not read it from the model's files",
             do="state these fields, or choose an executor that runs models (executor=torch)",
         )
-    model = config.model.model_copy(update=describe(config.model))
+    try:
+        model = config.model.model_copy(update=describe(config.model))
+    except ServeLabError:
+        raise
+    except Exception as exc:
+        raise PluginError(
+            f"executor {name!r} raised {type(exc).__name__}: {exc}",
+            where="describe_model(), while the run was composed",
+            do="mend the plugin; SERVELAB_TRACEBACK=1 shows where",
+        ) from exc
     if left := model.unstated():
         raise PluginError(
             f"executor {name!r} left parts of the model's shape open: {', '.join(left)}",

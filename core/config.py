@@ -41,8 +41,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 class ModelConfig(Section):
-    """Where the model is and its shape, see ``core/facts.py``. What a shape field leaves at null is read from
-    the model's files."""
+    """Where the model is, and its shape. What a shape field leaves at null is read from the model's files."""
 
     name: str = Field(description="Name shown in reports.")
     source: Literal["none", "path", "wheel", "hub"] = Field(
@@ -51,17 +50,19 @@ class ModelConfig(Section):
         "on the Hugging Face hub, by model.repo; none: a shape only, for executors that run no model.",
     )
     path: str | None = Field(
-        default=None, description="Folder in Hugging Face format, or a GGUF file (source: path)."
+        default=None, description="With source path: a folder in Hugging Face format, or a GGUF file."
     )
-    repo: str | None = Field(default=None, description="Repository on the hub, OWNER/NAME (source: hub).")
+    repo: str | None = Field(default=None, description="With source hub: the repository, OWNER/NAME.")
     revision: str | None = Field(
-        default=None, description="Branch, tag or commit on the hub; null: its main branch."
+        default=None, description="With source hub: branch, tag or commit; null: its main branch."
     )
     wheel: str | None = Field(
-        default=None, description="Requirement that pins the wheel, NAME==VERSION (source: wheel)."
+        default=None, description="With source wheel: the requirement that pins it, NAME==VERSION."
     )
-    wheel_sha256: str | None = Field(default=None, description="SHA-256 of the wheel file.")
-    wheel_member: str | None = Field(default=None, description="Path of the GGUF file within the wheel.")
+    wheel_sha256: str | None = Field(default=None, description="With source wheel: SHA-256 of the file.")
+    wheel_member: str | None = Field(
+        default=None, description="With source wheel: path of the GGUF file in it."
+    )
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field(
         default="bfloat16", description="Of weights, activations and KV, before any quantization."
     )

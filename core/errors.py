@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+INSTALL = 'pip install -c constraints.txt -e ".[run]"'
+"""In the checkout, installs everything a run of a real model imports."""
+
 
 class ServeLabError(Exception):
     """Base of all errors shown to users without a traceback.

@@ -7,16 +7,21 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from servelab.core.families import KINDS
+from servelab.core.overrides import TECHNIQUES
 from servelab.core.registry import config_packages
 
 USAGE = """\
 servelab: write an LLM-serving technique once as a plugin; run it on a real engine and in a simulator.
 
-  python run.py                                    the default run
+  python run.py                                    the default run: a real model serves chat requests
+  python run.py +experiment=scripted               placeholder tokens at stated prices on the virtual clock;
+                                                   needs no model and no torch
+  python run.py model=local model.path=PATH        another model: a folder or a GGUF file
+  python run.py model=hub model.repo=OWNER/NAME    another model: one of the Hugging Face hub
   python run.py +scheduler=NAME workload=NAME      choose parts (kind=name and +kind=name are the same)
   python run.py engine.max_batch_tokens=2048       set a field
-  python run.py -m seed=0,1,2                      a sweep; with hydra/launcher=joblib in parallel,
+  python run.py -m +experiment=scripted seed=0,1,2
+                                                   a sweep; with hydra/launcher=joblib in parallel,
                                                    which needs: pip install -e ".[sweep]"
   python run.py plugins [KIND] [--json]            all plugins: papers, tiers, what is disabled and why
   python run.py show KIND NAME                     the settings of one plugin
@@ -36,7 +41,7 @@ def show_help() -> None:
     print("Choices")
     groups = choices()
     for group in sorted(groups):
-        sign = "+" if group in KINDS and KINDS[group].technique else " "
+        sign = "+" if group in TECHNIQUES else " "
         print(f"  {sign}{group + '=':<12} {', '.join(sorted(groups[group]))}")
     print("\nThe default run")
     for line in _default_run():

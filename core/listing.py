@@ -83,7 +83,7 @@ def _section(name: str, extra: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"section": name, "settings": model.model_json_schema()}, indent=2))
         return
-    about = (model.__doc__ or "").strip().partition("\n")[0]
+    about = " ".join((model.__doc__ or "").partition("\n\n")[0].split())
     _print_wrapped(f"section {name!r}: {about}", 2)
     print(f"  {'set with:':<12} {name}.{next(iter(model.model_fields))}=...")
     print("\nSettings:")

@@ -11,27 +11,28 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
+from operator import index
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, SupportsIndex, cast
 
-from servelab.core.client import Client, Event, NoTraffic
-from servelab.core.errors import ConfigError, ServeLabError, nearest
-from servelab.core.families import KINDS
+from servelab.core.client import Box, Client, Event
+from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.records import RequestAdmitted, RequestArrived, RequestFinished, TokensEmitted
-from servelab.core.registry import Registry
 from servelab.core.request import RequestSpec
 from servelab.core.sampling import SamplingParams
-from servelab.core.spec import PluginSpec
 from servelab.core.stops import visible_text
+from servelab.core.stream_text import StreamText
 from servelab.core.text import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Iterable[SupportsIndex]
+"""A text, or token ids: whole numbers of any kind, also in an array or tensor."""
 Plugin = Any
-"""A name, a mapping with ``name`` and settings, or an object, class or factory of the family."""
+"""A name, a mapping of settings (with ``name``, if another than the configured one), or an object, class or
+factory of the family."""
 Message = Mapping[str, str]
 
 _ENDINGS = {"cancelled": "abort", "aborted": "abort", "rejected": "rejected"}
@@ -99,17 +100,22 @@ class LLM:
     Args:
         model: a name in ``configs/model``, a folder in Hugging Face format, a GGUF file, or OWNER/NAME of a
             repository on the Hugging Face hub.
-        scheduler, quant, **families: plugins by kind (``kvcache=``, ``kernel=``, ...), each as a name, a
-            mapping ``{"name": ..., setting: value}``, or a Python object: an instance, or a class or factory
-            called as ``factory(config, context)``.
+        scheduler, quant, **families: plugins by kind (``kvcache=``, ``kernel=``, ``executor=``, ...), each as
+            a name, a mapping ``{"name": ..., setting: value}``, or a Python object: an instance, or a class
+            or factory called as ``factory(config, context)``. Its attribute ``spec``, a ``PluginSpec``, says
+            what it can do and needs; without one it promises nothing.
         dtype: ``bfloat16``, ``float32``, ``float64`` or ``float16``; None: the configured one, bfloat16.
-        seed: every generator derives from it.
-        max_model_len: prompt plus output tokens of one request; None: what KV memory and model allow.
-        observers: watchers, as names or mappings; they see one run from here to ``close``.
+        seed: every generator derives from it. Requests without a seed of their own draw from it and from
+            their number in this LLM, so that nothing that runs beside them changes their tokens.
+        max_model_len: prompt plus output tokens of one request. None: the longest context of the model, or
+            what KV memory holds (``executor.kv_memory_mib``) if that is less; the attribute of the same name
+            says which it became.
+        observers: watchers, likewise as names, mappings or objects; they see one run from here to ``close``.
         run_dir: where observers may write.
         overrides: further settings as on the command line, ``"engine.max_batch_tokens=512"``.
 
-    Use it as a context manager, or ``close`` it, to free the memory at once.
+    Methods may be called from several threads; their requests are batched together. Use it as a context
+    manager, or ``close`` it, to free the memory at once.
 
     Raises:
         ServeLabError: whatever does not fit together, before anything is loaded where that can be known.
@@ -117,7 +123,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "smollm2_135m",
+        model: str | Path = "smollm2_135m",
         *,
         scheduler: Plugin = None,
         quant: Plugin = None,
@@ -126,28 +132,21 @@ class LLM:
         max_model_len: int | None = None,
         observers: Sequence[Any] = (),
         run_dir: str | Path | None = None,
-        overrides: Sequence[str] = (),
+        overrides: str | Sequence[str] = (),
         **families: Plugin,
     ) -> None:
         from servelab.core.compose import compose
-        from servelab.core.config import validate
+        from servelab.core.llm_setup import configure, model_lines
 
-        registry = Registry.load()
-        chosen = {"scheduler": scheduler, "quant": quant, **families}
-        lines = [*_model(model), "clock=wall", f"seed={seed}"]
+        lines = [*model_lines(model), f"seed={seed}"]
         if dtype is not None:
-            lines.append(f"model.dtype={dtype}")
+            lines.append(f"model.dtype={str(dtype).removeprefix('torch.')}")
         if max_model_len is not None:
             lines.append(f"engine.max_model_len={max_model_len}")
-        raw = _settings([*lines, *overrides])
-        for kind, plugin in chosen.items():
-            if plugin is not None:
-                raw[_family(kind)] = _plugin(kind, plugin, registry)
-        registry.add("workload", _NO_TRAFFIC, factory=NoTraffic)
-        raw["workload"] = _NO_TRAFFIC.name
-        raw["observers"] = list(observers)
-        folder = None if run_dir is None else Path(run_dir)
-        run = compose(validate(raw, registry), registry, run_dir=folder)
+        plugins = {"scheduler": scheduler, "quant": quant, **families}
+        more = [overrides] if isinstance(overrides, str) else list(overrides)
+        config, registry = configure(lines, plugins, observers, more)
+        run = compose(config, registry, run_dir=None if run_dir is None else Path(run_dir))
         tokenizer = getattr(run.executor, "tokenizer", None)
         if tokenizer is None:
             run.executor.close()
@@ -160,48 +159,50 @@ class LLM:
         """What identifies the run: settings, plugins, versions, weights, KV layout."""
         self.tokenizer: Tokenizer = tokenizer
         self.max_model_len = run.engine.limits.max_model_len
-        self._client = Client(run)
+        """Prompt plus output tokens of one request."""
         self._ids = count()
-        self._finalizer = weakref.finalize(self, self._client.close)
+        self._client = Client(run)
+        weakref.finalize(self, self._client.let_go).atexit = False  # the client sees to the exit
 
     # -------------------------------------------------------------- generate
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
     ) -> list[Completion]:
         """Complete prompts, batched by the engine; in their order.
 
         Args:
-            prompts: one or many, each a text or token ids.
+            prompts: one or many, each a text or token ids. None: an empty list comes back.
             params: for all, or one for each; None: the defaults of ``SamplingParams``.
             progress: show a bar on stderr; None: on a terminal, with more than one prompt.
 
         Raises:
             ConfigError: a prompt that is empty, too long or outside the vocabulary; nothing has run then.
+            ServeLabError: the engine has stopped, and why.
+            KeyboardInterrupt: Ctrl-C; the requests of this call are given up, the LLM stays usable.
         """
         specs = self._specs(_many(prompts), params)
-        boxes = {spec.id: self._client.send(spec) for _, spec in specs}
         show = len(specs) > 1 and sys.stderr.isatty() if progress is None else progress
+        done = []
         try:
+            boxes = [self._client.send(spec) for _, spec in specs]
             with _bar(len(specs), show) as tick:
-                done = []
-                for text, spec in specs:
-                    events = self._events(boxes[spec.id])
-                    done.append(self._completion(text, spec, list(events)))
+                for (text, spec), box in zip(specs, boxes, strict=True):
+                    done.append(self._completion(text, spec, list(self._events(box))))
                     tick()
         finally:
-            for _, spec in specs:  # also on Ctrl-C: what still runs is given up
+            for _, spec in specs[len(done) :]:  # Ctrl-C, an error: what still runs is given up
                 self._client.forget(spec.id)
         return done
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
     ) -> list[Completion]:
@@ -210,96 +211,86 @@ class LLM:
         prompts = [self.tokenizer.chat(cast("Sequence[Message]", talk)) for talk in talks]
         return self.generate(prompts, params, progress=progress)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """Complete one prompt, piece by piece. Closing the iterator early gives the request up.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk]:
+        """Complete one prompt, piece by piece: texts and ids of the chunks add up to those of the whole.
 
-        The request starts with the first ``next``.
+        The request starts with the first ``next``. Closing the iterator early gives it up. For a
+        conversation: ``stream(llm.tokenizer.chat(messages))``.
         """
         [(text, spec)] = self._specs([prompt], params)
         return self._stream(text, spec)
 
-    def _stream(self, text: str | None, spec: RequestSpec) -> Iterator[Chunk]:
-        box = self._client.send(spec)
+    def _stream(self, text: str | None, spec: RequestSpec) -> Generator[Chunk]:
+        shown, events = "", list[Event]()
+        growing = StreamText(self.tokenizer.decode, spec.sampling, self.tokenizer.stop_ids)
         try:
-            events: list[Event] = []
-            ids: list[int] = []
-            shown = ""
-            for event in self._events(box):
+            for event in self._events(self._client.send(spec)):
                 events.append(event)
                 if isinstance(event, TokensEmitted):
-                    ids += event.tokens
-                    now = self._settled(ids, spec.sampling)
-                    new, shown = now[len(shown) :], max(shown, now, key=len)
+                    new = growing.add(event.tokens)
+                    shown += new
                     yield Chunk(text=new, token_ids=tuple(event.tokens))
             whole = self._completion(text, spec, events)
             yield Chunk(text=whole.text[len(shown) :], token_ids=(), completion=whole)
         finally:
             self._client.forget(spec.id)
 
-    def _events(self, box: Any) -> Iterator[Event]:
+    def _events(self, box: Box) -> Iterator[Event]:
         while True:
             event = self._client.receive(box)
             yield event
             if isinstance(event, RequestFinished):
                 return
 
-    def _settled(self, ids: Sequence[int], params: SamplingParams) -> str:
-        """Text that no later token can take back: no half character, no beginning of a stop text."""
-        text, _ = visible_text(self.tokenizer.decode, ids, params, self.tokenizer.stop_ids)
-        text = text.rstrip("\ufffd")
-        held = max(
-            (n for stop in params.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
-        )
-        return text[: len(text) - held]
-
     # -------------------------------------------------------------- requests
 
     def _specs(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self, prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams] | None
     ) -> list[tuple[str | None, RequestSpec]]:
         """Checked requests with the text of their prompts; all problems in one error."""
+        prompts = list(prompts)
         if params is None or isinstance(params, SamplingParams):
-            each: Sequence[SamplingParams] = [params or SamplingParams()] * len(prompts)
+            each = [params or SamplingParams()] * len(prompts)
         else:
             each = list(params)
         if len(each) != len(prompts):
             raise ConfigError(
-                f"{len(prompts)} prompts have {len(each)} sampling parameters", do="give one each"
+                f"{len(prompts)} prompts have {len(each)} sampling parameters",
+                where="params",
+                do="give one for all, or one for each",
             )
         found, problems = [], []
         for i, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
-            ids = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-            problem = self._problem(ids, one)
-            if problem:
-                problems.append(f"prompt {i}: {problem}")
-                continue
-            room = self.max_model_len - len(ids)
-            spec = RequestSpec(
-                id=f"r{next(self._ids)}",
-                prompt_tokens=len(ids),
-                max_new_tokens=room if one.max_tokens is None else min(one.max_tokens, room),
-                prompt_ids=ids,
-                sampling=one,
-            )
-            found.append((prompt if isinstance(prompt, str) else None, spec))
+            try:
+                found.append((prompt if isinstance(prompt, str) else None, self._spec(prompt, one)))
+            except ValueError as exc:
+                problems.append(f"prompt {i}: {exc}")
         if problems:
             raise ConfigError("\n".join(["prompts cannot be served:", *(f"  - {p}" for p in problems)]))
-        return found
+        return [(text, replace(spec, id=f"r{next(self._ids)}")) for text, spec in found]
 
-    def _problem(self, ids: Sequence[Any], params: SamplingParams) -> str | None:
+    def _spec(self, prompt: Prompt, params: SamplingParams) -> RequestSpec:
+        """The request of one prompt, without its id; ValueError with what is wrong."""
         if not isinstance(params, SamplingParams):
-            return f"params must be SamplingParams, got {params!r:.60}"
+            raise ValueError(f"params must be SamplingParams, got {params!r:.60}")
+        ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else _ids(prompt)
         if not ids:
-            return "it is empty; a model needs at least one token"
-        wrong = next((i for i in ids if type(i) is not int or not 0 <= i < self.tokenizer.vocab_size), None)
+            raise ValueError("it is empty; a model needs at least one token")
+        vocabulary = range(self.tokenizer.vocab_size)
+        wrong = next((i for i in ids if i not in vocabulary), None)
         if wrong is not None:
-            return f"{wrong!r} is no token id; they are 0 to {self.tokenizer.vocab_size - 1}"
-        if len(ids) >= self.max_model_len:
-            return (
+            raise ValueError(f"{wrong} is no token id; they are 0 to {vocabulary[-1]}")
+        room = self.max_model_len - len(ids)
+        if room < 1:
+            raise ValueError(
                 f"its {len(ids)} tokens leave no room for output; the limit for both is {self.max_model_len} "
-                "(max_model_len): shorten it, or raise the limit if model and KV memory allow"
+                "(max_model_len): shorten it, or raise the limit as far as the model's context and KV memory "
+                "(executor.kv_memory_mib) allow"
             )
-        return None
+        most = room if params.max_tokens is None else min(params.max_tokens, room)
+        return RequestSpec(
+            id="", prompt_tokens=len(ids), max_new_tokens=most, prompt_ids=ids, sampling=params
+        )
 
     def _completion(self, text: str | None, spec: RequestSpec, events: Sequence[Event]) -> Completion:
         """The whole from the records of a request."""
@@ -307,8 +298,8 @@ class LLM:
         admitted = next((e.t_ns for e in events if isinstance(e, RequestAdmitted)), None)
         emitted = [e for e in events if isinstance(e, TokensEmitted)]
         end = cast("RequestFinished", events[-1])
-        if end.outcome in ("failed", "unfinished"):
-            raise ServeLabError(f"request {spec.id} could not be served", why=end.reason)
+        if end.outcome == "failed":
+            raise ServeLabError(f"request {spec.id} could not be served", where="the engine", why=end.reason)
         ids = [token for e in emitted for token in e.tokens]
         times = tuple((e.t_ns - arrived) / 1e9 for e in emitted for _ in e.tokens)
         visible, stopped = "", None
@@ -339,8 +330,11 @@ class LLM:
     # ------------------------------------------------------------------ end
 
     def close(self) -> None:
-        """Finish what runs and free the model."""
-        self._finalizer()
+        """Give up what still runs (its callers get what there is, ``abort``) and free the model.
+
+        Harmless when repeated.
+        """
+        self._client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -349,109 +343,33 @@ class LLM:
         self.close()
 
 
-_NO_TRAFFIC = PluginSpec(
-    name="python",
-    factory="servelab.core.client:NoTraffic",
-    summary="requests come from Python",
-    provides=frozenset({"workload.prompt_ids"}),
-)
-
-
-def _many(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+def _many(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
     """A list of prompts, also of one: a text, or a sequence of numbers."""
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) and isinstance(prompts[0], int):
-        return [cast("Sequence[int]", prompts)]
-    return cast("Sequence[Prompt]", prompts)
+    if isinstance(prompts, bytes | Mapping) or not hasattr(prompts, "__iter__"):
+        raise ConfigError(
+            f"prompts are {prompts!r:.60}", where="LLM", do="give a text, token ids, or a list of these"
+        )
+    several = list(prompts)
+    return cast("list[Prompt]", [several] if several and _is_number(several[0]) else several)
 
 
-def _model(model: str) -> list[str]:
-    """Overrides that select a model: a configured name, a place on this machine, or one on the hub."""
-    from importlib.resources import files
-
-    known = sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in files("servelab.configs").joinpath("model").iterdir()
-        if entry.name.endswith(".yaml")
-    )
-    if model in known:
-        return [f"model={model}"]
-    path = Path(model).expanduser()
-    if path.exists() or model.endswith(".gguf") or model.startswith((".", "/", "~")):
-        return ["model=local", f"model.path={_quoted(str(path))}", f"model.name={_quoted(path.name)}"]
-    if model.count("/") == 1:
-        return ["model=hub", f"model.repo={_quoted(model)}", f"model.name={_quoted(model)}"]
-    raise ConfigError(
-        f"unknown model {model!r}",
-        where="LLM(model=...)",
-        why="it is no configured name, no folder or GGUF file here, and not OWNER/NAME of the hub",
-        do=nearest(model, known),
-    )
+def _is_number(value: object) -> bool:
+    """Whether it is one whole number; rows of arrays and tensors offer ``__index__`` too."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
 
 
-def _quoted(value: str) -> str:
-    """A text as Hydra's override grammar takes it literally."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def _settings(lines: Sequence[str]) -> dict[str, Any]:
-    """The default configuration with overrides, as the command line composes it."""
-    from hydra import compose, initialize_config_module
-    from hydra.core.singleton import Singleton
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from servelab.core.overrides import check_choices, normalize
-    from servelab.core.searchpath import install
-
-    install()
-    state = Singleton.get_state()  # an application may be using Hydra itself
-    try:
-        from hydra.core.global_hydra import GlobalHydra
-
-        GlobalHydra.instance().clear()
-        with initialize_config_module("servelab.configs", version_base="1.3"):
-            composed = compose("config", overrides=check_choices(normalize(lines)))
-        raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as exc:
-        raise ConfigError(str(exc), where="LLM(...)") from exc
-    finally:
-        Singleton.set_state(state)
-    return cast("dict[str, Any]", raw)
-
-
-def _family(kind: str) -> str:
-    if kind not in KINDS or kind in ("observer", "workload", "task"):
-        kinds = sorted(set(KINDS) - {"observer", "workload", "task"})
-        raise ConfigError(f"LLM takes no argument {kind!r}", do=nearest(kind, kinds))
-    return kind
-
-
-def _plugin(kind: str, plugin: Plugin, registry: Registry) -> Any:
-    """A section of the configuration; Python objects are registered first."""
-    if isinstance(plugin, str | Mapping):
-        return dict(plugin) if isinstance(plugin, Mapping) else plugin
-    cls = plugin if isinstance(plugin, type) else type(plugin)
-    spec = getattr(plugin, "spec", None)
-    if not isinstance(spec, PluginSpec):
-        name = getattr(plugin, "__name__", cls.__name__).lower().strip("_<>")
-        spec = PluginSpec(name=name, factory=f"{cls.__module__}:{cls.__name__}", summary="given in Python")
-    if (kind, spec.name) in registry.specs:
-        spec = replace(spec, name=f"{spec.name}.python")
-    callable_factory = isinstance(plugin, type) or not _is_instance(kind, plugin)
-    factory = plugin if callable_factory else lambda config, context: plugin
-    registry.add(kind, spec, factory=cast("Callable[..., Any]", factory))
-    return spec.name
-
-
-def _is_instance(kind: str, plugin: object) -> bool:
-    """Whether it has what the family's protocol asks for; otherwise it is taken for a factory."""
-    from servelab.core.compose import members
-
-    return not callable(plugin) or all(hasattr(plugin, name) for name in members(KINDS[kind].protocol))
+def _ids(prompt: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    if isinstance(prompt, bytes | Mapping) or not hasattr(prompt, "__iter__"):
+        raise ValueError(f"it must be a text or token ids, got {prompt!r:.60}")
+    ids = []
+    for value in prompt:
+        try:
+            ids.append(index(value if _is_number(value) else None))  # type: ignore[arg-type]
+        except TypeError:
+            raise ValueError(f"{value!r:.60} is no token id") from None
+    return tuple(ids)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ SECTIONS = frozenset("observers" if kind == "observer" else kind for kind in KIN
     "clock",
 }
 """The fields of ``RunConfig``, which is not imported: pydantic would cost ``--help`` a third of its time."""
-USUAL_OBSERVERS = ("jsonl", "report")
+USUAL_OBSERVERS = ("jsonl", "progress", "report")
 """The list in ``configs/config.yaml``."""
 ROOTS = SECTIONS | TECHNIQUES | {"hydra"}
 

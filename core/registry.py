@@ -17,7 +17,14 @@ from typing import Any, NoReturn
 import pluggy
 
 from servelab.core import __version__
-from servelab.core.errors import ApiVersionError, ConfigError, PluginError, PluginLoadError, nearest
+from servelab.core.errors import (
+    INSTALL,
+    ApiVersionError,
+    ConfigError,
+    PluginError,
+    PluginLoadError,
+    nearest,
+)
 from servelab.core.families import KINDS
 from servelab.core.hookspecs import PROJECT, Events, Registration
 from servelab.core.spec import PluginSpec
@@ -31,6 +38,9 @@ BLOCK_ENV = "SERVELAB_BLOCK"
 """Comma-separated names to leave out, set by ``-p no:NAME``; in the environment so that workers see it.
 
 ``-p`` refuses names that no package has; here they are ignored, as one setting may serve several machines."""
+
+WITHOUT_MODEL = "python run.py +experiment=scripted"
+"""The run that needs nothing but the base dependencies."""
 
 IN_TREE = "servelab."
 """In-tree families are packages of this prefix and their folder."""
@@ -230,10 +240,7 @@ class Registry:
         where = f"{kind} {name!r} of {self.providers[kind, name]}"
         if reason := self.unavailable(spec):
             raise PluginLoadError(
-                f"{kind} {name!r} is disabled",
-                where=where,
-                why=reason,
-                do=f"choose another {kind}; known: {', '.join(self.names(kind))}",
+                f"{kind} {name!r} is disabled", where=where, why=reason, do=self._remedy(kind, name)
             )
         if (kind, name, what) in self._objects:
             return self._objects[kind, name, what]
@@ -249,6 +256,18 @@ class Registry:
                 why=f"{target}: {_describe(exc)}",
                 do="correct the path in its PluginSpec, or reinstall its package",
             ) from exc
+
+    def _remedy(self, kind: str, name: str) -> str:
+        """What to do about a plugin that is disabled here."""
+        ways: list[str] = []
+        lacking = any(not _installed(module) for module in self.specs[kind, name].imports)
+        if lacking and self.providers[kind, name].distribution == "servelab":
+            ways.append(f"in the checkout: {INSTALL}")
+        if lacking and kind == "executor":
+            ways.append(f"run without a model: {WITHOUT_MODEL}")
+        others = [n for n in self.names(kind) if n != name and self.unavailable(self.specs[kind, n]) is None]
+        ways.append(f"choose another {kind}: {', '.join(others)}" if others else f"choose no {kind}")
+        return "; or ".join(ways)
 
     def _register(self, kind: str, spec: object, provider: Provider) -> Broken | None:
         """Take a spec in, or say why not."""

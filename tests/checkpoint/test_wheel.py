@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -260,19 +259,27 @@ def _make_slowly(name: str, log: Path) -> None:
 
 def test_processes_at_once_make_one_folder(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_run_in_child, args=(str(log),)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 4
+    source = Path(importlib.util.find_spec("servelab").origin).parents[1]  # type: ignore[union-attr, arg-type]
+    command = [sys.executable, "-c", MAKE_SLOWLY, str(source), str(log)]
+    processes = [subprocess.Popen(command) for _ in range(4)]
+    assert [process.wait(60) for process in processes] == [0] * 4
     assert log.read_text() == "made\n"
     assert _left() == ["shared"]
 
 
-def _run_in_child(log: str) -> None:
-    _make_slowly("shared", Path(log))
+MAKE_SLOWLY = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from servelab.plugins.executors.checkpoint.cache import made_once
+
+def make(scratch, folder):
+    with open(sys.argv[2], "a") as log:
+        log.write("made\\n")
+    time.sleep(0.3)
+    (folder / "content").write_text("whole")
+
+assert (made_once("shared", make) / "content").read_text() == "whole"
+"""
 
 
 def test_without_locks_the_loser_takes_the_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

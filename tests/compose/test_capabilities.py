@@ -67,7 +67,7 @@ def test_a_plugin_that_cannot_run_on_the_executor(raw: dict[str, Any], registry:
     add(registry, "executor", "real", provides={"executor.torch"}, runs=("torch",))
     assert problems({**raw, "scheduler": "real_only"}, registry) == [
         "scheduler 'real_only' runs on torch only, but executor 'scripted' provides 'executor.sim'; "
-        "choose executor=real or +scheduler=vllm_v1"
+        "choose executor=real or executor=torch or +scheduler=vllm_v1"
     ]
 
 

@@ -53,9 +53,10 @@ def test_another_primary_configuration_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("given", "form"),
     [
-        ("observers.report.tbt_ms=20", "'observers=[jsonl,{name: report, tbt_ms: 20}]'"),
-        ("observers.0.events=false", "'observers=[{name: jsonl, events: false},report]'"),
-        ("++observers.mine.x=1", "'observers=[jsonl,report,{name: mine, x: 1}]'"),
+        ("observers.report.tbt_ms=20", "'observers=[jsonl,progress,{name: report, tbt_ms: 20}]'"),
+        ("observers.0.events=false", "'observers=[{name: jsonl, events: false},progress,report]'"),
+        ("observers.1.mode=off", "'observers=[jsonl,{name: progress, mode: off},report]'"),
+        ("++observers.mine.x=1", "'observers=[jsonl,progress,report,{name: mine, x: 1}]'"),
     ],
 )
 def test_settings_of_an_observer_are_written_into_the_list(given: str, form: str) -> None:

@@ -11,7 +11,7 @@ from servelab.core.api import hookimpl
 from servelab.core.bus import Bus
 from servelab.core.errors import ConfigError, PluginCallError, PluginError
 from servelab.core.hookspecs import EVENT_OF_RECORD
-from servelab.core.records import RECORDS, Record, RequestArrived, RunFinished, StepDone
+from servelab.core.records import RECORDS, Record, RequestArrived, RunFinished, StepDone, TokensEmitted
 
 
 class Watcher:
@@ -82,6 +82,39 @@ def test_hooks_may_leave_the_record_out_or_go_by_another_name() -> None:
     for record in three_requests():
         bus.emit(record)
     assert calls == ["step"] * sum(isinstance(r, StepDone) for r in three_requests()) + ["ok"]
+
+
+class Reader:
+    """Has the hook of tokens, and no other."""
+
+    def __init__(self) -> None:
+        self.seen: list[TokensEmitted] = []
+
+    @hookimpl
+    def servelab_on_tokens_emitted(self, record: TokensEmitted) -> None:
+        self.seen.append(record)
+
+
+def test_only_the_hook_of_a_record_asks_for_it() -> None:
+    """A log listens to every record, and does not ask for those that are made on request."""
+    everything, reader = Bus([Watcher("x", [])]), Bus([Watcher("x", []), Reader()])
+    for ev in RECORDS:
+        assert everything.listens(ev)
+        assert everything.asks(ev) == (ev == "arrived")  # Watcher's own hook
+        assert reader.asks(ev) == (ev in ("arrived", "tokens"))
+        assert not Bus().listens(ev)
+        assert not Bus().asks(ev)
+    only = Bus([Reader()])
+    assert {ev for ev in RECORDS if only.listens(ev)} == {ev for ev in RECORDS if only.asks(ev)} == {"tokens"}
+
+
+def test_tokens_reach_their_hook_and_everybody_who_watches_everything() -> None:
+    calls: list[str] = []
+    reader = Reader()
+    record = TokensEmitted(t_ns=5, request="a", tokens=[3, 4])
+    Bus([reader, Watcher("x", calls)]).emit(record)
+    assert reader.seen == [record]
+    assert calls == ["x any tokens"]
 
 
 def unknown() -> object:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from servelab.core.overrides import USUAL_OBSERVERS
 from servelab.plugins.observers.jsonl import read_log
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
-SHORT = ("observers=[]", "workload.num_requests=3", "hydra.run.dir=out")
+SCRIPTED = "+experiment=scripted"
+SHORT = (SCRIPTED, "observers=[]", "workload.num_requests=3", "hydra.run.dir=out")
 
 LOOK = """
 import runpy, sys
@@ -55,8 +57,20 @@ def test_looking_loads_no_plugin(args: list[str], hydra: bool, repository: Path,
 
 def test_help_lists_groups_and_examples(run_py: Command) -> None:
     text = run_py("--help").stdout
-    for line in ("+scheduler=", "executor=    scripted", "python run.py plugins", "SERVELAB_TRACEBACK"):
+    for line in (
+        "+scheduler=   vllm_v1",
+        "+kernel=      sdpa",
+        " executor=    scripted, torch",
+        " model=       hub, local, smollm2_135m, toy",
+        "+experiment=  scripted",
+        "python run.py plugins",
+        "SERVELAB_TRACEBACK",
+    ):
         assert line in text
+    examples = [line.split()[2] for line in text.splitlines() if line.startswith("  python run.py +exp")]
+    assert examples == [SCRIPTED]
+    assert text.index("the default run: a real model") < text.index(SCRIPTED)
+    assert max(map(len, text.partition("Choices")[0].splitlines())) <= 110
 
 
 def test_plugins_and_show(run_py: Command) -> None:
@@ -96,7 +110,7 @@ def test_show_is_readable(run_py: Command) -> None:
     [
         ("engine", "max_model_len       int >= 1 or null; default null"),
         ("slo", "ttft_ms  float > 0 or null; default null"),
-        ("model", "layers             int >= 1; required"),
+        ("model", "layers             int >= 1 or null; default null"),
         ("clock", "name  virtual | wall; default virtual"),
         ("hardware", "memory_bytes           int > 0 or null; default null"),
     ],
@@ -107,6 +121,18 @@ def test_sections_are_shown(run_py: Command, section: str, line: str) -> None:
     assert line in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 100
     assert section in run_py("--help").stdout
+
+
+def test_show_says_where_a_model_is(run_py: Command) -> None:
+    shown = " ".join(run_py("show", "model").stdout.split())
+    assert "read from the model's files. set with:" in shown  # the whole sentence
+    for field, about in (
+        ("source none | path | wheel | hub; default none", "Where the weights are"),
+        ("path str or null; default null", "With source path: a folder in Hugging Face format, or a GGUF"),
+        ("repo str or null; default null", "With source hub: the repository, OWNER/NAME"),
+        ("wheel str or null; default null", "With source wheel: the requirement that pins it"),
+    ):
+        assert f"{field} {about}" in shown
 
 
 @pytest.mark.parametrize(
@@ -121,6 +147,28 @@ def test_show_says_what_it_can_show(run_py: Command, args: tuple[str, ...], text
     done = run_py(*args)
     assert done.returncode == 1
     assert text in done.stderr
+
+
+def test_the_usual_observers_show_no_progress_into_a_pipe(run_py: Command, tmp_path: Path) -> None:
+    """Only the run card says that it was there: output and files are those of the log and the report."""
+    short = [arg for arg in SHORT if not arg.startswith("observers=")]
+    usual = run_py(*short)
+    assert (usual.returncode, usual.stderr) == (0, "")
+    first = json.loads((tmp_path / "out" / "events.jsonl").read_text(encoding="utf-8").splitlines()[1])
+    assert [one["name"] for one in first["info"]["plugins"]["observer"]] == list(USUAL_OBSERVERS)
+    assert "progress" in USUAL_OBSERVERS
+    before = run_py(*short, "observers=[jsonl,report]", "hydra.run.dir=before")
+
+    def lines(stdout: str) -> list[str]:
+        kept = stdout.splitlines()
+        assert sum("observer   progress" in line for line in kept) <= 1
+        own = ("  folder ", "artefacts: ", "  observer   progress")
+        return [line for line in kept if not line.startswith(own)]
+
+    assert lines(usual.stdout) == lines(before.stdout)
+    assert (tmp_path / "before" / "plan.jsonl").read_bytes() == (tmp_path / "out" / "plan.jsonl").read_bytes()
+    names = [sorted(f.name for f in (tmp_path / name).iterdir()) for name in ("out", "before")]
+    assert names[0] == names[1]
 
 
 def test_results_on_stdout_and_logs_on_stderr(run_py: Command) -> None:
@@ -153,7 +201,7 @@ def test_leaving_packages_out(run_py: Command, args: tuple[str, ...], text: str)
         ("--help", 0),
         ("--version", 0),
         ("--cfg job", -signal.SIGPIPE),
-        ("hydra.run.dir=out", 0),
+        (f"{SCRIPTED} hydra.run.dir=out", 0),
     ],
 )
 def test_a_reader_that_goes_away(repository: Path, tmp_path: Path, args: str, status: int) -> None:
@@ -173,7 +221,7 @@ def test_a_reader_that_goes_away(repository: Path, tmp_path: Path, args: str, st
 
 
 def test_two_runs_do_not_share_a_folder(run_py: Command, tmp_path: Path) -> None:
-    short = ("workload.num_requests=3", "observers=[jsonl,report]")
+    short = (SCRIPTED, "workload.num_requests=3", "observers=[jsonl,report]")
     assert run_py(*short, "hydra.run.dir=out").returncode == 0
     before = (tmp_path / "out" / "events.jsonl").read_bytes()
     again = run_py(*short, "hydra.run.dir=out", "seed=1")
@@ -220,7 +268,7 @@ def test_traceback_on_demand(run_py: Command) -> None:
 
 def test_sweep_finishes_the_good_jobs(run_py: Command, tmp_path: Path) -> None:
     done = run_py(
-        "-m", "seed=0,-1", "hydra/launcher=joblib", "workload.num_requests=3", "observers=[jsonl]",
+        "-m", SCRIPTED, "seed=0,-1", "hydra/launcher=joblib", "workload.num_requests=3", "observers=[jsonl]",
         "hydra.sweep.dir=sweep", "hydra.launcher.n_jobs=2",
     )  # fmt: skip
     assert done.returncode == 1
@@ -242,6 +290,7 @@ def _wall_run(repository: Path, folder: Path, signal_number: int, wait_s: float)
         [
             sys.executable,
             str(repository / "run.py"),
+            SCRIPTED,
             "clock=wall",
             "workload.request_rate=2",
             "hydra.run.dir=out",

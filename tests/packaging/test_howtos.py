@@ -14,6 +14,8 @@ from servelab.core.compose import compose
 from servelab.core.config import validate
 from servelab.core.metrics import Timeline, summarize
 from servelab.core.registry import Registry
+from servelab.core.spec import PluginSpec
+from servelab.plugins.executors.scripted import ScriptedExecutor, ScriptedExecutorConfig
 from servelab.plugins.observers.jsonl import read_log
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -32,9 +34,16 @@ def _blocks(page: Path) -> dict[str, Any]:
 def run(tmp_path: Path) -> Run:
     """Serve with one more plugin in the registry; returns the folder."""
 
-    def serve(kind: str, spec: Any, factory: type, config: type, **sections: Any) -> Path:
+    def serve(
+        kind: str, spec: Any, factory: type, config: type, *, executor: type | None = None, **sections: Any
+    ) -> Path:
         registry = Registry.load()
         registry.add(kind, spec, factory=factory, config=config)
+        if executor is not None:
+            brings = frozenset({"executor.sim", "executor.tokenizer"})
+            own = PluginSpec(name="own", factory="shown:Own", provides=brings)
+            registry.add("executor", own, factory=executor, config=ScriptedExecutorConfig)
+            sections["executor"] = "own"
         model = dict.fromkeys(("layers", "heads", "kv_heads"), 2) | dict.fromkeys(("hidden", "head_dim"), 16)
         raw = {
             "scheduler": "vllm_v1",
@@ -69,13 +78,34 @@ def test_the_observer(repository: Path, run: Run) -> None:
 def test_the_workload(repository: Path, run: Run) -> None:
     shown = _blocks(repository / "docs/howto/add_a_workload.md")
     (spec,) = shown["servelab_workloads"]()
-    assert spec.name == "chat"
-    chosen = {"name": "chat", "users": 3}
-    folder = run("workload", spec, shown["Chat"], shown["ChatConfig"], workload=chosen)
+    assert spec.name == "dialogue"
+    chosen = {"name": "dialogue", "users": 3}
+    folder = run("workload", spec, shown["Dialogue"], shown["DialogueConfig"], workload=chosen)
     timeline = Timeline().feed_all(read_log(folder / "events.jsonl"))
     result = summarize(timeline)
     assert result["completed"] == 9
     assert timeline.info["workload"] == {"requests": 9, "users": 3}
+
+
+def test_the_workload_in_words(repository: Path, run: Run) -> None:
+    class Words:
+        vocab_size, stop_ids = 100, frozenset({0})
+
+        def chat(self, messages: list[dict[str, str]]) -> list[int]:
+            return [ord(c) % 100 for m in messages for c in m["content"]]
+
+    class Spelling(ScriptedExecutor):
+        tokenizer = Words()
+
+    shown = _blocks(repository / "docs/howto/add_a_workload.md")
+    chosen = {"name": shown["real"].name, "users": 2, "questions": 2}
+    folder = run(
+        "workload", shown["real"], shown["Real"], shown["DialogueConfig"], workload=chosen, executor=Spelling
+    )
+    timeline = Timeline().feed_all(read_log(folder / "events.jsonl"))
+    assert summarize(timeline)["completed"] == 4
+    said = "I am visitor 1. Tell me 2 facts about rain."
+    assert timeline.requests["u1q1"].prompt_tokens == len(said)
 
 
 def test_reading_a_log_as_the_page_on_logs_shows(
@@ -83,7 +113,7 @@ def test_reading_a_log_as_the_page_on_logs_shows(
 ) -> None:
     shown = _blocks(repository / "docs/howto/add_a_workload.md")
     (spec,) = shown["servelab_workloads"]()
-    monkeypatch.chdir(run("workload", spec, shown["Chat"], shown["ChatConfig"]))
+    monkeypatch.chdir(run("workload", spec, shown["Dialogue"], shown["DialogueConfig"]))
     read = _blocks(repository / "docs/reference/logs.md")
     assert read["result"]["completed"] == 12
     assert "r" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
-SHORT = ("observers=[]", "workload.num_requests=3", "hydra.run.dir=out")
+SHORT = ("+experiment=scripted", "observers=[]", "workload.num_requests=3", "hydra.run.dir=out")
 
 
 def test_wheel_has_the_tree_and_nothing_else(servelab_wheel: Path, repository: Path) -> None:

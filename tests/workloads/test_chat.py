@@ -73,19 +73,19 @@ def prompts(chat: Chat) -> list[tuple[int, ...]]:
 def test_defaults() -> None:
     arrivals = requests(build())
     assert [a.spec.id for a in arrivals] == [f"r{i}" for i in range(64)]
-    assert arrivals[-1].time_ns == 64 * NS
+    assert arrivals[-1].time_ns == 16 * NS
     assert all(a.time_ns < b.time_ns for a, b in pairwise(arrivals))
     for a in arrivals:
         assert a.spec.prompt_ids is not None
         assert a.spec.prompt_tokens == len(a.spec.prompt_ids)
-        assert a.truth is not None and 4 <= a.truth.output_tokens <= 512
-        assert a.spec.max_new_tokens == 512
-        assert a.spec.sampling == SamplingParams(temperature=0, max_tokens=512, ignore_eos=True)
+        assert a.truth is not None and 4 <= a.truth.output_tokens <= 768
+        assert a.spec.max_new_tokens == 1024
+        assert a.spec.sampling == SamplingParams(temperature=0, max_tokens=1024, ignore_eos=True)
 
 
 def test_the_preset_is_long_tailed() -> None:
     described = build(num_requests=1000, request_rate="inf").describe()
-    for quantity, median in (("passage_tokens", 120), ("output_tokens", 90)):
+    for quantity, median in (("passage_tokens", 120), ("output_tokens", 150)):
         figures = described[quantity]
         assert figures["p50"] == pytest.approx(median, rel=0.15)
         assert figures["mean"] > 1.1 * figures["p50"]

@@ -34,6 +34,7 @@ from servelab.core.api import (
     PluginError,
     SamplingParams,
     Tokenizer,
+    Tokens,
     WorkloadError,
 )
 from servelab.core.engine.ledger import Transfer
@@ -89,7 +90,6 @@ class TorchExecutor:
         began = perf_counter()
         self._checkpoint = find(ctx.checkpoint)
         shape = DecoderConfig.of(self._checkpoint.config)
-        _check_shape(shape, ctx)
         self.tokenizer: Tokenizer = self._checkpoint.tokenizer()
         dtype: torch.dtype = getattr(torch, ctx.checkpoint.dtype)
         with torch.inference_mode():
@@ -105,6 +105,7 @@ class TorchExecutor:
         """Where the weights come from and how they are run, for the report."""
         return {
             **self._checkpoint.provenance,
+            "folder": str(self._checkpoint.files[0].parent),
             "dtype": self._ctx.model.dtype,
             "packed": self._packed,
             "threads": torch.get_num_threads(),
@@ -200,7 +201,7 @@ class TorchExecutor:
         return stop_check(row.params, [*r.output, token], row.eos_ids, self.tokenizer.decode)
 
     def _check_plain(self, batch: Batch) -> None:
-        special = next(iter(batch.extras.values()), None)
+        special = next((item for item in batch.extras.values() if not _runs(item)), None)
         if special is not None or batch.background:
             what = f"work item {special!r}" if special is not None else "background work"
             raise PluginError(
@@ -254,6 +255,11 @@ def _tokens(r: Request, start: int, n: int) -> Sequence[int]:
     return [*prompt[start:], *r.output[: start + n - len(prompt)]]
 
 
+def _runs(item: Tokens) -> bool:
+    """Whether an item is plain but for its barrier group, which is a promise about the plan."""
+    return item.layers is None and item.token_mask is None and item.advance == "append" and not item.draft
+
+
 def _params(r: Request) -> SamplingParams:
     params = r.spec.sampling
     if params is None:
@@ -275,24 +281,6 @@ def _check_limits(ctx: Context) -> None:
                 why="it runs one launch at a time, each from the tokens of the one before",
                 do=f"set engine.{name}=1, or choose executor=scripted",
             )
-
-
-def _check_shape(shape: DecoderConfig, ctx: Context) -> None:
-    """The configured shape, where it is stated, must be the checkpoint's: plans and prices rest on it."""
-    names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab")
-    wrong = [
-        f"model.{name} is {getattr(ctx.model, name)}, the files say {getattr(shape, name)}"
-        for name in names
-        if getattr(ctx.model, name) != getattr(shape, name)
-    ]
-    if ctx.model.max_position > shape.max_position:
-        wrong.append(f"model.max_position is {ctx.model.max_position}, the files say {shape.max_position}")
-    if wrong:
-        raise ConfigError(
-            f"model {ctx.model.name!r} is not what the configuration states",
-            why="; ".join(wrong),
-            do="leave the shape out, so that it is read from the files (model=local, model=hub)",
-        )
 
 
 def _gib(size: float) -> str:

@@ -24,7 +24,10 @@ class DenseLinear:
 
 
 class PackedLinear:
-    """The same product, bit by bit, with weights reordered once for oneDNN's kernels.
+    """The same product with weights reordered once for oneDNN's kernels: on one thread bit by bit.
+
+    On several, oneDNN may divide a sum among them in one form and not in the other: seldom, some elements
+    differ by a rounding (never seen for SmolLM2's shapes and up to 64 tokens on two threads).
 
     PyTorch's own bfloat16 linear reorders them in every call: measured on two AMX cores, 1 to 32 tokens
     take half the time when they are packed beforehand (``docs/reference/benchmarks.md``).

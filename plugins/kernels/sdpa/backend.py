@@ -66,7 +66,7 @@ class Sdpa:
             window = limit or context + n
             full = max(0, min(n, window - context))  # queries that see all before them
             pairs += full * context + full * (full + 1) // 2 + (n - full) * window
-            seen += min(context + n, window + n - 1)
+            seen += min(context + n, window + n - 1) if n else 0
         return OpCost(
             flops=4 * model.heads * model.head_dim * pairs,
             math_bits=int(8 * model.dtype_bytes),

@@ -202,6 +202,8 @@ class SdpaImpl:
 
     def _row(self, layer: int, q: Tensor, row: Row) -> Attend:
         """One row over its segments, ``q [tokens, heads, dim]``: the formula with a mask by position."""
+        if not len(q) or not any(len(s.slots) for s in row.segments):  # the kernel dies of a division by zero
+            return torch.zeros_like(q), _lse_like(q).fill_(-torch.inf)
         heads = self._model.kv_heads
         k, v, positions = self._read(layer, row.segments)
         tokens, window = len(row.positions), self._windows[layer]
@@ -210,7 +212,7 @@ class SdpaImpl:
         q = q.view(tokens, heads, group, -1).permute(1, 2, 0, 3)
         k = k.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
         v = v.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
-        start = int(row.positions[0]) if tokens else 0
+        start = int(row.positions[0])
         whole = positions is None and start + tokens == k.shape[2] and window is None
         if whole and tokens == 1:
             o, lse = _attend(q, k, v)

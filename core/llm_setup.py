@@ -1,0 +1,208 @@
+"""From the arguments of ``LLM`` to a checked configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, cast
+
+from servelab.core.client import NoTraffic
+from servelab.core.config import RunConfig, validate
+from servelab.core.errors import ConfigError, nearest
+from servelab.core.families import KINDS
+from servelab.core.registry import Registry
+from servelab.core.spec import PluginSpec
+
+FAMILIES = tuple(kind for kind in KINDS if kind not in ("observer", "workload", "task"))
+"""Kinds that ``LLM`` takes as arguments."""
+_OURS = ("workload", "task", "clock", "slo", "observers")
+"""Sections that an ``LLM`` decides itself."""
+_NO_TRAFFIC = PluginSpec(
+    name="python",
+    factory="servelab.core.client:NoTraffic",
+    summary="requests come from Python",
+    provides=frozenset({"workload.prompt_ids"}),
+)
+_hydra = Lock()
+"""Hydra's state is global."""
+
+
+def configure(
+    lines: Sequence[str], plugins: Mapping[str, Any], observers: Sequence[Any], overrides: Sequence[str]
+) -> tuple[RunConfig, Registry]:
+    """A run without traffic of its own, on the wall clock.
+
+    Args:
+        lines: settings, as on the command line.
+        plugins: by family: a name, a mapping, or an object; None: the configured one.
+        observers: likewise.
+        overrides: the caller's own lines; they may set fields of plugins given by argument.
+
+    Raises:
+        ServeLabError: an unknown name, a wrong value, something stated twice.
+    """
+    given = {kind: plugin for kind, plugin in plugins.items() if plugin is not None}
+    for kind in plugins:
+        if kind not in FAMILIES:
+            raise ConfigError(f"LLM takes no argument {kind!r}", do=nearest(kind, FAMILIES))
+    for line in overrides:
+        _check_override(line, given)
+    registry = Registry.load()
+    raw = _composed([*lines, *overrides, "clock=wall"])
+    for kind, plugin in given.items():
+        raw[kind] = _section(kind, plugin, raw.get(kind) or {}, registry)
+    raw["observers"] = [_section("observer", one, {}, registry) for one in observers]
+    registry.add("workload", _NO_TRAFFIC, factory=NoTraffic)
+    raw["workload"] = _NO_TRAFFIC.name
+    return _fitted(validate(raw, registry), registry), registry
+
+
+def model_lines(model: str | Path) -> list[str]:
+    """Settings that select a model: a configured name, a place on this machine, or one on the hub."""
+    from importlib.resources import files
+
+    known = sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in files("servelab.configs").joinpath("model").iterdir()
+        if entry.name.endswith(".yaml") and entry.name not in ("local.yaml", "hub.yaml")
+    )
+    name, path = str(model), Path(model).expanduser()
+    if name in known:
+        return [f"model={name}"]
+    if isinstance(model, Path) or path.exists() or name.endswith(".gguf") or name.startswith((".", "/", "~")):
+        return ["model=local", f"model.path={_quoted(str(path))}", f"model.name={_quoted(path.name)}"]
+    if name.count("/") == 1:
+        return ["model=hub", f"model.repo={_quoted(name)}", f"model.name={_quoted(name)}"]
+    raise ConfigError(
+        f"unknown model {name!r}",
+        where="LLM(model=...)",
+        why="it is no configured name, no folder or GGUF file here, and not OWNER/NAME of the hub",
+        do=nearest(name, known),
+    )
+
+
+def _quoted(value: str) -> str:
+    """A text as Hydra's override grammar takes it literally."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _check_override(line: str, given: Mapping[str, Any]) -> None:
+    key = line.partition("=")[0].lstrip("+~")
+    if key.partition(".")[0] in _OURS:
+        raise ConfigError(
+            f"an LLM has its own {key.partition('.')[0]}",
+            where=f"overrides: {line}",
+            why="requests come from Python, in real time; observers are an argument",
+            do="leave it out, or use the command line (`servelab`)",
+        )
+    if key in given:
+        raise ConfigError(
+            f"{key} is stated twice",
+            where=f"overrides: {line}",
+            why=f"it is an argument too: {key}={given[key]!r:.60}",
+            do="keep one of them",
+        )
+
+
+def _composed(lines: Sequence[str]) -> dict[str, Any]:
+    """The default configuration with overrides, as the command line composes it."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.singleton import Singleton
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from servelab.core.overrides import check_choices, normalize
+    from servelab.core.searchpath import install
+
+    with _hydra:
+        state = Singleton.get_state()  # an application may be using Hydra itself
+        try:
+            install()
+            GlobalHydra.instance().clear()
+            with initialize_config_module("servelab.configs", version_base="1.3"):
+                composed = compose("config", overrides=check_choices(normalize(lines)))
+            raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        except (HydraException, OmegaConfBaseException) as exc:
+            raise ConfigError(str(exc), where="LLM(...)") from exc
+        finally:
+            Singleton.set_state(state)
+    return cast("dict[str, Any]", raw)
+
+
+def _section(kind: str, plugin: Any, section: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+    """A section of the configuration. Fields that overrides set stay; objects are registered first."""
+    fields = {key: value for key, value in section.items() if key != "name"}
+    if isinstance(plugin, str):
+        return {**fields, "name": plugin}
+    if isinstance(plugin, Mapping):
+        return {**({"name": section["name"]} if "name" in section else {}), **plugin, **fields}
+    return {**fields, "name": _registered(kind, plugin, registry)}
+
+
+def _registered(kind: str, plugin: Any, registry: Registry) -> str:
+    """Register an object, class or factory; its name."""
+    spec = getattr(plugin, "spec", None)
+    made_by = plugin if callable(plugin) and hasattr(plugin, "__qualname__") else type(plugin)
+    if not isinstance(spec, PluginSpec):
+        path = re.sub(r"[^\w.]", "", made_by.__qualname__)
+        spec = PluginSpec(
+            name=re.sub(r"[^a-z0-9_]", "", made_by.__name__.lower()).strip("_") or "python",
+            factory=f"{made_by.__module__}:{path}",
+            summary="given in Python",
+        )
+    n = 1
+    while (kind, spec.name) in registry.specs:  # a registered one, or another observer of this class
+        spec = replace(spec, name=f"{spec.name.partition('.python')[0]}.python{n if n > 1 else ''}")
+        n += 1
+    registry.add(kind, spec, factory=plugin if _is_factory(kind, plugin) else _Given(plugin))
+    return spec.name
+
+
+class _Given:
+    """A factory of what is there already."""
+
+    def __init__(self, plugin: object) -> None:
+        self._plugin = plugin
+
+    def __call__(self, config: object, context: object) -> object:
+        return self._plugin
+
+
+def _is_factory(kind: str, plugin: object) -> bool:
+    """A class, or something to call that lacks what the family's protocol asks for."""
+    from servelab.core.compose import members
+
+    if isinstance(plugin, type):
+        return True
+    wanted = members(KINDS[kind].protocol)
+    return callable(plugin) and not (wanted and all(hasattr(plugin, name) for name in wanted))
+
+
+def _fitted(config: RunConfig, registry: Registry) -> RunConfig:
+    """With the longest request that KV memory holds, where nobody states one and the model's is longer.
+
+    From settings alone, before anything is loaded; ``compose`` has the last word.
+    """
+    from servelab.core import compose
+
+    settings = config.executor.config
+    pages: int | None = getattr(settings, "num_kv_pages", None)
+    mib: int | None = getattr(settings, "kv_memory_mib", None)
+    if config.engine.max_model_len is not None or (pages is None and mib is None):
+        return config
+    config = compose._with_shape(config, registry)
+    build = compose._Builder(config, registry, None)
+    kvcache = build.one("kvcache")
+    layout = build.ask("kvcache", kvcache.layout, build.model)
+    if pages is None and mib is not None:
+        pages = (mib << 20) // sum(pool.bytes_per_page for pool in layout.pools)
+    fits = min(build.ask("kvcache", kvcache.tokens_in, pool, pages) for pool in layout.pools)
+    if not 0 < fits < build.model.max_position:
+        return config
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"max_model_len": fits})})
