@@ -132,7 +132,7 @@ def _hydra(args: Sequence[str]) -> None:
         except (ServeLabError, OmegaConfBaseException) as exc:
             # of this class Hydra prints the message alone and exits with 1, and in a sweep the other jobs
             # still run; SystemExit would end the sweep at the first bad job
-            raise CompactHydraException(f"servelab: {_with_notes(exc)}") from (
+            raise CompactHydraException(f"servelab: {_with_notes(_explained(exc))}") from (
                 exc if _wants_traceback() else None
             )
 
@@ -194,6 +194,17 @@ def _blocked(value: str) -> str:
         where=f"command line: -p {value}".rstrip(),
         do=f"write -p no:{name} to leave {name} out; Hydra's own option is written --package",
     )
+
+
+def _explained(exc: Exception) -> Exception:
+    """A value that a file leaves to the user, in our words; other errors as they are."""
+    from omegaconf.errors import MissingMandatoryValue
+
+    from servelab.core.errors import ConfigError
+
+    if not isinstance(exc, MissingMandatoryValue):
+        return exc
+    return ConfigError(f"{exc.full_key} must be stated", do=f"add {exc.full_key}=... to the command line")
 
 
 def _wants_traceback() -> bool:

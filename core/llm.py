@@ -106,7 +106,8 @@ class LLM:
             what it can do and needs; without one it promises nothing.
         dtype: ``bfloat16``, ``float32``, ``float64`` or ``float16``; None: the configured one, bfloat16.
         seed: every generator derives from it. Requests without a seed of their own draw from it and from
-            their number in this LLM, so that nothing that runs beside them changes their tokens.
+            their number in this LLM (who came first, if threads share it): nothing that runs beside them
+            changes their tokens.
         max_model_len: prompt plus output tokens of one request. None: the longest context of the model, or
             what KV memory holds (``executor.kv_memory_mib``) if that is less; the attribute of the same name
             says which it became.
@@ -148,20 +149,24 @@ class LLM:
         config, registry = configure(lines, plugins, observers, more)
         run = compose(config, registry, run_dir=None if run_dir is None else Path(run_dir))
         tokenizer = getattr(run.executor, "tokenizer", None)
-        if tokenizer is None:
+        try:
+            if tokenizer is None:
+                raise ConfigError(
+                    f"executor {run.config.executor.name!r} has no tokenizer",
+                    where="LLM",
+                    why="prompts are texts",
+                    do="leave executor out, or take one that runs a model (torch)",
+                )
+            self._client = Client(run)
+        except BaseException:
             run.executor.close()
-            raise ConfigError(
-                f"executor {run.config.executor.name!r} has no tokenizer",
-                where="LLM",
-                do="leave executor out, or take one that runs a model (torch)",
-            )
+            raise
         self.info = run.info
         """What identifies the run: settings, plugins, versions, weights, KV layout."""
         self.tokenizer: Tokenizer = tokenizer
         self.max_model_len = run.engine.limits.max_model_len
         """Prompt plus output tokens of one request."""
         self._ids = count()
-        self._client = Client(run)
         weakref.finalize(self, self._client.let_go).atexit = False  # the client sees to the exit
 
     # -------------------------------------------------------------- generate

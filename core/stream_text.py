@@ -41,12 +41,22 @@ class StreamText:
             if before:
                 del self._window[self._known :]  # tokens without text, such as ends that were ignored
             return ""
-        self._held += now[len(before) :]
         del self._window[: self._known]
         self._known = len(self._window)
-        held = self._held
-        keep = next(
-            (n for n in range(min(self._longest, len(held)), 0, -1) if held[-n:] in self._beginnings), 0
-        )
-        new, self._held = held[: len(held) - keep], held[len(held) - keep :]
+        old, self._held = len(self._held), self._held + now[len(before) :]
+        cut = self._cut(old)
+        new, self._held = self._held[:cut], self._held[cut:]
         return new
+
+    def _cut(self, old: int) -> int:
+        """Where the held text must wait: at a stop text that its new part, from ``old``, completes, which
+        ends the output; else at what may be the beginning of one."""
+        text, stops = self._held, self._params.stop
+        if self._count > self._params.min_tokens:
+            starts = [text.find(stop, max(0, old - len(stop) + 1)) for stop in stops]
+            if found := [start for start in starts if start >= 0]:
+                return min(found)
+        longest = min(self._longest, len(text))
+        return next(
+            (n for n in range(len(text) - longest, len(text)) if text[n:] in self._beginnings), len(text)
+        )

@@ -100,8 +100,8 @@ class Sampling(BaseModel):
 
 
 class ChatConfig(Traffic):
-    """Settings of the ``chat`` workload. Defaults are ours: more than a model of 135 million weights on two CPU
-    cores keeps up with, so that queue and KV pages fill; it serves them in one to two minutes."""
+    """Settings of the ``chat`` workload. Defaults are ours: more than a model of 135 million weights on two
+    CPU cores keeps up with, so that queue and KV pages fill; it serves them in one to two minutes."""
 
     num_requests: int = Field(default=64, ge=1, le=100_000, description="How many requests, n.")
     request_rate: float = Field(

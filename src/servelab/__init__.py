@@ -4,10 +4,18 @@ The code lives in the repository's core/, plugins/ and configs/ folders. The lin
 them for build tools, type checkers and IDEs; at run time, in a checkout, the folders themselves are used, so
 that tracebacks, breakpoints and coverage show core/... and a checkout that lost its links still runs.
 
-``LLM``, ``SamplingParams`` and ``Completion`` are here too, imported on first use.
+``LLM``, ``SamplingParams`` and what they give are here too, imported on first use.
 """
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from servelab.core.llm import LLM as LLM
+    from servelab.core.llm import Chunk as Chunk
+    from servelab.core.llm import Completion as Completion
+    from servelab.core.llm import Timings as Timings
+    from servelab.core.sampling import SamplingParams as SamplingParams
 
 _here = _Path(__file__).resolve().parent
 _root = _here.parent.parent
@@ -15,10 +23,23 @@ if _here.parent.name == "src" and (_root / "core" / "__init__.py").is_file():
     __path__.insert(0, str(_root))
 
 
+_HOMES = {
+    "LLM": "llm",
+    "Chunk": "llm",
+    "Completion": "llm",
+    "Timings": "llm",
+    "SamplingParams": "sampling",
+}
+
+
 def __getattr__(name: str) -> object:
     from importlib import import_module
 
-    home = {"LLM": "llm", "Completion": "llm", "Chunk": "llm", "SamplingParams": "sampling"}.get(name)
+    home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'servelab' has no attribute {name!r}")
     return getattr(import_module(f"servelab.core.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

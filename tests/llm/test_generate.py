@@ -193,7 +193,7 @@ def test_what_a_policy_ends(make: Callable[..., LLM], greedy: Params) -> None:
         def plan(self, view: StepView) -> StepPlan:
             plan, pages = StepPlan(), view.kv.budget()
             for request in view.running:
-                if request.generated >= 5:
+                if request.generated_tokens >= 5:
                     plan.abort(request, "five are enough")
                 elif pages.take(request, 1):
                     plan.run(request, 1)

@@ -122,7 +122,7 @@ def test_closing(make: Make) -> None:
 
 
 def test_leaving_the_block_on_an_error(make: Make) -> None:
-    with pytest.raises(KeyError), make() as llm:  # noqa: PT012
+    with pytest.raises(KeyError), make() as llm:
         next(llm.stream("the fox", LONG))
         raise KeyError
     with pytest.raises(ServeLabError, match="closed"):

@@ -249,7 +249,8 @@ def test_two_runs_do_not_share_a_folder(run_py: Command, tmp_path: Path) -> None
             ("scheduler.max_num_seq=3",),
             "scheduler.max_num_seq: unknown field (got 3); did you mean 'max_num_seqs'?",
         ),
-        (("seed=???",), "Missing mandatory value: seed"),
+        (("seed=???",), "seed must be stated"),
+        (("model=local",), "add model.path=... to the command line"),
         (("executor.num_kv_pages=3",), "4096 tokens need 256 pages of 16 tokens, the pool has 3"),
     ],
 )

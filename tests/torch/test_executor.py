@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.torch.models import llama, widen
 
 from servelab.core.compose import Run, compose
 from servelab.core.config import validate
@@ -23,7 +24,6 @@ from servelab.core.request import Arrival, RequestSpec, Truth
 from servelab.core.sampling import SamplingParams
 from servelab.core.spec import PluginSpec
 from servelab.core.testing.fakes import RandomPlans
-from tests.torch.models import llama, widen
 
 PROMPTS = (5, 17, 30, 1, 12, 44, 23, 9)
 OUTPUTS = (12, 3, 20, 25, 1, 9, 16, 30)

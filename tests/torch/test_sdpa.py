@@ -395,6 +395,15 @@ def test_selected_positions_are_written_and_seen_by_position(windows: tuple[int 
     world.step((a, [9, 12]), (b, 1))
 
 
+def test_positions_of_rows_whose_only_segment_begins_later() -> None:
+    """Computed anew at a position that equals the number of stored tokens less one."""
+    world = World()
+    a, b = world.segment(8, 2), world.segment(8, 3)
+    world.step((a, 6), (b, 7))
+    world.step((a, [5]), (b, [6]))
+    world.step((a, 1), (b, 1))
+
+
 @given(data=st.data(), n=st.integers(1, 40), window=st.sampled_from([None, 1, 4]))
 @settings(max_examples=40, deadline=None)
 def test_chunks_in_any_split_equal_one_shot(data: st.DataObject, n: int, window: int | None) -> None:

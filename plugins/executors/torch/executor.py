@@ -67,8 +67,8 @@ class TorchExecutorConfig(BaseModel):
     )
     pack_weights: bool = Field(
         True,
-        description="reorder bfloat16 weights once for the CPU's matrix kernels: same results, faster small "
-        "batches; where the CPU has none, nothing is packed and the report says so",
+        description="reorder bfloat16 weights once for the CPU's matrix kernels: faster small batches, equal "
+        "up to rounding; where the CPU has none, nothing is packed and the report says so",
     )
 
 
