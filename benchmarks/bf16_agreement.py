@@ -3,9 +3,9 @@
     python benchmarks/bf16_agreement.py [--model smollm2_135m] [--prompts 16] [--outputs 64]
 
 Set-up: chat prompts from the language help that comes with Python, greedy, both in bfloat16. Printed: the
-share of prompts with equal text, the share of tokens before the first divergence, and at each first divergence
-how far the float32 logits of the two choices lie apart: what rounding had to overcome. bfloat16 keeps 8 bits,
-so logits near 16 come in steps of 0.06 to 0.125; a gap of many steps would be an error, not a tie.
+share of prompts with equal text, the share of tokens before the first divergence, and at each first
+divergence how far the float32 logits of the two choices lie apart: what rounding had to overcome. bfloat16
+keeps 8 bits, so logits near 16 come in steps of 0.06 to 0.125; a gap of many steps would be an error, no tie.
 """
 
 from __future__ import annotations

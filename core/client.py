@@ -28,10 +28,35 @@ if TYPE_CHECKING:
     from servelab.core.compose import Run
 
 Event = RequestArrived | RequestAdmitted | TokensEmitted | RequestFinished
-Box = SimpleQueue[Event | None]
-"""What became of one request, in order. None: the engine stopped before its end."""
 _AT_EXIT_S = 10.0
 """How long the interpreter's exit waits for the launch that is running."""
+
+
+class Box:
+    """What became of one request, in order. None: the engine stopped before its end.
+
+    Args:
+        live: hand every record over as it comes; otherwise all of them with the last, so that whoever waits
+            for the whole is not woken at every token (on two cores that costs a fifth of the throughput).
+    """
+
+    def __init__(self, live: bool) -> None:
+        self._live = live
+        self._held: list[Event] = []
+        self._queue: SimpleQueue[Event | None] = SimpleQueue()
+
+    def put(self, event: Event | None) -> None:
+        if event is None or self._live:
+            self._queue.put(event)
+            return
+        self._held.append(event)
+        if isinstance(event, RequestFinished):
+            for held in self._held:
+                self._queue.put(held)
+
+    def get(self) -> Event | None:
+        """The next record; waits for it."""
+        return self._queue.get()
 
 
 class NoTraffic:
@@ -134,13 +159,16 @@ class Client:
             for box in self._mailbox.boxes.values():
                 box.put(None)
 
-    def send(self, spec: RequestSpec) -> Box:
+    def send(self, spec: RequestSpec, *, live: bool = False) -> Box:
         """Hand a request to the engine; its records come through the box, the last is its end.
+
+        Args:
+            live: see ``Box``.
 
         Raises:
             ServeLabError: the engine has stopped.
         """
-        box = Box()
+        box = Box(live)
         with self._lock:
             if self._driver is None or not self._thread.is_alive():  # no thread: this is a fork
                 raise self._stopped() from self._error

@@ -229,7 +229,7 @@ class LLM:
         shown, events = "", list[Event]()
         growing = StreamText(self.tokenizer.decode, spec.sampling, self.tokenizer.stop_ids)
         try:
-            for event in self._events(self._client.send(spec)):
+            for event in self._events(self._client.send(spec, live=True)):
                 events.append(event)
                 if isinstance(event, TokensEmitted):
                     new = growing.add(event.tokens)

@@ -1,8 +1,9 @@
 """The wall clock: the same heap, waited for in real time, and a mailbox for what happens outside.
 
 The only place in the core that reads a clock. Times are nanoseconds since the run began. Executors that do
-real work run in worker threads and report when they are done; launches of executors that take no time of
-their own (``simulated``) stay on the heap, so that they last as long as the cost model says.
+real work are called between two turns of the loop where nothing could be decided meanwhile (one engine, one
+launch at a time), and in worker threads otherwise; launches of executors that take no time of their own
+(``simulated``) stay on the heap, so that they last as long as the cost model says.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from servelab.core.errors import PluginCallError, PluginError, ServeLabError
 from servelab.core.events import Batch, Event, LaunchDone, StartTransfer, TransferDone
 from servelab.core.families.executor import Executor
 
-_Mail = tuple[int, Event] | BaseException | None
+_Mail = tuple[int, Event, int] | BaseException | None
 _LONGEST_WAIT_S = 3600.0
 """Sleeps are cut to this: a pin until the end of time must not overflow a timeout."""
 
@@ -39,20 +40,13 @@ class _Worker(Thread):
             except BaseException as exc:  # the main thread raises it
                 self._driver._mail.put(exc)
                 return
-            self._driver._mail.put((self._engine, event))
+            self._driver.post(event, self._engine)
 
     def _work(self, executor: Executor, job: Batch | StartTransfer) -> Event:
         if isinstance(job, StartTransfer):
             executor.transfer(job.transfer)
             return TransferDone(job.transfer.id)
-        if job.steps != 1:
-            raise PluginError(
-                f"launch {job.launch} has {job.steps} steps",
-                why="an executor that does real work must answer horizon() with 1",
-                do="mend the executor's horizon()",
-            )
-        outcomes = executor.launch(job, 1)
-        return LaunchDone(job.lane, job.launch, [self._driver.clock()], outcomes)
+        return self._driver._run_launch(executor, job)
 
 
 class WallDriver(Driver):
@@ -61,8 +55,11 @@ class WallDriver(Driver):
     Args:
         keep_open: stay and serve what is posted until ``close``; otherwise the run ends with the workload.
 
-    ``post`` and ``close`` may be called from any thread. Executors that do real work are called from worker
-    threads: ``launch`` from one per lane, ``transfer`` from another; everything else from this thread.
+    ``post`` and ``close`` may be called from any thread. With one engine that runs one launch at a time,
+    ``launch`` is called from the thread of ``run``: handing every step to another thread and back costs more
+    than it brings, since a scheduler is asked again only when the launch has ended. Otherwise, and always for
+    ``transfer``, executors that do real work are called from worker threads, one per lane and one for
+    transfers; everything else from the thread of ``run``.
     """
 
     def __init__(self, *, keep_open: bool = False, **kwargs: Any) -> None:
@@ -72,14 +69,18 @@ class WallDriver(Driver):
         self._workers: dict[tuple[int, int], _Worker] = {}
         self._open = keep_open
         self._stopping = False
+        limits = self.engines[0].limits
+        self._inline = len(self.engines) == 1 and limits.lanes == 1 and limits.max_in_flight == 1
+        self._launched: Batch | None = None
+        """To be run before the next turn of the loop."""
 
     def clock(self) -> int:
         """Nanoseconds since the run began."""
         return monotonic_ns() - self._began
 
     def post(self, event: Event, engine: int = 0) -> None:
-        """Hand an event to an engine at the next turn of the loop."""
-        self._mail.put((engine, event))
+        """Hand an event to an engine at the next turn of the loop; it happened now."""
+        self._mail.put((engine, event, self.clock()))
 
     def close(self) -> None:
         """With ``keep_open``: end the run when everything posted so far has been served."""
@@ -114,6 +115,19 @@ class WallDriver(Driver):
             self._refill(now)
             self._run_due(now)
             self._schedule_touched(now)
+            if self._launched is not None:
+                batch, self._launched = self._launched, None
+                self.post(self._guard("executor", self._run_launch, self.executors[0], batch))
+
+    def _run_launch(self, executor: Executor, batch: Batch) -> LaunchDone:
+        if batch.steps != 1:
+            raise PluginError(
+                f"launch {batch.launch} has {batch.steps} steps",
+                why="an executor that does real work must answer horizon() with 1",
+                do="mend the executor's horizon()",
+            )
+        outcomes = executor.launch(batch, 1)
+        return LaunchDone(batch.lane, batch.launch, [self.clock()], outcomes)
 
     def _wait(self) -> bool:
         """Sleep until mail comes or the next entry is due; False when the run is over."""
@@ -138,8 +152,8 @@ class WallDriver(Driver):
         if mail is None:
             self._open = False
         elif isinstance(mail, tuple):
-            index, event = mail
-            at = event.ends_ns[-1] if isinstance(event, LaunchDone) else self.clock()
+            index, event, posted_ns = mail
+            at = event.ends_ns[-1] if isinstance(event, LaunchDone) else min(posted_ns, self.clock())
             self._push(at, event.ORDER, index, event)
         elif isinstance(mail, ServeLabError | KeyboardInterrupt | SystemExit):
             raise mail
@@ -154,6 +168,8 @@ class WallDriver(Driver):
     def _launch(self, index: int, batch: Batch, now: int) -> None:
         if self.executors[index].simulated:
             super()._launch(index, batch, now)
+        elif self._inline:
+            self._launched = batch
         else:
             self._worker(index, batch.lane).jobs.put(batch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -155,12 +155,12 @@ def test_swaps_run_beside_launches() -> None:
 
 
 class Real(ToyExecutor):
-    """Takes its own time."""
+    """Takes its own time, in the thread of the run or in one per lane."""
 
     simulated = False
 
     def launch(self, batch: Batch, steps: int) -> Sequence[Outcome]:
-        assert threading.current_thread() is not threading.main_thread()
+        self.threads = {*getattr(self, "threads", ()), threading.current_thread()}
         return super().launch(batch, steps)
 
     def horizon(self, batch: Batch, max_steps: int) -> int:
@@ -173,14 +173,44 @@ def test_an_executor_that_takes_real_time_is_not_paced() -> None:
     assert monotonic() - began < 1
     assert run.ends == {"a": "completed"}
     assert len(run.executor.launched) == 30
+    assert run.executor.threads == {threading.main_thread()}  # handing over every step would cost more
 
 
-def test_an_executor_that_raises_ends_the_run_with_its_error() -> None:
+@pytest.mark.parametrize("limits", [{"lanes": 2}, {"in_flight": 2}])
+def test_launches_side_by_side_have_threads_of_their_own(limits: dict[str, int]) -> None:
+    run = Run([arrival("a", 4, 30)], executor=Real, limits=toy_limits(**limits)).go()
+    assert run.ends == {"a": "completed"}
+    assert threading.main_thread() not in run.executor.threads
+
+
+def test_what_comes_during_a_launch_happened_then() -> None:
+    """An abort posted while a launch runs is known after it, at the time it was posted."""
+
+    class Slow(Real):
+        def launch(self, batch: Batch, steps: int) -> Sequence[Outcome]:
+            out = super().launch(batch, steps)
+            if len(self.launched) == 3:
+                sleep(0.02)
+                run.driver.post(Abort("a"))
+                self.posted = run.driver.clock()
+                sleep(0.05)
+            return out
+
+    run = Run([arrival("a", 4, 30), arrival("b", 4, 6)], executor=Slow)
+    run.go()
+    assert run.ends == {"a": "cancelled", "b": "completed"}
+    end = next(r for r in run.records if isinstance(r, RequestFinished) and r.request == "a")
+    assert end.t_ns <= run.executor.posted
+    assert len(run.executor.launched) >= 6
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_an_executor_that_raises_ends_the_run_with_its_error(lanes: int) -> None:
     class Breaks(Real):
         def launch(self, batch: Batch, steps: int) -> Sequence[Outcome]:
             raise RuntimeError("out of memory")
 
-    run = Run([arrival("a"), arrival("b")], executor=Breaks)
+    run = Run([arrival("a"), arrival("b")], executor=Breaks, limits=toy_limits(lanes=lanes))
     with pytest.raises(PluginCallError, match="the executor raised RuntimeError: out of memory") as info:
         run.driver.run()
     assert isinstance(info.value.__cause__, RuntimeError)
@@ -204,12 +234,13 @@ def test_a_transfer_that_raises_ends_the_run_with_its_error() -> None:
     run.check()
 
 
-def test_errors_of_ours_pass_the_worker_unchanged() -> None:
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_errors_of_ours_pass_the_worker_unchanged(lanes: int) -> None:
     class Holds(Real):
         def horizon(self, batch: Batch, max_steps: int) -> int:
             return max_steps
 
-    run = Run([arrival("a", 4, 9)], Fcfs(hold=4), executor=Holds)
+    run = Run([arrival("a", 4, 9)], Fcfs(hold=4), executor=Holds, limits=toy_limits(lanes=lanes))
     with pytest.raises(PluginError, match="launch 2 has 4 steps"):
         run.driver.run()
     run.check()
