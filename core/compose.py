@@ -60,13 +60,17 @@ class Run:
     run_dir: Path | None
 
 
-def compose(config: RunConfig, registry: Registry, *, run_dir: Path | None = None) -> Run:
+def compose(
+    config: RunConfig, registry: Registry, *, run_dir: Path | None = None, fit_length: bool = False
+) -> Run:
     """Build a run.
 
     Args:
         config: checked settings.
         registry: where its plugins are.
         run_dir: where observers and tasks may write; None: nowhere.
+        fit_length: where ``engine.max_model_len`` is not stated and KV memory holds less than the model's
+            context, serve the longest request that it holds, instead of refusing.
 
     Raises:
         CapabilityError: parts that cannot work together, all problems at once, or too small a KV pool.
@@ -91,6 +95,8 @@ def compose(config: RunConfig, registry: Registry, *, run_dir: Path | None = Non
     build.tokenizer = getattr(executor, "tokenizer", None)
     try:
         capacity = build.ask("executor", executor.capacity, layout)
+        if fit_length and config.engine.max_model_len is None:
+            config = build.fit(layout, capacity, kvcache)
         _check_capacity(capacity, layout, kvcache, config, build.limits)
         workload = build.one("workload")
         if default := _slo(config.slo):
@@ -207,6 +213,16 @@ class _Builder:
         self.truths: dict[str, Truth] = {}
         self.kernel: AttentionBackend | None = None
         self.tokenizer: Tokenizer | None = None
+
+    def fit(self, layout: KVLayout, capacity: Capacity, kvcache: KVCache) -> RunConfig:
+        """Limit requests to what KV memory holds; the configuration with that stated."""
+        pairs = zip(layout.pools, capacity.device_pages, strict=True)
+        fits = min(self.ask("kvcache", kvcache.tokens_in, pool, pages) for pool, pages in pairs)
+        longest = max(1, min(fits, self.limits.max_model_len))
+        self.limits = replace(self.limits, max_model_len=longest)
+        engine = self.config.engine.model_copy(update={"max_model_len": longest})
+        self.config = self.config.model_copy(update={"engine": engine})
+        return self.config
 
     def one(self, kind: str) -> Any:
         """The run's only plugin of a kind."""

@@ -147,7 +147,8 @@ class LLM:
         plugins = {"scheduler": scheduler, "quant": quant, **families}
         more = [overrides] if isinstance(overrides, str) else list(overrides)
         config, registry = configure(lines, plugins, observers, more)
-        run = compose(config, registry, run_dir=None if run_dir is None else Path(run_dir))
+        folder = None if run_dir is None else Path(run_dir)
+        run = compose(config, registry, run_dir=folder, fit_length=True)
         tokenizer = getattr(run.executor, "tokenizer", None)
         try:
             if tokenizer is None:

@@ -57,7 +57,7 @@ def configure(
     raw["observers"] = [_section("observer", one, {}, registry) for one in observers]
     registry.add("workload", _NO_TRAFFIC, factory=NoTraffic)
     raw["workload"] = _NO_TRAFFIC.name
-    return _fitted(validate(raw, registry), registry), registry
+    return validate(raw, registry), registry
 
 
 def model_lines(model: str | Path) -> list[str]:
@@ -182,27 +182,3 @@ def _is_factory(kind: str, plugin: object) -> bool:
         return True
     wanted = members(KINDS[kind].protocol)
     return callable(plugin) and not (wanted and all(hasattr(plugin, name) for name in wanted))
-
-
-def _fitted(config: RunConfig, registry: Registry) -> RunConfig:
-    """With the longest request that KV memory holds, where nobody states one and the model's is longer.
-
-    From settings alone, before anything is loaded; ``compose`` has the last word.
-    """
-    from servelab.core import compose
-
-    settings = config.executor.config
-    pages: int | None = getattr(settings, "num_kv_pages", None)
-    mib: int | None = getattr(settings, "kv_memory_mib", None)
-    if config.engine.max_model_len is not None or (pages is None and mib is None):
-        return config
-    config = compose._with_shape(config, registry)
-    build = compose._Builder(config, registry, None)
-    kvcache = build.one("kvcache")
-    layout = build.ask("kvcache", kvcache.layout, build.model)
-    if pages is None and mib is not None:
-        pages = (mib << 20) // sum(pool.bytes_per_page for pool in layout.pools)
-    fits = min(build.ask("kvcache", kvcache.tokens_in, pool, pages) for pool in layout.pools)
-    if not 0 < fits < build.model.max_position:
-        return config
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"max_model_len": fits})})
