@@ -7,7 +7,7 @@ Set-up: the same checkpoint folder, dtype, prompts (random tokens, all of one le
 pads nothing) and number of output tokens, greedy, ends ignored; both in one process with the same threads,
 in turns, after one unmeasured round each. All requests arrive at once. ``generate`` runs with its default
 cache and attention. Timed: from the call to the last token, prompts included; ours with scheduler, ledger,
-worker thread and text. Printed: the median of the repeats, with the fastest and slowest.
+hand-over between threads and text. Printed: the median of the repeats, with the fastest and slowest.
 """
 
 from __future__ import annotations

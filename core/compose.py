@@ -91,6 +91,7 @@ def compose(
         layout = build.ask("kernel", build.kernel.adapt, layout, build.model)
         refused = build.ask("kernel", build.kernel.refuses, layout, build.model, build.hardware)
         _check_accepted(config.kernel.name, config.kvcache.name, refused)
+        _check_layout(layout, config.kvcache.name, build.model)  # as adapted
     executor: Executor = build.one("executor")
     build.tokenizer = getattr(executor, "tokenizer", None)
     try:

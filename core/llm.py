@@ -113,7 +113,7 @@ class LLM:
             says which it became.
         observers: watchers, likewise as names, mappings or objects; they see one run from here to ``close``.
         run_dir: where observers may write.
-        overrides: further settings as on the command line, ``"engine.max_batch_tokens=512"``.
+        overrides: further settings as on the command line, ``"scheduler.max_num_batched_tokens=512"``.
 
     Methods may be called from several threads; their requests are batched together. Use it as a context
     manager, or ``close`` it, to free the memory at once.
@@ -167,6 +167,7 @@ class LLM:
         self.tokenizer: Tokenizer = tokenizer
         self.max_model_len = run.engine.limits.max_model_len
         """Prompt plus output tokens of one request."""
+        self._vocab = run.engine.model.vocab
         self._ids = count()
         weakref.finalize(self, self._client.let_go).atexit = False  # the client sees to the exit
 
@@ -282,10 +283,13 @@ class LLM:
         ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else _ids(prompt)
         if not ids:
             raise ValueError("it is empty; a model needs at least one token")
-        vocabulary = range(self.tokenizer.vocab_size)
+        vocabulary = range(min(self.tokenizer.vocab_size, self._vocab))
         wrong = next((i for i in ids if i not in vocabulary), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is no token id; they are 0 to {vocabulary[-1]}")
+        ends = {*params.stop_token_ids, *self.tokenizer.stop_ids}
+        if params.min_tokens and ends.issuperset(vocabulary):
+            raise ValueError(f"min_tokens={params.min_tokens} leaves no token: every one ends the output")
         room = self.max_model_len - len(ids)
         if room < 1:
             raise ValueError(

@@ -99,11 +99,13 @@ def _check_override(line: str, given: Mapping[str, Any]) -> None:
             why="requests come from Python, in real time; observers are an argument",
             do="leave it out, or use the command line (`servelab`)",
         )
-    if key in given:
+    kind, _, field = key.partition(".")
+    plugin = given.get(kind)
+    if kind in given and (not field or (isinstance(plugin, Mapping) and field.partition(".")[0] in plugin)):
         raise ConfigError(
             f"{key} is stated twice",
             where=f"overrides: {line}",
-            why=f"it is an argument too: {key}={given[key]!r:.60}",
+            why=f"it is an argument too: {kind}={plugin!r:.60}",
             do="keep one of them",
         )
 

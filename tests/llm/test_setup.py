@@ -127,6 +127,10 @@ def test_a_run_folder_for_observers(make: Make, tmp_path: Path, recorder_class: 
         ({"overrides": ["observers=[report]"]}, ["an LLM has its own observers"]),
         ({"overrides": ["clock=virtual"]}, ["an LLM has its own clock"]),
         ({"scheduler": "vllm_v1", "overrides": ["+scheduler=other"]}, ["scheduler is stated twice"]),
+        (
+            {"kvcache": {"name": "paged", "page_tokens": 4}, "overrides": ["kvcache.page_tokens=8"]},
+            ["kvcache.page_tokens is stated twice", "page_tokens': 4"],
+        ),
         ({"overrides": ["enginee.checks=full"]}, ["unknown section 'enginee'", "did you mean 'engine'"]),
         ({"scheduler": object()}, ["has no plan"]),
         ({"max_model_len": 5000}, ["must be at most model.max_position, 4096"]),

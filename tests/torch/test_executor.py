@@ -379,3 +379,44 @@ def test_a_lying_layout_is_refused(composed: Compose) -> None:
     lying = replace(run.engine.layout, pools=(replace(pool, bytes_per_page=pool.bytes_per_page + 8),))
     with pytest.raises(PluginError, match="bytes per page"):
         executor.capacity(lying)
+
+
+def test_whole_prompts_need_no_mask(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go by the kernel's own causal flag; chunks after a prefix and decodes do not."""
+    from servelab.plugins.kernels.sdpa import impl
+
+    calls: list[bool] = []
+    attend = impl._attend
+
+    def spy(*args: Any, causal: bool = False) -> Any:
+        calls.append(causal)
+        return attend(*args, causal=causal)
+
+    monkeypatch.setattr(impl, "_attend", spy)
+    serve(composed())
+    assert sum(calls) == 3 * (len(PROMPTS) - 1)  # layers, prompts; that of one token goes with the decodes
+    calls.clear()
+    serve(composed(**SCHEDULES["chunks of 7"]))
+    assert 0 < sum(calls) < len(calls)
+
+
+def test_ids_outside_the_vocabulary_are_named(composed: Compose, prompts: list[tuple[int, ...]]) -> None:
+    wrong = [*prompts[:3], (*prompts[3][:-1], 97), *prompts[4:]]
+    with pytest.raises(WorkloadError, match="request r3 has token id 97 in its prompt"):
+        serve(composed(Given(wrong, None)))
+
+
+def test_close_frees_weights_and_pages_at_once(composed: Compose) -> None:
+    import gc
+    import weakref
+
+    run, _ = composed()
+    executor: Any = run.executor
+    seen = weakref.ref(executor.decoder), weakref.ref(executor._buffers[0]["k"])
+    gc.disable()
+    try:
+        executor.close()
+        executor.close()
+        assert [one() for one in seen] == [None, None]
+    finally:
+        gc.enable()

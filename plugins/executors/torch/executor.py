@@ -166,10 +166,25 @@ class TorchExecutor:
         ids: list[int] = []
         for r, start, n in zip(batch.requests, batch.starts, batch.tokens, strict=True):
             ids += _tokens(r, start, n)
+        if ids and not 0 <= min(ids) <= max(ids) < self._ctx.model.vocab:
+            raise self._unknown_token(batch)
         layout = batch_layout(batch, len(self._layout.pools))
         plan = self._attention.plan(layout, ())
         x = self.decoder.run(self.decoder.embed(torch.tensor(ids)), self._attention, plan)
         return self._sample(batch, layout, x)
+
+    def _unknown_token(self, batch: Batch) -> WorkloadError:
+        vocab = self._ctx.model.vocab
+        for r in batch.requests:
+            wrong = next((i for i in r.spec.prompt_ids or () if not 0 <= i < vocab), None)
+            if wrong is not None:
+                break
+        return WorkloadError(
+            f"request {r.id} has token id {wrong} in its prompt",
+            where="executor 'torch'",
+            why=f"the model's vocabulary has ids 0 to {vocab - 1}",
+            do="make prompts with the model's own tokenizer",
+        )
 
     def _sample(self, batch: Batch, layout: BatchLayout, x: Tensor) -> list[Outcome]:
         out = [_NOTHING] * len(batch.requests)
@@ -215,8 +230,9 @@ class TorchExecutor:
         raise PluginError("executor 'torch' has no host tier to move pages to", do="preempt by recompute")
 
     def close(self) -> None:
-        self._attention = None
-        self._buffers = {}
+        """Let go of weights and pages at once, whoever still holds the executor."""
+        self._attention, self._kernel, self._buffers = None, None, {}
+        vars(self).pop("decoder", None)
 
 
 def batch_layout(batch: Batch, pools: int) -> BatchLayout:

@@ -76,7 +76,7 @@ class SdpaImpl:
         q = self._rotary.turn(q_pre, plan.angles)
         wide = torch.promote_types(q.dtype, torch.float32)
         states: dict[tuple[int, int], list[State]] = {}
-        for index, row in plan.pools[self._pool_of[layer]].segments.items():
+        for index, row in plan.pools[self._pool_of[layer]].segments():
             if index in segments:
                 o, lse = self._row(layer, q[row.first : row.end], row)
                 states.setdefault((row.first, row.end), []).append((o.to(wide), lse))
@@ -107,7 +107,7 @@ class SdpaImpl:
         k = k.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
         v = v.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
         window = self._windows[layer]
-        if window is None and row.plain and row.positions == range(row.tokens):
+        if window is None and row.whole:
             o, lse = _attend(q, k, v, causal=True)
         else:
             mask = self._mask(row, window, q.dtype)
@@ -118,15 +118,14 @@ class SdpaImpl:
 
     @staticmethod
     def _mask(row: Row, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        key = window, dtype
-        if key not in row.masks:
+        if window not in row.masks:
             at, queries = row.token_positions(), torch.tensor(row.positions)[:, None]
             hidden = at > queries
             if window is not None:
                 hidden |= at <= queries - window
             shown = torch.zeros(hidden.shape, dtype=dtype)
-            row.masks[key] = shown.masked_fill_(hidden, -torch.inf) if hidden.any() else None
-        return row.masks[key]
+            row.masks[window] = shown.masked_fill_(hidden, -torch.inf) if hidden.any() else None
+        return row.masks[window]
 
     def _read(self, layer: int, row: Row) -> tuple[Tensor, Tensor]:
         """Keys, turned, and values ``[tokens, kv_heads, dim]``."""
@@ -148,15 +147,14 @@ class SdpaImpl:
         k = self._gather("k", self._k[layer], group.pages).view(shape).transpose(1, 2)
         v = self._gather("v", self._v[layer], group.pages).view(shape).transpose(1, 2)
         window = self._windows[layer]
-        key = window, q.dtype
-        if key not in group.masks:
+        if window not in group.masks:
             at = torch.arange(k.shape[2])
             hidden = at >= group.tokens[:, None]
             if window is not None:
                 hidden |= at < group.tokens[:, None] - window
-            group.masks[key] = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+            group.masks[window] = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
         per_head = q.view(rows, heads, -1, dim)
-        mask = group.masks[key][:, None, None].expand(-1, 1, per_head.shape[2], -1)
+        mask = group.masks[window][:, None, None].expand(-1, 1, per_head.shape[2], -1)
         o, lse = _attend(per_head, k, v, mask)
         return o.reshape(rows, -1, dim), lse.reshape(rows, -1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any
@@ -16,8 +16,6 @@ from servelab.core.layout import Pool
 PADDING = 1.5
 """Rows of one query share a batch while the longest has at most so many times the pages of the shortest:
 what the others are padded by costs less than one more call."""
-
-MaskKey = tuple[int | None, torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +52,10 @@ class Row:
     positions: Sequence[int]
     """View positions of the queries."""
     segments: tuple[Segment, ...]
-    masks: dict[MaskKey, Tensor | None] = field(default_factory=dict)
-    """By window and dtype: ``[queries, tokens]`` to add to the scores; None: nothing is hidden."""
+    first_segment: int
+    """Index of its first segment in the batch's arrays."""
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    """By window: ``[queries, tokens]`` to add to the scores; None: nothing is hidden."""
     _slots: Tensor | None = None
 
     @property
@@ -88,6 +88,12 @@ class Row:
         return torch.tensor(list(chain.from_iterable(every)), dtype=torch.int64)
 
     @property
+    def whole(self) -> bool:
+        """Its queries are all it has stored, from the first token on."""
+        at, n = self.positions, self.tokens
+        return self.plain and len(at) == n > 0 and at[0] == 0 and at[-1] == n - 1
+
+    @property
     def decodes(self) -> bool:
         """One query, after everything the row has stored."""
         return self.end - self.first == 1 and self.plain and self.positions[0] == self.tokens - 1
@@ -103,8 +109,8 @@ class Decodes:
     """int64 ``[rows * width]``, padded with the row's own first page."""
     tokens: Tensor
     """int64 ``[rows]``: stored tokens of each row."""
-    masks: dict[MaskKey, Tensor] = field(default_factory=dict)
-    """By window and dtype: ``[rows, width * page_tokens]`` to add to the scores."""
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    """By window: ``[rows, width * page_tokens]`` to add to the scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +123,13 @@ class PoolPlan:
     """Rows that go one by one."""
     decodes: tuple[Decodes, ...]
     """Rows that go together."""
-    segments: dict[int, Row]
-    """Index in the batch's segment arrays -> its row with this segment alone, for partial results."""
+    every: tuple[Row, ...]
+
+    def segments(self) -> Iterator[tuple[int, Row]]:
+        """For partial results: index in the batch's segment arrays, its row with this segment alone."""
+        for row in self.every:
+            for s, segment in enumerate(row.segments, row.first_segment):
+                yield s, Row(row.first, row.end, row.positions, (segment,), s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +144,11 @@ def plan_pool(batch: BatchLayout, index: int, pool: Pool, in_slots: bool) -> Poo
     Args:
         in_slots: KV lies in contiguous slots: a row's only page id says where it begins.
     """
-    rows, alone = [], {}
+    rows = []
     for r, (first, end) in enumerate(pairwise(batch.q_indptr)):
         of_row = range(batch.seg_indptr[r], batch.seg_indptr[r + 1])
         segments = tuple(_segment(batch, index, s, pool.page_tokens, in_slots) for s in of_row)
-        positions = batch.q_positions[first:end]
-        rows.append(Row(first, end, positions, segments))
-        for s, segment in zip(of_row, segments, strict=True):
-            alone[s] = Row(first, end, positions, (segment,))
+        rows.append(Row(first, end, batch.q_positions[first:end], segments, of_row.start))
     stored = chain.from_iterable(_stored(row) for row in rows)
     together = [row for row in rows if pool.key_space == "post_rope" and not in_slots and row.decodes]
     if len(together) == 1 and together[0].run is not None:
@@ -150,14 +158,15 @@ def plan_pool(batch: BatchLayout, index: int, pool: Pool, in_slots: bool) -> Poo
         slots=torch.tensor(list(stored), dtype=torch.int64),
         rows=tuple(row for row in rows if row.first not in batched),
         decodes=_batches(together, pool.page_tokens) if together else (),
-        segments=alone,
+        every=tuple(rows),
     )
 
 
 def _segment(batch: BatchLayout, index: int, s: int, page: int, in_slots: bool) -> Segment:
-    pages = batch.seg_pages[index][s]
-    run = in_slots or all(b - a == 1 for a, b in pairwise(pages))
-    return Segment(pages, page, batch.seg_tokens[s], batch.seg_offset[s], run)
+    pages, tokens = batch.seg_pages[index][s], batch.seg_tokens[s]
+    used = -(-tokens // page)  # more may be reserved
+    run = in_slots or (len(pages) > 0 and list(pages[:used]) == list(range(pages[0], pages[0] + used)))
+    return Segment(pages, page, tokens, batch.seg_offset[s], run)
 
 
 def _stored(row: Row) -> Sequence[int]:
