@@ -127,6 +127,30 @@ def test_biases_are_kept_for_the_decoder() -> None:
         ({"num_key_value_heads": 3}, "do(es)? not divide"),
         ({"head_dim": 15}, "head_dim is 15"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"attention_bias": "false"}, "attention_bias is 'false'; true or false"),
+        ({"mlp_bias": 0}, "mlp_bias is 0; true or false"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; true or false"),
+        ({"num_key_value_heads": 2.0}, "num_key_value_heads is 2.0; a positive integer"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope type \\['yarn'\\] is not supported"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "beta_fast": "x"}}, "beta_fast of .* is 'x'"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "beta_slow": False}}, "beta_slow of .* is False"),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN, "attention_factor": "1"}},
+            "attention_factor of .* is '1'",
+        ),
+        ({"rope_scaling": {"type": "yarn", **YARN, "mscale": [1]}}, "mscale of .* is \\[1\\]"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "mscale_all_dim": "1"}}, "mscale_all_dim of .* is '1'"),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN, "truncate": "no"}},
+            "truncate of .* is 'no'; true or false",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": "x"}},
+            "position of .* is 'x'",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor of .* is nan"),
     ],
 )
 def test_what_is_not_supported_is_named(fields: dict[str, Any], message: str) -> None:

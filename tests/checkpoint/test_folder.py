@@ -15,7 +15,8 @@ from servelab.core.config import ModelConfig
 from servelab.core.errors import ConfigError
 from servelab.plugins.executors.checkpoint.errors import ModelError
 from servelab.plugins.executors.checkpoint.find import describe, find
-from servelab.plugins.executors.torch.weights import expect, tensors
+from servelab.plugins.executors.torch.decoder import Decoder, DecoderConfig
+from servelab.plugins.executors.torch.weights import tensors
 
 Local = Callable[..., ModelConfig]
 SHAPE = {
@@ -75,18 +76,22 @@ def test_a_tensor_in_two_shards_is_taken_from_the_one_the_index_names(sharded: P
     assert torch.equal(found[0], tensor)
 
 
-def test_a_tied_output_that_was_saved_is_left_out(copy: Path, local: Local) -> None:
+def test_a_tied_output_that_was_saved_is_read_and_not_taken(copy: Path, local: Local) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(copy / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["lm_head.weight"] = torch.zeros_like(weights["model.embed_tokens.weight"])
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # old checkpoints hold it
     save_file(weights, copy / "model.safetensors")
-    names = {name for name, _ in tensors(find(local(copy)))}
-    assert names == weights.keys() - {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
+    checkpoint = find(local(copy))
+    assert dict(tensors(checkpoint)).keys() == weights.keys()
+    tied = Decoder(DecoderConfig.of(checkpoint.config), torch.float32, tensors(checkpoint))
+    assert tied.head(torch.ones(1, 64)).any()
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    assert "lm_head.weight" in dict(tensors(find(local(copy))))
+    checkpoint = find(local(copy))
+    untied = Decoder(DecoderConfig.of(checkpoint.config), torch.float32, tensors(checkpoint))
+    assert not untied.head(torch.ones(1, 64)).any()
 
 
 def test_describing_needs_no_weights(copy: Path, local: Local) -> None:
@@ -177,10 +182,3 @@ def test_a_shape_without_weights_is_refused() -> None:
     for ask in (find, describe):
         with pytest.raises(ConfigError, match="has no weights"):
             ask(shape)
-
-
-def test_expect_names_both_shapes() -> None:
-    tensor = torch.ones(2, 3)
-    assert expect("a", tensor, (2, 3)) is tensor
-    with pytest.raises(ModelError, match=r"is \[2, 3\], the model's configuration says \[3, 2\]"):
-        expect("a", tensor, (3, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def hub(tmp_path: Path, tiny_folder: Path) -> Iterator[Any]:
         k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")
     }
 
-    def call(what: str, **fields: str) -> Any:
+    def call(what: str, *, code: str = CODE, **fields: str) -> Any:
         environ = {
             **base,
             "PYTHONPATH": str(SRC),
@@ -116,7 +117,7 @@ def hub(tmp_path: Path, tiny_folder: Path) -> Iterator[Any]:
             "HF_HUB_DISABLE_XET": "1",
         }
         done = subprocess.run(
-            [sys.executable, "-c", CODE, what, json.dumps(fields)],
+            [sys.executable, "-c", code, what, json.dumps(fields)],
             env=environ,
             capture_output=True,
             text=True,
@@ -151,6 +152,42 @@ def test_what_was_downloaded_is_found_offline(hub: Any) -> None:
     first = hub("find", repo="me/tiny")
     hub.stop()
     assert hub("find", repo="me/tiny") == first
+    assert hub("describe", repo="me/tiny")["layers"] == 2
+
+
+FULL_DISK = """
+import errno, huggingface_hub
+def full(*args, local_files_only=False, real=huggingface_hub.snapshot_download, **kwargs):
+    if local_files_only:
+        return real(*args, local_files_only=True, **kwargs)
+    raise OSError(errno.ENOSPC, "No space left on device")
+huggingface_hub.snapshot_download = full
+"""
+
+
+def test_a_full_disk_is_told_whatever_is_cached(hub: Any) -> None:
+    hub("find", repo="me/tiny")
+    error = hub("find", repo="me/tiny", code=FULL_DISK + CODE)
+    assert "the disk is too full for me/tiny" in error["text"]
+
+
+@pytest.mark.parametrize("lost", ["tokenizer.json", "model.safetensors", None])
+def test_a_part_of_a_snapshot_is_not_taken_for_it(hub: Any, tmp_path: Path, lost: str | None) -> None:
+    hub("find" if lost else "describe", repo="me/tiny")
+    repository = tmp_path / "hf/hub/models--me--tiny"
+    if lost:
+        (repository / "snapshots" / COMMIT / lost).unlink()
+    for listing in repository.glob("trees"):  # older huggingface_hub keeps none
+        shutil.rmtree(listing)
+    hub.stop()
+    error = hub("find", repo="me/tiny")
+    assert "me/tiny could not be downloaded" in error["text"]
+    assert hub("describe", repo="me/tiny")["layers"] == 2
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_a_download(hub: Any, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    assert hub("find", repo="me/tiny")[0]["commit"] == COMMIT
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,22 @@ def test_a_folder_without_tokenizer_json_is_converted_by_transformers(copy: Path
         find(local(copy)).tokenizer()
 
 
+def test_code_that_comes_with_a_tokenizer_is_refused_without_asking(
+    copy: Path, local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copy / "tokenizer.json").unlink()
+    (copy / "vocab.json").write_text("{}")
+    (copy / "tok.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\nclass Tok: pass\n")
+    _settings(copy, tokenizer_class="Tok", auto_map={"AutoTokenizer": ["tok.Tok", None]})
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "n")
+    with pytest.raises(ModelError, match="code of a checkpoint") as caught:
+        find(local(copy)).tokenizer()
+    assert "with tokenizer.json" in caught.value.do
+    assert not asked
+    assert not (copy / "ran").exists()
+
+
 def test_no_torch_and_no_transformers_is_imported(tiny_folder: Path, tiny_gguf: Path) -> None:
     code = (
         "import sys\n"

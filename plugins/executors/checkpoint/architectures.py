@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +95,11 @@ def checked(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     if config["head_dim"] % 2:
         raise _malformed(where, f"head_dim is {config['head_dim']}; rotary embeddings need an even one")
-    if not _number(config["rms_norm_eps"]) or config["rms_norm_eps"] <= 0:
+    if not _number(config["rms_norm_eps"]) or not 0 < config["rms_norm_eps"] < math.inf:
         raise _malformed(where, f"rms_norm_eps is {config['rms_norm_eps']!r}")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if not isinstance(config[key], bool):
+            raise _malformed(where, f"{key} is {config[key]!r}; true or false is needed")
     if reason := row.refuse(config):
         raise _unsupported(where, reason)
     config["architectures"] = [name]
@@ -127,7 +131,7 @@ def of_gguf(architecture: object, where: str) -> str:
 
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
     named = raw.get("architectures") or []
-    if isinstance(named, list) and len(named) == 1 and named[0] in ARCHITECTURES:
+    if isinstance(named, list) and len(named) == 1 and str(named[0]) in ARCHITECTURES:
         return str(named[0])
     met = (
         ", ".join(map(str, named))

@@ -48,11 +48,13 @@ def describe(model: ModelConfig) -> dict[str, Any]:
         ConfigError: settings are wrong.
         ModelError: as ``find``.
     """
+    folder = None
     if model.source == "hub":
-        where = hub.snapshot(model, hub.CONFIG)
-        return dict(shape(checked(hf.read_config(where), str(where / "config.json"))))
-    if model.source == "path" and (where := _path(model)).is_dir():
-        return dict(shape(checked(hf.read_config(where), str(where / "config.json"))))
+        folder = hub.snapshot(model, hub.CONFIG)
+    elif model.source == "path":
+        folder = _path(model)
+    if folder is not None and folder.is_dir():
+        return dict(shape(checked(hf.read_config(folder), str(folder / "config.json"))))
     if model.source == "none":
         raise _none(model)
     config = find(model.model_copy(update=dict.fromkeys(SHAPE))).config

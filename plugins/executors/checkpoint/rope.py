@@ -6,6 +6,7 @@ under ``rope_type`` or ``type``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
 }
 """Type -> numbers it cannot do without."""
 _OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
+_MAY_BE_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+"""Zero says what leaving it out does."""
 _DEFAULT_THETA = 10000.0
 
 
@@ -35,21 +38,28 @@ def rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         where: the file, for messages.
 
     Raises:
-        ModelError: a type we do not support, or numbers are missing.
+        ModelError: a type we do not support, or values are missing or of a wrong type.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise _refused(where, f"rope parameters differ between layers or are malformed: {given!r}")
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind not in _NUMBERS:
+    if not isinstance(kind, str) or kind not in _NUMBERS:
         raise _refused(where, f"the rope type {kind!r} is not supported; {nearest(str(kind), _NUMBERS)}")
     rotary = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if rotary != 1.0:
         raise _refused(where, f"only a part of each head is rotated (partial_rotary_factor {rotary})")
     theta = given.get("rope_theta") or config.get("rope_theta") or _DEFAULT_THETA
     values = dict(given)
-    original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
-    values["original_max_position"] = original or config["max_position_embeddings"]
+    stated = (source.get("original_max_position_embeddings") for source in (config, given))
+    original = next((value for value in stated if value is not None), config["max_position_embeddings"])
+    values["original_max_position"] = original
+    for key in _NUMBERS[kind]:
+        if values.get(key) is not None:
+            _number(values[key], key, where)
+    for key in _OPTIONAL.get(kind, ()):
+        if values.get(key) is not None:
+            _optional(values[key], key, where)
     if kind == "yarn":
         if not values.get("factor"):
             values["factor"] = config["max_position_embeddings"] / values["original_max_position"]
@@ -64,8 +74,16 @@ def rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return result
 
 
+def _optional(value: Any, key: str, where: str) -> None:
+    if key == "truncate":
+        if not isinstance(value, bool):
+            raise _refused(where, f"{key} of the rope parameters is {value!r}; true or false is needed")
+    elif key not in _MAY_BE_ZERO or isinstance(value, bool) or value != 0:
+        _number(value, key, where)
+
+
 def _number(value: Any, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise _refused(where, f"{key} of the rope parameters is {value!r}; a positive number is needed")
     return value
 

@@ -139,9 +139,18 @@ def _converted(folder: Path) -> str:
         raise _no_tokenizer(folder, f"nor one of {', '.join(_SOURCES)}, of which one can be made")
     transformers: Any = library("transformers", why=f"{folder} has no tokenizer.json")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         text: str = tokenizer.backend_tokenizer.to_str()
     except Exception as exc:  # transformers raises many kinds
+        if isinstance(exc, ValueError) and "trust_remote_code" in str(exc):
+            raise ModelError(
+                "the tokenizer is code that comes with the model",
+                where=str(folder),
+                why="it has no tokenizer.json, and code of a checkpoint (auto_map) is never run",
+                do="use a checkpoint of the model with tokenizer.json; or add that file to the folder",
+            ) from exc
         first = str(exc).strip().splitlines()
         raise _no_tokenizer(folder, f"transformers: {first[0] if first else type(exc).__name__}") from exc
     return text

@@ -8,37 +8,17 @@ from typing import Any
 import torch
 
 from servelab.plugins.executors.checkpoint.checkpoint import Checkpoint
-from servelab.plugins.executors.checkpoint.errors import ModelError, library
+from servelab.plugins.executors.checkpoint.errors import library
 from servelab.plugins.executors.checkpoint.gguf_tensors import dequantized
 
 
 def tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight as ``(name, tensor)``, on the CPU.
+    """Every weight that the files hold, as ``(name, tensor)``, on the CPU.
 
     Of safetensors in the type they are stored in, mapped from the file: copy what is kept in place. Of a GGUF
-    as float32, each its own copy. Output embeddings are left out where they are tied to the input's.
+    as float32, each its own copy.
     """
-    source = _gguf(checkpoint) if checkpoint.gguf is not None else _safetensors(checkpoint)
-    tied = checkpoint.config["tie_word_embeddings"]
-    for name, tensor in source:
-        if not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq"):
-            yield name, tensor
-
-
-def expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor, if it has the shape that the configuration gives it.
-
-    Raises:
-        ModelError: it has another.
-    """
-    if tuple(tensor.shape) != shape:
-        raise ModelError(
-            f"the tensor {name} has the wrong shape",
-            where=name,
-            why=f"it is {list(tensor.shape)}, the model's configuration says {list(shape)}",
-            do="configuration and weights are of different models: download both again",
-        )
-    return tensor
+    yield from _gguf(checkpoint) if checkpoint.gguf is not None else _safetensors(checkpoint)
 
 
 def _safetensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
