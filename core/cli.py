@@ -97,7 +97,7 @@ def _sigterm_interrupts() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
+        raise Terminated("SIGTERM")
 
     signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -37,7 +37,20 @@ if TYPE_CHECKING:
 INFO_SCHEMA = 1
 """Version of ``Run.info``; raised when a key changes meaning or goes away."""
 
-LIBRARIES = ("hydra-core", "omegaconf", "pluggy", "pydantic", "torch", "transformers", "triton", "numpy")
+LIBRARIES = (
+    *(
+        "hydra-core",
+        "omegaconf",
+        "pluggy",
+        "pydantic",
+        "torch",
+        "triton",
+        "numpy",
+        "tokenizers",
+        "safetensors",
+    ),
+    *("gguf", "transformers"),
+)
 """Libraries whose versions are recorded where they are installed."""
 
 
@@ -340,7 +353,7 @@ def _check_capacity(
                 "KV memory cannot hold one request of the greatest length",
                 where=f"pool {pool.id!r} of kvcache {config.kvcache.name!r} on executor {executor!r}",
                 why=f"{longest} tokens need {need} pages of {pool.page_tokens} tokens, the pool has {have}",
-                do=f"raise executor.num_kv_pages to at least {need}, "
+                do=f"raise executor.num_kv_pages to at least {need} (or the memory it follows from), "
                 f"or lower engine.max_model_len to at most {fits}",
             )
 

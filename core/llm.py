@@ -214,6 +214,12 @@ class LLM:
         progress: bool | None = None,
     ) -> list[Completion]:
         """Answer conversations through the model's chat template; one, or a list of them."""
+        if isinstance(messages, str | Mapping):
+            raise ConfigError(
+                f"messages are {messages!r:.60}",
+                where="LLM.chat",
+                do='give a list of messages, [{"role": "user", "content": "..."}], or a list of such lists',
+            )
         talks = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [self.tokenizer.chat(cast("Sequence[Message]", talk)) for talk in talks]
         return self.generate(prompts, params, progress=progress)
@@ -256,6 +262,8 @@ class LLM:
     ) -> list[tuple[str | None, RequestSpec]]:
         """Checked requests with the text of their prompts; all problems in one error."""
         prompts = list(prompts)
+        if isinstance(params, Mapping):
+            raise ConfigError("params must be SamplingParams", where=f"params={params!r:.60}")
         if params is None or isinstance(params, SamplingParams):
             each = [params or SamplingParams()] * len(prompts)
         else:
@@ -280,6 +288,11 @@ class LLM:
         """The request of one prompt, without its id; ValueError with what is wrong."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, got {params!r:.60}")
+        if isinstance(prompt, str) and not prompt.isascii():
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as exc:
+                raise ValueError(f"it is not a whole text: {exc.reason} at character {exc.start}") from exc
         ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else _ids(prompt)
         if not ids:
             raise ValueError("it is empty; a model needs at least one token")
@@ -367,7 +380,8 @@ def _many(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
 
 def _is_number(value: object) -> bool:
     """Whether it is one whole number; rows of arrays and tensors offer ``__index__`` too."""
-    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
+    number = hasattr(value, "__index__") and not isinstance(value, bool)
+    return number and getattr(value, "ndim", 0) == 0
 
 
 def _ids(prompt: Iterable[SupportsIndex]) -> tuple[int, ...]:

@@ -54,6 +54,8 @@ def configure(
     raw = _composed([*lines, *overrides, "clock=wall"])
     for kind, plugin in given.items():
         raw[kind] = _section(kind, plugin, raw.get(kind) or {}, registry)
+    if isinstance(observers, str | Mapping):
+        raise ConfigError("observers must be a list", where=f"LLM(observers={observers!r:.60})")
     raw["observers"] = [_section("observer", one, {}, registry) for one in observers]
     registry.add("workload", _NO_TRAFFIC, factory=NoTraffic)
     raw["workload"] = _NO_TRAFFIC.name

@@ -137,7 +137,7 @@ class WallDriver(Driver):
             timeout = None
             if self._heap:
                 timeout = min(max(0, self._heap[0][0] - self.clock()) / 1e9, _LONGEST_WAIT_S)
-            elif not self._open and not any(engine.in_flight for engine in self.engines):
+            elif not any(engine.in_flight for engine in self.engines):
                 self._check_stall()
             try:
                 self._read(self._mail.get(timeout=timeout))

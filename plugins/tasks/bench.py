@@ -98,5 +98,5 @@ def _ending(error: BaseException | None) -> tuple[Status, str]:
     if error is None:
         return "ok", ""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", "keyboard interrupt"
+        return "interrupted", str(error) or "keyboard interrupt"
     return "failed", error.what if isinstance(error, ServeLabError) else f"{type(error).__name__}: {error}"

@@ -23,6 +23,7 @@ Tier: stable.
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -41,6 +42,8 @@ from servelab.plugins.workloads._describe import arrival_statistics, json_settin
 from servelab.plugins.workloads._laws import Constant, LengthLaw, LogNormal
 from servelab.plugins.workloads._passages import Passage, Passages
 from servelab.plugins.workloads._traffic import Traffic
+
+log = logging.getLogger("servelab")
 
 PART = "prompt"
 """Part of the corpus that prompts come from."""
@@ -259,6 +262,14 @@ class Chat:
             asked.add(question)
             self._passages.append(passage)
             self._prompts.append(tuple(self._tokenizer.chat(self._messages(question))))
+        pairs = zip(self._passages, self._wanted, strict=True)
+        if short := sum(passage.tokens < 0.8 * wanted for passage, wanted in pairs):
+            log.warning(
+                "workload chat: %d of %d passages are much shorter than drawn; few of the help topics are that "
+                "long (see passage_tokens in the report's workload)",
+                short,
+                len(self._passages),
+            )
 
     def _ask(
         self, passages: Passages, wanted: int, rng: Random, asked: set[str], dry: set[int]

@@ -292,3 +292,12 @@ def test_waking_on_the_wall_clock() -> None:
     run = Run([arrival("a", 4, 1)], Script(then=plan)).go()
     (step,) = [x for x in run.records if isinstance(x, StepDone)]
     assert step.start_ns >= 20 * MS
+
+
+def test_an_open_run_in_which_nothing_will_happen_is_a_stall() -> None:
+    """A scheduler that plans nothing and sets no timer would leave its clients waiting for ever."""
+    run = Run([arrival("a", 4, 9)], Script(then=lambda view: StepPlan()))
+    run.driver._open = True
+    with pytest.raises(StallError, match="requests that nothing will ever run"):
+        run.driver.run()
+    run.check()

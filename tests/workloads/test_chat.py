@@ -434,3 +434,13 @@ def test_describe_is_json_and_says_where_the_text_is_from() -> None:
 def test_react_is_silent() -> None:
     finished = RequestFinished(t_ns=5, request="r0", outcome="completed", reason="stop", output_tokens=3)
     assert list(build(num_requests=1).react(finished)) == []
+
+
+def test_passages_far_from_their_length_are_announced(caplog: pytest.LogCaptureFixture) -> None:
+    build(num_requests=12, request_rate="inf")
+    assert not caplog.records
+    with pytest.raises(WorkloadError) as error:
+        build(num_requests=12, prompt_length=9_000_000, max_model_len=10_000_000)
+    most = int(error.value.do.rpartition("at most ")[2].split()[0])
+    build(num_requests=12, prompt_length=most, max_model_len=10_000_000)
+    assert "passages are much shorter than drawn" in caplog.text
