@@ -38,18 +38,17 @@ INFO_SCHEMA = 1
 """Version of ``Run.info``; raised when a key changes meaning or goes away."""
 
 LIBRARIES = (
-    *(
-        "hydra-core",
-        "omegaconf",
-        "pluggy",
-        "pydantic",
-        "torch",
-        "triton",
-        "numpy",
-        "tokenizers",
-        "safetensors",
-    ),
-    *("gguf", "transformers"),
+    "hydra-core",
+    "omegaconf",
+    "pluggy",
+    "pydantic",
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "gguf",
+    "tokenizers",
+    "transformers",
 )
 """Libraries whose versions are recorded where they are installed."""
 

@@ -265,8 +265,8 @@ class Chat:
         pairs = zip(self._passages, self._wanted, strict=True)
         if short := sum(passage.tokens < 0.8 * wanted for passage, wanted in pairs):
             log.warning(
-                "workload chat: %d of %d passages are much shorter than drawn; few of the help topics are that "
-                "long (see passage_tokens in the report's workload)",
+                "workload chat: %d of %d passages are much shorter than drawn: few help topics are that long "
+                "(see passage_tokens in results.json)",
                 short,
                 len(self._passages),
             )
