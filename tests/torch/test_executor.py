@@ -420,3 +420,12 @@ def test_close_frees_weights_and_pages_at_once(composed: Compose) -> None:
         assert [one() for one in seen] == [None, None]
     finally:
         gc.enable()
+
+
+def test_threads_are_set_and_reported(composed: Compose) -> None:
+    before = torch.get_num_threads()
+    try:
+        run, _ = composed(executor={"threads": 1})
+        assert torch.get_num_threads() == run.info["weights"]["threads"] == 1
+    finally:
+        torch.set_num_threads(before)

@@ -65,6 +65,13 @@ class TorchExecutorConfig(BaseModel):
     kv_memory_mib: int = Field(
         192, ge=1, description="memory for KV pages of all pools together, MiB; not used with num_kv_pages"
     )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="threads of a launch; null: PyTorch's own choice, one per core. Where other programs keep "
+        "a core busy, one thread less is many times faster",
+    )
     pack_weights: bool = Field(
         True,
         description="reorder bfloat16 weights once for the CPU's matrix kernels: faster small batches, equal "
@@ -87,6 +94,8 @@ class TorchExecutor:
             raise ConfigError(
                 "executor 'torch' has no attention kernel", where="kernel", do="choose one: kernel=sdpa"
             )
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         began = perf_counter()
         self._checkpoint = find(ctx.checkpoint)
         shape = DecoderConfig.of(self._checkpoint.config)
