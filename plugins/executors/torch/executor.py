@@ -69,7 +69,7 @@ class TorchExecutorConfig(BaseModel):
         None,
         ge=1,
         le=1024,
-        description="threads of a launch; null: PyTorch's own choice, one per core. Where other programs keep "
+        description="threads of a launch; null: PyTorch's own choice, one per core. Where others keep "
         "a core busy, one thread less is many times faster",
     )
     pack_weights: bool = Field(
