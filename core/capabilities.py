@@ -10,8 +10,17 @@ from servelab.core.registry import Registry, selection
 from servelab.core.spec import PluginSpec
 from servelab.core.vocabulary import find_conflicts
 
-USED = frozenset({"scheduler", "kvcache", "kernel", "cost", "workload", "executor", "task", "observer"})
+USED = frozenset(
+    {"scheduler", "kvcache", "quant", "kernel", "cost", "workload", "executor", "task", "observer"}
+)
 """Kinds that a composed run uses. Selecting any other is refused, never silently ignored."""
+
+IMPLIED = {"quant": frozenset({"executor.quant"})}
+"""What every plugin of a kind requires, whether or not its spec says so: else it would be without effect."""
+
+
+SHOWN = 4
+"""Remedies that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +120,7 @@ def _unused(selected: Sequence[Selected]) -> list[str]:
 def _missing(one: Selected, others: Sequence[Selected], registry: Registry) -> list[str]:
     brought = frozenset().union(*(other.spec.provides for other in others))
     problems = []
-    for capability in sorted(one.spec.requires - brought):
+    for capability in sorted((one.spec.requires | IMPLIED.get(one.kind, frozenset())) - brought):
         givers = [
             selection(kind, name)
             for (kind, name), spec in sorted(registry.specs.items())
@@ -135,4 +144,7 @@ def _clashes(one: Selected, others: Sequence[Selected]) -> list[str]:
 
 
 def _either(options: Sequence[str]) -> str:
-    return " or ".join(options) if options else "other parts: no installed plugin brings it"
+    if not options:
+        return "other parts: no installed plugin brings it"
+    more = ["one of the others that `servelab plugins` lists"] if len(options) > SHOWN else []
+    return " or ".join([*options[:SHOWN], *more])

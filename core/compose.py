@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from servelab.core import __version__
+from servelab.core import __version__, quality
 from servelab.core.capabilities import Selected, check_capabilities
 from servelab.core.config import DTYPE_BYTES, Choice, RunConfig, SLOConfig, across, refusal
 from servelab.core.context import Context, seeded
@@ -20,15 +20,18 @@ from servelab.core.engine.engine import Engine
 from servelab.core.errors import CapabilityError, ConfigError, PluginError, ServeLabError
 from servelab.core.facts import HardwareFacts, Limits, ModelFacts
 from servelab.core.families import KINDS
+from servelab.core.families.quant import WeightFormat
 from servelab.core.layout import Capacity, KVLayout
 from servelab.core.registry import Registry
 from servelab.core.request import SLO, Arrival, Cancel, Truth
+from servelab.core.sites import linear_sites
 
 if TYPE_CHECKING:
     from servelab.core.families.cost import CostModel
     from servelab.core.families.executor import Executor
     from servelab.core.families.kernel import AttentionBackend
     from servelab.core.families.kvcache import KVCache
+    from servelab.core.families.quant import Quantizer
     from servelab.core.families.task import Task
     from servelab.core.families.workload import Workload
     from servelab.core.records import RequestFinished
@@ -62,6 +65,9 @@ class Run:
     task: Task
     engine: Engine
     executor: Executor
+    quantizer: Quantizer | None
+    tokenizer: Tokenizer | None
+    """The executor's."""
     cost: CostModel
     workload: Workload
     truths: dict[str, Truth]
@@ -88,10 +94,7 @@ def compose(
         CapabilityError: parts that cannot work together, all problems at once, or too small a KV pool.
         PluginError: a factory failed or returned something else than its family asks for.
     """
-    selected = [Selected(kind, registry.spec(kind, choice.name)) for kind, choice in config.choices()]
-    check_capabilities(
-        selected, registry, ahead=config.engine.max_in_flight > 1, lanes=config.engine.lanes > 1
-    )
+    selected = _checked_selection(config, registry)
     config = _with_shape(config, registry)
     build = _Builder(config, registry, run_dir)
 
@@ -104,6 +107,8 @@ def compose(
         refused = build.ask("kernel", build.kernel.refuses, layout, build.model, build.hardware)
         _check_accepted(config.kernel.name, config.kvcache.name, refused)
         _check_layout(layout, config.kvcache.name, build.model)  # as adapted
+    if config.quant is not None:
+        build.quantizer = build.checked_quantizer()
     executor: Executor = build.one("executor")
     build.tokenizer = getattr(executor, "tokenizer", None)
     try:
@@ -147,6 +152,8 @@ def compose(
         task=task,
         engine=engine,
         executor=executor,
+        quantizer=build.quantizer,
+        tokenizer=build.tokenizer,
         cost=cost,
         workload=workload,
         truths=build.truths,
@@ -154,6 +161,27 @@ def compose(
         info=info,
         run_dir=run_dir,
     )
+
+
+def another_quantizer(run: Run, choice: Choice) -> Quantizer:
+    """A quantizer beside the run's own, for the same parts and as closely checked.
+
+    Raises:
+        CapabilityError: it cannot work with the run's other parts, or nobody runs its formats.
+        PluginError: its factory failed.
+    """
+    config = run.config.model_copy(update={"quant": choice})
+    _checked_selection(config, run.registry)
+    return _Builder(config, run.registry, run.run_dir).checked_quantizer()
+
+
+def _checked_selection(config: RunConfig, registry: Registry) -> list[Selected]:
+    """The run's plugins, which can work together."""
+    selected = [Selected(kind, registry.spec(kind, choice.name)) for kind, choice in config.choices()]
+    check_capabilities(
+        selected, registry, ahead=config.engine.max_in_flight > 1, lanes=config.engine.lanes > 1
+    )
+    return selected
 
 
 class DefaultSLO:
@@ -225,6 +253,7 @@ class _Builder:
         self.limits = Limits(max_model_len=config.engine.max_model_len or self.model.max_position, **limits)
         self.truths: dict[str, Truth] = {}
         self.kernel: AttentionBackend | None = None
+        self.quantizer: Quantizer | None = None
         self.tokenizer: Tokenizer | None = None
 
     def fit(self, layout: KVLayout, capacity: Capacity, kvcache: KVCache) -> RunConfig:
@@ -240,6 +269,32 @@ class _Builder:
     def one(self, kind: str) -> Any:
         """The run's only plugin of a kind."""
         return self(kind, getattr(self.config, kind))
+
+    def checked_quantizer(self) -> Quantizer:
+        """The selected quantizer, each of whose formats somebody runs."""
+        quantizer: Quantizer = self.one("quant")
+        name, seen = self.config.quant.name if self.config.quant else "", set()
+        for site in linear_sites(self.model):
+            format = self.ask("quant", quantizer.format, site, self.model)
+            if format is None or (format, site.n, site.k) in seen:
+                continue
+            if not isinstance(format, WeightFormat):
+                raise PluginError(
+                    f"quant {name!r} gave no usable format",
+                    where=f"format() of {site.name}",
+                    why=f"it returned {format!r:.60}",
+                    do="return a WeightFormat, or None to leave the linear as it is",
+                )
+            seen.add((format, site.n, site.k))
+            refused = self.ask("quant", quantizer.refuses, format, site.n, site.k, self.hardware)
+            if refused:
+                raise CapabilityError(
+                    f"nobody runs the format {format} of quant {name!r}",
+                    where=f"{site.name}, {site.n} outputs of {site.k} inputs",
+                    why=refused,
+                    do="change the settings of quant, or choose another quantizer",
+                )
+        return quantizer
 
     def ask(self, kind: str, method: Callable[..., Any], *args: Any) -> Any:
         """Call a plugin while the run is being composed; what it raises is reported with its name."""
@@ -269,6 +324,7 @@ class _Builder:
             oracle=self.truths.__getitem__ if kind == "executor" or spec.oracle else None,
             checkpoint=self.config.model if kind == "executor" else None,
             kernel=self.kernel if kind == "executor" else None,
+            quant=self.quantizer if kind == "executor" else None,
             seed=self.config.seed,
             tokenizer=self.tokenizer,
             run_dir=self.run_dir,
@@ -379,6 +435,7 @@ def _info(
     described: dict[str, Any],
 ) -> dict[str, Any]:
     oracles = [one for one in selected if one.spec.oracle]
+    weights = executor.describe() if hasattr(executor, "describe") else {}
     return {
         "schema": INFO_SCHEMA,
         "servelab": __version__,
@@ -389,12 +446,26 @@ def _info(
         "clock": config.clock.name,
         "settings": config.settings(),
         "model": config.model.name,
-        **({"weights": executor.describe()} if hasattr(executor, "describe") else {}),
+        **({"weights": weights} if weights else {}),
         "plugins": _plugins_info(config, registry),
-        "stamps": [f"oracle: {one.spec.name}" for one in oracles] + _lane_stamps(config, selected),
+        "stamps": [
+            *(f"oracle: {one.spec.name}" for one in oracles),
+            *_lane_stamps(config, selected),
+            *([f"reference_weights: {weights.get('quantization', 'unknown')}"] if config.quant else []),
+        ],
         "kv": _kv_info(layout, capacity),
         "workload": described,
+        **({"quality": _quality_info(config, selected)} if config.quant else {}),
     }
+
+
+def _quality_info(config: RunConfig, selected: Iterable[Selected]) -> dict[str, Any]:
+    """Whether the quality of a quantized run is measured, and on what, or why not."""
+    if not config.quality.max_tokens:
+        return {"measured": False, "why": "quality.max_tokens=0"}
+    if not any("executor.quality" in one.spec.provides for one in selected):
+        return {"measured": False, "why": f"executor {config.executor.name!r} runs no model"}
+    return {"measured": True, "corpus": quality.describe()}
 
 
 def _lane_stamps(config: RunConfig, selected: Iterable[Selected]) -> list[str]:

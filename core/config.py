@@ -52,6 +52,9 @@ class ModelConfig(Section):
     path: str | None = Field(
         default=None, description="With source path: a folder in Hugging Face format, or a GGUF file."
     )
+    made_by: str | None = Field(
+        default=None, description="With source path: the command that makes it, named where it is missing."
+    )
     repo: str | None = Field(default=None, description="With source hub: the repository, OWNER/NAME.")
     revision: str | None = Field(
         default=None, description="With source hub: branch, tag or commit; null: its main branch."
@@ -156,6 +159,22 @@ class ClockConfig(Section):
     )
 
 
+class QualityConfig(Section):
+    """How quantized models are compared with the unquantized one."""
+
+    max_tokens: int = Field(
+        default=8192,
+        ge=0,
+        description="Tokens of held-out text that a quantized run reads through both models after serving, "
+        "at most; 0: quality is not measured.",
+    )
+    window: int = Field(
+        default=1024,
+        ge=2,
+        description="Tokens read at a time, none before them in sight; the model's context if that is less.",
+    )
+
+
 class RunConfig(Section):
     """Everything that decides a run. One section per kind of plugin; null: none of that kind."""
 
@@ -181,6 +200,9 @@ class RunConfig(Section):
     engine: EngineConfig = Field(default=EngineConfig(), description="Limits and checks.")
     slo: SLOConfig = Field(default=SLOConfig(), description="Default bounds of requests.")
     clock: ClockConfig = Field(default=ClockConfig(), description="Who owns time.")
+    quality: QualityConfig = Field(
+        default=QualityConfig(), description="Measurement of quality in quantized runs."
+    )
 
     def choices(self) -> list[tuple[str, Choice]]:
         """Every selected plugin as ``(kind, choice)``, in the order of ``KINDS``; observers in their own."""
@@ -252,6 +274,19 @@ def refusal(problems: list[str]) -> ConfigError:
         "\n".join([f"{count} in the configuration:", *(f"  - {p}" for p in problems)]),
         do="`servelab plugins` lists all plugins, `servelab show KIND NAME` the settings of one",
     )
+
+
+def choice_of(kind: str, value: Any, registry: Registry) -> Choice:
+    """A plugin chosen by a name, or by a mapping with its name and settings.
+
+    Raises:
+        ConfigError: every problem of it.
+    """
+    problems: list[str] = []
+    choice = _choice(kind, kind, value, registry, problems)
+    if choice is None:
+        raise refusal(problems or [f"{kind}.name: must name a plugin (got {value!r})"])
+    return choice
 
 
 def _observers(value: Any, registry: Registry, problems: list[str]) -> tuple[Choice, ...]:

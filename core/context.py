@@ -14,6 +14,7 @@ from servelab.core.request import Truth
 if TYPE_CHECKING:
     from servelab.core.config import ModelConfig
     from servelab.core.families.kernel import AttentionBackend
+    from servelab.core.families.quant import Quantizer
     from servelab.core.text import Tokenizer
 
 Oracle = Callable[[str], Truth]
@@ -37,6 +38,8 @@ class Context:
     """Given to executors: the whole ``model`` section, with where the weights are."""
     kernel: AttentionBackend | None = None
     """Given to executors: the selected backend, which has accepted the layout before ``capacity``."""
+    quant: Quantizer | None = None
+    """Given to executors: the selected quantizer, whose formats have been checked; None: unquantized."""
     seed: int = 0
     """The run's seed, for chance that must not depend on order (a request's own draws)."""
     tokenizer: Tokenizer | None = None

@@ -18,14 +18,14 @@ servelab: write an LLM-serving technique once as a plugin; run it on a real engi
                                                    needs no model and no torch
   python run.py model=local model.path=PATH        another model: a folder or a GGUF file
   python run.py model=hub model.repo=OWNER/NAME    another model: one of the Hugging Face hub
-  python run.py +scheduler=NAME workload=NAME      choose parts (kind=name and +kind=name are the same)
+  python run.py +scheduler=NAME +quant=NAME         choose parts (kind=name and +kind=name are the same)
   python run.py engine.max_batch_tokens=2048       set a field
   python run.py -m +experiment=scripted seed=0,1,2
                                                    a sweep; with hydra/launcher=joblib in parallel,
                                                    which needs: pip install -e ".[sweep]"
   python run.py plugins [KIND] [--json]            all plugins: papers, tiers, what is disabled and why
   python run.py show KIND NAME                     the settings of one plugin
-  python run.py show engine                        of a section: engine, slo, model, clock, hardware
+  python run.py show engine                        of a section: engine, slo, model, clock, hardware, quality
   python run.py -p no:PACKAGE ...                  leave an installed package out
   python run.py ... --cfg job                      show the composed configuration and stop
   python run.py --version | --hydra-help           versions; Hydra's own flags

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ContextEnded,
         ContextKept,
         Planned,
+        QualityMeasured,
         Record,
         RequestAdmitted,
         RequestArrived,
@@ -184,6 +185,10 @@ class Events:
         """The one terminal record of a request, whatever its end."""
 
     @hookspec
+    def servelab_on_quality_measured(self, record: QualityMeasured) -> None:
+        """A quantized model was compared with the unquantized one on a window more, after the serving."""
+
+    @hookspec
     def servelab_on_run_finished(self, record: RunFinished) -> None:
         """Once, last, also when the run failed or was interrupted: flush and close here."""
 
@@ -201,6 +206,7 @@ EVENT_OF_RECORD: dict[str, str] = {
     "context_kept": "servelab_on_context_kept",
     "context_ended": "servelab_on_context_ended",
     "finished": "servelab_on_request_finished",
+    "quality": "servelab_on_quality_measured",
     "run_finished": "servelab_on_run_finished",
 }
 """Record type (``ev``) -> the event hook that fires for it."""

@@ -28,6 +28,7 @@ SECTIONS = frozenset("observers" if kind == "observer" else kind for kind in KIN
     "engine",
     "slo",
     "clock",
+    "quality",
 }
 """The fields of ``RunConfig``, which is not imported: pydantic would cost ``--help`` a third of its time."""
 USUAL_OBSERVERS = ("jsonl", "progress", "report")

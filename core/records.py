@@ -202,6 +202,32 @@ class RequestFinished(Record):
     cached_tokens: int = 0
 
 
+@dataclass(slots=True, kw_only=True)
+class QualityMeasured(Record):
+    """A quantized model beside the unquantized one, over all tokens compared so far; the last record of a
+    label stands. Natural logarithms; definitions in ``core/quality.py`` and ``docs/reference/metrics.md``.
+    """
+
+    ev = "quality"
+    label: str
+    """The quantizer."""
+    tokens: int
+    """Predicted tokens compared."""
+    total: int
+    """Predicted tokens that will be compared."""
+    windows: int
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    """Share of the tokens, 0 to 1."""
+    perplexity: float
+    reference_perplexity: float
+    linear_bytes: int
+    """Of all linear layers, as this quantizer stores them."""
+    reference_linear_bytes: int
+
+
 RECORDS: dict[str, type[Record]] = {
     cls.ev: cls
     for cls in (
@@ -217,6 +243,7 @@ RECORDS: dict[str, type[Record]] = {
         ContextKept,
         ContextEnded,
         RequestFinished,
+        QualityMeasured,
         RunFinished,
     )
 }

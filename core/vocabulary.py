@@ -131,6 +131,8 @@ CAPABILITIES: dict[str, str] = {
     "executor.torch": "Runs real weights and gives real tokens.",
     "executor.sim": "Prices work only.",
     "executor.tokenizer": "Turns text into the model's token ids and back.",
+    "executor.quant": "Runs or prices quantized linear layers.",
+    "executor.quality": "Compares quantized models with the unquantized one, token by token.",
     "executor.simulated": "Takes no time of its own; the cost model says how long a launch lasts.",
 }
 """Every capability the core knows, by kind."""

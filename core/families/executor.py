@@ -6,19 +6,23 @@ never decides when: on the virtual clock the cost model prices every launch, on 
 Capabilities: ``executor.torch`` (real weights and tokens), ``executor.sim`` (prices only),
 ``executor.tokenizer`` (has an attribute ``tokenizer``, see ``core/text.py``, which the parts built after the
 executor are given in their ``Context``),
+``executor.quant`` (runs or prices quantized linears; is given the quantizer in its ``Context``),
+``executor.quality`` (has the method of ``ComparingExecutor``),
 ``executor.simulated`` (launches take no time of their own; on the wall clock the driver waits).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from servelab.core.engine.ledger import Transfer
     from servelab.core.events import Batch
+    from servelab.core.families.quant import Quantizer
     from servelab.core.layout import Capacity, KVLayout
     from servelab.core.plan import Outcome
+    from servelab.core.quality import Comparison
 
 
 class Executor(Protocol):
@@ -53,4 +57,22 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Release everything. Called once, also after errors."""
+        ...
+
+
+class ComparingExecutor(Executor, Protocol):
+    """With ``executor.quality``."""
+
+    def compare(
+        self, quantizers: Mapping[str, Quantizer], windows: Sequence[Sequence[int]]
+    ) -> Iterator[Mapping[str, Comparison]]:
+        """Each window run through the unquantized model and through each quantized one, from position 0.
+
+        Args:
+            quantizers: by label. The executor's own (``Context.quant``) is compared as it serves.
+            windows: token ids, at least 2 each, within the model's context.
+
+        Yields:
+            Per window, how every quantizer did. Called between launches, before ``close``.
+        """
         ...

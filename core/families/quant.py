@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class WeightFormat:
     """With ``act_per="block"``: share of input blocks kept at 8 bits."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.bits <= 32:
+        if not 0 < self.bits <= 64:
             raise ValueError(f"{self.bits} bits per weight")
         if self.slices and abs(sum(self.slices) - self.bits) > 1e-9:
             raise ValueError(f"slices {self.slices} do not add up to {self.bits} bits")
@@ -97,6 +98,16 @@ class WeightFormat:
     def bytes_per_weight(self) -> float:
         """Codes, scales and zeros; scales per output are not counted."""
         return self.bits / 8 + sum((s.bits + s.zero_bits) / 8 / s.group for s in self.scales if s.group)
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of a weight ``[n, k]``: codes, and every scale and zero, those per output included."""
+        levels = sum((s.bits + s.zero_bits) * (k // s.group if s.group else 1) for s in self.scales)
+        return ceil(n * (self.bits * k + levels) / 8)
+
+    def __str__(self) -> str:
+        """As papers write it: ``w4a8 g64``; the innermost group."""
+        groups = [s.group for s in self.scales if s.group]
+        return f"w{self.bits:g}a{self.act_bits}" + (f" g{groups[-1]}" if groups else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,24 +186,49 @@ class LinearOp(Protocol):
         ...
 
     def apply(self, prepared: Any) -> Any:
-        """``[tokens, n]``."""
+        """``[tokens, n]``, in the dtype of ``x``."""
         ...
 
 
 class QuantizerImpl(Protocol):
-    """The half with tensors; may import torch."""
+    """The half with tensors; may import torch. ``CalibratedImpl`` and ``TransformingImpl`` do more."""
 
-    def transform(self, graph: Any) -> None:
-        """Exact folds, in float64 where it matters; runs before those of a KV codec."""
+    def pack(self, site: LinearSite, weight: Any, bias: Any, state: Any) -> QTensor:
+        """``weight [n, k]`` in the format of its site; the same for the same arguments.
+
+        Args:
+            site: the linear.
+            weight: in the model's dtype; not to be kept, the executor lets it go.
+            bias: ``[n]`` or None.
+            state: what ``calibrate`` returned; None without calibration.
+        """
         ...
+
+    def linear(
+        self, sites: Sequence[LinearSite], tensors: Sequence[QTensor], biases: Sequence[Any], device: str
+    ) -> LinearOp:
+        """One operation for linears of one format that share their input (q, k and v; gate and up).
+
+        Its output is theirs side by side, ``[tokens, sum of n]``, in the order given. The tensors are its
+        own from then on.
+        """
+        ...
+
+
+class CalibratedImpl(QuantizerImpl, Protocol):
+    """With ``quant.calibrated`` or ``quant.gradients``."""
 
     def calibrate(self, graph: Any, batches: Iterable[Any], recorder: Recorder) -> Any:
         """The state that ``pack`` gets; depends only on its arguments and the plugin's seed."""
         ...
 
-    def pack(self, site: LinearSite, weight: Any, bias: Any, state: Any) -> QTensor: ...
 
-    def linear(self, site: LinearSite, tensor: QTensor, bias: Any, device: str) -> LinearOp: ...
+class TransformingImpl(QuantizerImpl, Protocol):
+    """With ``quant.transform``."""
+
+    def transform(self, graph: Any) -> None:
+        """Exact folds, in float64 where it matters; runs before calibration and those of a KV codec."""
+        ...
 
 
 class WeightStore(Protocol):
@@ -228,10 +264,18 @@ class Quantizer(Protocol):
         """
         ...
 
+    def refuses(self, format: WeightFormat, n: int, k: int, hardware: HardwareFacts | None) -> str | None:
+        """Why its own operation (``QuantizerImpl.linear``) cannot run this format, or None. Asked for every
+        weight when a run is composed: a format that nobody runs is refused there.
+        """
+        ...
+
     def cost(
         self, site: LinearSite, tokens: int, model: ModelFacts, hardware: HardwareFacts | None
     ) -> OpCost:
-        """``prepare`` (an even share of it, where shared) and ``apply``."""
+        """``prepare`` (an even share of it, where shared) and ``apply``, as a kernel for the format would
+        do them: packed weights are read once, nothing is unpacked to memory.
+        """
         ...
 
     def load(self) -> QuantizerImpl:

@@ -21,6 +21,7 @@ from servelab.core.metrics.definitions import (
 from servelab.core.metrics.distribution import Distribution
 from servelab.core.metrics.goodput import METRICS, Goodput, judge_all
 from servelab.core.metrics.timeline import STATES, EngineFacts, LogError, RequestFacts, Timeline
+from servelab.core.records import to_dict
 
 RESULT_SCHEMA = 1
 """Version of the result's keys; raised when one changes meaning or goes away."""
@@ -107,6 +108,7 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         **statistics_ms("queueing", queueing, options.percentiles),
         "batch": _batch(timeline.engines.values()),
         "kv": _kv(timeline),
+        "quality": _quality(timeline),
     }
     return result
 
@@ -188,6 +190,15 @@ def _run(timeline: Timeline) -> dict[str, Any]:
         "partial": status != "ok",
         "engines": len(timeline.engines),
     }
+
+
+def _quality(timeline: Timeline) -> dict[str, dict[str, float]] | None:
+    """Per quantizer, the figures of its last record; None where none was measured."""
+    left_out = {"ev", "t_ns", "engine", "label"}
+    return {
+        label: {key: value for key, value in to_dict(record).items() if key not in left_out}
+        for label, record in timeline.quality.items()
+    } or None
 
 
 def _attainment(goodput: Goodput, duration_s: float) -> dict[str, Any]:

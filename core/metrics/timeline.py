@@ -13,6 +13,7 @@ from servelab.core.errors import ServeLabError
 from servelab.core.metrics.definitions import e2el_ns, tpot_ns, ttft_ns
 from servelab.core.records import (
     Ending,
+    QualityMeasured,
     Record,
     RequestAdmitted,
     RequestArrived,
@@ -192,6 +193,8 @@ class Timeline:
         """Time of the latest record."""
         self.preemptions = 0
         self.recomputed_tokens = 0
+        self.quality: dict[str, QualityMeasured] = {}
+        """By quantizer, the latest."""
         self._feeders: dict[str, Callable[[Any], None]] = {
             RunStarted.ev: self._run_started,
             RequestArrived.ev: self._arrived,
@@ -199,6 +202,7 @@ class Timeline:
             StepDone.ev: self._step,
             RequestPreempted.ev: self._preempted,
             RequestFinished.ev: self._finished,
+            QualityMeasured.ev: self._quality,
             RunFinished.ev: self._run_finished,
         }
 
@@ -260,6 +264,9 @@ class Timeline:
         facts.ended_ns = record.t_ns
         facts.reported_tokens = record.output_tokens
         facts.cached_tokens = record.cached_tokens
+
+    def _quality(self, record: QualityMeasured) -> None:
+        self.quality[record.label] = record
 
     def _step(self, record: StepDone) -> None:
         ends = record.ends_ns

@@ -14,8 +14,12 @@ TABLE = (
         describe_model="servelab.plugins.executors.checkpoint.find:describe",
         summary="real weights and tokens on this machine's CPU",
         runs=("torch",),
-        provides=frozenset({"executor.torch", "executor.tokenizer"}),
+        provides=frozenset({"executor.torch", "executor.tokenizer", "executor.quant", "executor.quality"}),
         requires=frozenset({"workload.prompt_ids"}),
+        # needs parts of the contract that it does not run yet
+        conflicts=frozenset(
+            {"quant.calibrated", "quant.gradients", "quant.transform", "quant.nested", "quant.streams"}
+        ),
         imports=("torch", "numpy", "safetensors", "tokenizers", "jinja2"),
         tier="stable",
     ),

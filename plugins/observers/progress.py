@@ -2,6 +2,10 @@
 
 ``16/64 requests |####      | 0:21 elapsed, 412 tok/s, 9 running, 2 waiting, KV 31 %, 1 preemption``
 
+Where quality is measured after the serving, a second line follows:
+
+``quality 3,069/8,184 tokens |####      | w4a8: KL 0.0123, top-1 93.1 %``
+
 All figures are the run's own, read from its records: elapsed time and rate are of the run's clock, so on the
 virtual clock they are simulated seconds. The line goes to stderr, which leaves stdout to the report, and is
 redrawn at most ``per_second`` times a second of real time (tqdm keeps that clock). It is completed and ended
@@ -23,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from servelab.core.api import Context, hookimpl
-from servelab.core.records import Record, RunFinished, RunStarted, StepDone
+from servelab.core.records import QualityMeasured, Record, RunFinished, RunStarted, StepDone
 
 NS = 1_000_000_000
 """Nanoseconds in a second."""
@@ -35,6 +39,7 @@ COLUMNS = 100
 """Width of the line where nothing states that of the terminal."""
 
 LINE = "{n_fmt}{postfix.total} requests |{bar}| {postfix}"
+QUALITY_LINE = "quality {n_fmt}/{total_fmt} tokens |{bar}| {postfix}"
 
 
 class ProgressConfig(BaseModel):
@@ -74,6 +79,7 @@ class Progress:
     def __init__(self, config: ProgressConfig, stream: TextIO) -> None:
         self._interval_s, self._screen = 1 / config.per_second, _Screen(stream)
         self._bar: Any = None
+        self._quality: Any = None
         self._figures = _Figures()
 
     @hookimpl
@@ -92,6 +98,8 @@ class Progress:
             self._figures.preemptions += 1
         elif isinstance(record, RunStarted):
             self._open(record)
+        elif isinstance(record, QualityMeasured):
+            self._compared(record)
         elif isinstance(record, RunFinished):
             self._close(record)
 
@@ -105,21 +113,38 @@ class Progress:
         )
         self._bar = _Line(
             total=self._figures.requests,
-            file=self._screen,
-            mininterval=self._interval_s,
-            miniters=0,
-            ascii=" #",
             bar_format=LINE,
             postfix=cast("str", self._figures),  # made a text only when the line is drawn
-            **_width(self._screen),
+            **self._style(),
         )
 
+    def _style(self) -> dict[str, Any]:
+        return {
+            "file": self._screen,
+            "mininterval": self._interval_s,
+            "miniters": 0,
+            "ascii": " #",
+            **_width(self._screen),
+        }
+
+    def _compared(self, record: QualityMeasured) -> None:
+        if self._quality is None:
+            self._close(RunFinished(t_ns=record.t_ns, status="ok"))  # of the serving
+            self._quality = _Line(
+                total=record.total, bar_format=QUALITY_LINE, unit_scale=False, **self._style()
+            )
+        share = 100 * record.top1_agreement
+        text = f"{record.label}: KL {record.kl_mean:.4f}, top-1 {share:.1f} %"
+        self._quality.set_postfix_str(text, refresh=False)
+        self._quality.update(record.tokens - self._quality.n)
+
     def _close(self, record: RunFinished) -> None:
-        if self._bar is None:
-            return
-        self._figures.end = record
-        self._bar.close()
-        self._bar = None
+        if self._bar is not None:
+            self._figures.end = record
+            self._bar.close()
+        if self._quality is not None:
+            self._quality.close()
+        self._bar = self._quality = None
 
 
 class _Screen:

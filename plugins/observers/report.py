@@ -132,10 +132,12 @@ def render(result: Mapping[str, Any], percentiles: Sequence[float], folder: Path
     yield ""
     yield from _card(extra["info"])
     yield ""
-    yield from _latency_table(result, percentiles)
-    yield ""
-    yield from _totals(result)
-    yield ""
+    if extra["requests"]["arrived"] or not extra["quality"]:
+        yield from _latency_table(result, percentiles)
+        yield ""
+        yield from _totals(result)
+        yield ""
+    yield from _quality(extra)
     if folder is None:
         yield "artefacts: none, this run has no folder"
     else:
@@ -163,12 +165,23 @@ def _head(extra: Mapping[str, Any], folder: Path | None) -> Iterator[str]:
     for name, value in facts.items():
         if value is not None:
             yield from _wrapped(f"  {name:<9} {_words(value)}", " " * 12)
+    yield from _weights(info.get("weights") or {})
     for pool in (info.get("kv") or {}).get("pools") or ():
         pages, tokens, size = (pool.get(key) for key in ("pages", "page_tokens", "bytes_per_page"))
         yield (
             f"  {'kv':<9} pool {pool.get('id', '?')}: {_number(pages)} pages of {_number(tokens)} tokens, "
             f"{_number(size)} bytes each"
         )
+
+
+def _weights(weights: Mapping[str, Any]) -> Iterator[str]:
+    if "bytes" not in weights:
+        return
+    text = f"  {'weights':<9} {_mib(weights['bytes'])} MiB"
+    if linears := weights.get("linears"):
+        formats = ", ".join(f"{count} {name}" for name, count in linears["formats"].items())
+        text += f": linears {_mib(linears['dense_bytes'])} -> {_mib(linears['packed_bytes'])} MiB ({formats})"
+    yield from _wrapped(text, " " * 12)
 
 
 def _card(info: Mapping[str, Any]) -> Iterator[str]:
@@ -302,6 +315,58 @@ def _kv_row(pool: Mapping[str, Any]) -> tuple[str, str, str, str]:
     if pool["peak_use"] is not None:
         note += f" ({_percent(pool['peak_use'])}), mean {_number(pool['mean_pages'], 1)}"
     return (f"KV pool {pool['pool']}", _number(pool["peak_pages"]), "pages", note)
+
+
+def _quality(extra: Mapping[str, Any]) -> Iterator[str]:
+    """Quantized models beside the unquantized one."""
+    stated = extra["info"].get("quality")
+    if not extra["quality"]:
+        if stated is not None:
+            yield f"  quality: not measured ({stated.get('why') or 'the run ended before'})"
+            yield ""
+        return
+    figures = list(extra["quality"].values())
+    rows = [
+        (
+            "unquantized",
+            _mib(figures[0]["reference_linear_bytes"]),
+            "-",
+            "-",
+            "-",
+            _number(figures[0]["reference_perplexity"], 3),
+            _number(figures[0]["tokens"]),
+        )
+    ]
+    for label, one in extra["quality"].items():
+        tokens = _number(one["tokens"])
+        rows.append(
+            (
+                label,
+                _mib(one["linear_bytes"]),
+                _number(one["kl_mean"], 5),
+                _number(one["kl_p99"], 4),
+                _percent(one["top1_agreement"], unit=False),
+                _number(one["perplexity"], 3),
+                tokens if one["tokens"] == one["total"] else f"{tokens} of {_number(one['total'])}",
+            )
+        )
+    head = ("quality", "linears MiB", "mean KL", "p99 KL", "top-1 %", "perplexity", "tokens")
+    yield from _table(head, rows, numbers_from=1)
+    corpus = (stated or {}).get("corpus") or {}
+    origin = (extra["info"].get("weights") or {}).get("quantization")
+    note = (
+        f"KL(unquantized || quantized) in nats per token; {corpus.get('source', '?')} of Python "
+        f"{corpus.get('python', '?')}, {corpus.get('part', '?')} part; "
+        f"reference weights: {origin or 'not stated'}"
+    )
+    if origin and origin != "none":
+        note += ", already on a grid, which flatters quantizers: read as relative to it"
+    yield from _wrapped(f"  {note}", "  ")
+    yield ""
+
+
+def _mib(size: int) -> str:
+    return _number(size / 2**20, 1)
 
 
 def _number(value: float | None, digits: int = 0) -> str:

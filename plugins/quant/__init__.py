@@ -1,12 +1,76 @@
-"""Quantizers and KV codecs, one line per technique. None is in the tree so far."""
+"""Quantizers and KV codecs, one line per technique."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from servelab.core.api import PluginSpec, hookimpl
+from servelab.core.api import Paper, PluginSpec, hookimpl
 
-QUANTIZERS: tuple[PluginSpec, ...] = ()
+_WEIGHTS = frozenset({"quant.weights"})
+_BOTH = frozenset({"quant.weights", "quant.activations"})
+_NEEDS = frozenset({"executor.quant"})
+
+QUANTIZERS: tuple[PluginSpec, ...] = (
+    PluginSpec(
+        name="w8a16",
+        factory="servelab.plugins.quant.w8a16:W8A16",
+        config="servelab.plugins.quant._describe:LayersConfig",
+        summary="int8 weights with a scale per output, rounded to nearest",
+        provides=_WEIGHTS,
+        requires=_NEEDS,
+        tier="stable",
+    ),
+    PluginSpec(
+        name="w4a16",
+        factory="servelab.plugins.quant.w4a16:W4A16",
+        config="servelab.plugins.quant.w4a16:W4A16Config",
+        summary="4-bit weights in groups, rounded to nearest",
+        deviations=(
+            "Scales are in the model's 16-bit dtype, float32 for wider models; the papers' are float16.",
+            "Zeros take a byte instead of 4 bits.",
+            "The group is the first of several sizes that divides the inputs.",
+        ),
+        provides=_WEIGHTS,
+        requires=_NEEDS,
+        tier="stable",
+    ),
+    PluginSpec(
+        name="w8a8",
+        factory="servelab.plugins.quant.w8a8:W8A8",
+        config="servelab.plugins.quant._describe:LayersConfig",
+        summary="int8 weights per output, int8 activations per token, products of integers",
+        deviations=("Activations are quantized in an operation of their own, not in the norm before it.",),
+        provides=_BOTH,
+        requires=_NEEDS,
+        tier="stable",
+    ),
+    PluginSpec(
+        name="w4a8",
+        factory="servelab.plugins.quant.w4a8:W4A8",
+        config="servelab.plugins.quant._describe:GroupsConfig",
+        summary="QServe's two-level 4-bit weights and int8 activations, rounded to nearest",
+        paper=Paper(
+            title="QServe: W4A8KV4 Quantization and System Co-design for Efficient LLM Serving",
+            year=2024,
+            id="arXiv:2405.04532",
+        ),
+        deviations=(
+            "No rotation, no smoothing of block outputs, no SmoothAttention.",
+            "No reordering of channels.",
+            "Weights are rounded to nearest instead of by GPTQ.",
+            "KV is not touched: KV4 is a KV codec's.",
+            "The zero is taken before the group's scale, as the paper writes; the released configuration "
+            "takes one after it.",
+            "Outer scales are in the model's 16-bit dtype, or float32; the paper's are float16.",
+            "The group is the first of several sizes that divides the inputs.",
+            "On a CPU weights are unpacked to memory, not within the product; activations are quantized in "
+            "an operation of their own, not in the norm before it.",
+        ),
+        provides=_BOTH,
+        requires=_NEEDS,
+        tier="stable",
+    ),
+)
 KV_CODECS: tuple[PluginSpec, ...] = ()
 
 

@@ -13,6 +13,16 @@ TABLE = (
         summary="serve the workload from start to end and measure it",
         tier="stable",
     ),
+    PluginSpec(
+        name="quality",
+        factory="servelab.plugins.tasks.quality:QualityTask",
+        config="servelab.plugins.tasks.quality:QualityTaskConfig",
+        summary="compare quantizers with the unquantized model on held-out text: a table and a plot",
+        runs=("torch",),
+        requires=frozenset({"executor.quality"}),
+        imports=("matplotlib",),
+        tier="stable",
+    ),
 )
 
 

@@ -1,28 +1,25 @@
 """Bench: serve a workload from start to end and let the observers measure it. A baseline, from no paper.
 
-Mechanism: build the driver of the configured clock, announce the run, drive it, and announce its end,
-whatever the end was: every log has its ``run_finished`` record, with status ``ok``, ``interrupted`` (Ctrl-C)
-or ``failed`` and the reason. The executor is always closed.
+Mechanism: announce the run, build the driver of the configured clock, drive it, compare a quantized model
+with the unquantized one (``core/quality.py``), and announce the end, whatever it was: every log has its
+``run_finished`` record, with status ``ok``, ``interrupted`` (Ctrl-C) or ``failed`` and the reason. The
+executor is always closed.
 
 Deviations: none. Tier: stable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from servelab.core import quality
 from servelab.core.api import Context
 from servelab.core.bus import Bus
-from servelab.core.errors import PluginCallError, ServeLabError
-from servelab.core.records import RunFinished, RunStarted
+from servelab.plugins.tasks._life import announced
 
 if TYPE_CHECKING:
     from servelab.core.compose import Run
     from servelab.core.engine.driver import Driver
-
-Status = Literal["ok", "interrupted", "failed"]
 
 
 class Bench:
@@ -32,48 +29,19 @@ class Bench:
         pass
 
     def run(self, run: Run) -> None:
-        """Serve the run's workload; figures are the observers' business.
+        """Serve the run's workload; figures are the observers' business."""
+        driver: Driver | None = None
 
-        The first error is the one raised; what fails while the run is wound up is noted on it.
-        """
-        bus = driver = None
-        error: BaseException | None = None
-        try:
-            bus = Bus(run.observers)
+        def serve(bus: Bus) -> None:
+            nonlocal driver
             run.engine.plan_log = bus.listens("planned")
             run.engine.token_log = bus.asks("tokens")
             driver = _driver(run, bus)
-            bus.emit(RunStarted(t_ns=0, info=run.info))
             driver.run()
-        except BaseException as exc:
-            error = exc
-        error = _attempt(run.executor.close, "closing the executor", error)
-        if bus is not None and driver is not None:
-            status, reason = _ending(error)
-            last = RunFinished(t_ns=driver.now_ns, status=status, reason=reason)
-            error = _attempt(partial(bus.emit, last), "ending the run", error)
-        if error is not None:
-            raise error
+            if run.config.quant and run.quantizer and run.info["quality"]["measured"]:
+                quality.measure(run, {run.config.quant.name: run.quantizer}, bus.emit, driver.now_ns)
 
-
-def _attempt(action: Callable[[], None], what: str, error: BaseException | None) -> BaseException | None:
-    """Do one thing more; the error that stands afterwards."""
-    try:
-        action()
-    except Exception as exc:
-        if error is not None:
-            error.add_note(f"while {what}: {type(exc).__name__}: {exc}")
-        elif isinstance(exc, ServeLabError):
-            return exc
-        else:
-            failed = PluginCallError(
-                f"{what} raised {type(exc).__name__}: {exc}",
-                do="mend the plugin",
-                where="after the last request",
-            )
-            failed.__cause__ = exc
-            return failed
-    return error
+        announced(run, run.info, serve, lambda: driver.now_ns if driver else 0)
 
 
 def _driver(run: Run, bus: Bus) -> Driver:
@@ -92,11 +60,3 @@ def _driver(run: Run, bus: Bus) -> Driver:
     from servelab.core.engine.wall import WallDriver
 
     return WallDriver(**parts)
-
-
-def _ending(error: BaseException | None) -> tuple[Status, str]:
-    if error is None:
-        return "ok", ""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", str(error) or "keyboard interrupt"
-    return "failed", error.what if isinstance(error, ServeLabError) else f"{type(error).__name__}: {error}"

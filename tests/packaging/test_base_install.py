@@ -96,8 +96,8 @@ def test_halves_without_torch_import(base: Base, repository: Path) -> None:
         ("executor", "python", ("no_lib",), None, "run without a model: "),
         ("executor", "servelab", (), "nowhere:probe", "choose another executor: "),
         ("scheduler", "servelab", ("no_lib",), None, f"in the checkout: {INSTALL}; or choose another "),
-        ("scheduler", "python", ("no_lib",), None, "choose another scheduler: vllm_v1"),
-        ("quant", "python", ("no_lib",), None, "choose no quant"),
+        ("scheduler", "python", ("no_lib",), None, "choose another scheduler: "),
+        ("grammar", "python", ("no_lib",), None, "choose no grammar"),
     ],
 )
 def test_only_what_can_help_is_advised(

@@ -57,11 +57,12 @@ def test_looking_loads_no_plugin(args: list[str], hydra: bool, repository: Path,
 
 def test_help_lists_groups_and_examples(run_py: Command) -> None:
     text = run_py("--help").stdout
+    schedulers = next(line for line in text.splitlines() if line.startswith("  +scheduler="))
+    assert schedulers.endswith(", vllm_v1")
     for line in (
-        "+scheduler=   vllm_v1",
         "+kernel=      sdpa",
         " executor=    scripted, torch",
-        " model=       hub, local, smollm2_135m, toy",
+        " model=       hub, local, reference_5m, smollm2_135m, toy",
         "+experiment=  scripted",
         "python run.py plugins",
         "SERVELAB_TRACEBACK",
@@ -140,7 +141,7 @@ def test_show_says_where_a_model_is(run_py: Command) -> None:
     [
         (("show", "engin"), "did you mean 'engine'?"),
         (("show", "engine", "x"), "do:    servelab show engine"),
-        (("show", "scheduler"), "known: vllm_v1"),
+        (("show", "scheduler"), ", vllm_v1"),
     ],
 )
 def test_show_says_what_it_can_show(run_py: Command, args: tuple[str, ...], text: str) -> None:

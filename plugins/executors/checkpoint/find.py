@@ -102,7 +102,9 @@ def _path(model: ModelConfig) -> Path:
             why=f"the path is taken from {Path.cwd()}"
             if not path.is_absolute()
             else "no such file or folder",
-            do="name a folder with config.json and *.safetensors, or a GGUF file; or use model=hub",
+            do=f"make it: {model.made_by}"
+            if model.made_by
+            else "name a folder with config.json and *.safetensors, or a GGUF file; or use model=hub",
         )
     with path.open("rb") as file:
         start = file.read(len(MAGIC))

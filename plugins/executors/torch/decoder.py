@@ -149,6 +149,7 @@ class Decoder:
 
     def _fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         places, self._places = self._places, {}
+        self._nbytes = sum(place.nbytes for place in places.values())
         for name, tensor in tensors:
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tied):
                 continue  # written by old tools; both follow from the rest
@@ -173,6 +174,11 @@ class Decoder:
                 why=f"not found: {shown}{', ...' if len(places) > 3 else ''}",
                 do="fetch the weights again; adapters and partial checkpoints cannot be served alone",
             )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as they were loaded, before packing or quantizing."""
+        return self._nbytes
 
     def pack(self) -> None:
         """Reorder every dense weight for the CPU's matrix kernels; the plain copies are let go."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from time import perf_counter  # noqa: TID251 - how long loading took, for people
 from typing import Any
@@ -41,10 +41,14 @@ from servelab.core.engine.ledger import Transfer
 from servelab.core.engine.state import Request
 from servelab.core.events import Batch
 from servelab.core.families.kernel import AttentionImpl, BatchLayout
+from servelab.core.families.quant import Quantizer
+from servelab.core.quality import Comparison
 from servelab.core.stops import stop_check
 from servelab.plugins.executors.checkpoint.find import find
 from servelab.plugins.executors.torch.decoder import Decoder, DecoderConfig
 from servelab.plugins.executors.torch.linear import packs
+from servelab.plugins.executors.torch.quality import Reader
+from servelab.plugins.executors.torch.quantize import quantize
 from servelab.plugins.executors.torch.sampler import Row, sample
 from servelab.plugins.executors.torch.weights import tensors
 
@@ -96,19 +100,29 @@ class TorchExecutor:
             )
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        began = perf_counter()
         self._checkpoint = find(ctx.checkpoint)
-        shape = DecoderConfig.of(self._checkpoint.config)
         self.tokenizer: Tokenizer = self._checkpoint.tokenizer()
-        dtype: torch.dtype = getattr(torch, ctx.checkpoint.dtype)
-        with torch.inference_mode():
-            self.decoder = Decoder(shape, dtype, tensors(self._checkpoint))
-            self._packed = config.pack_weights and packs(dtype)
-            if self._packed:
-                self.decoder.pack()
-        took = perf_counter() - began
-        log.info("model %s loaded in %.1f s (%s)", ctx.model.name, took, ctx.checkpoint.dtype)
+        self._dtype: torch.dtype = getattr(torch, ctx.checkpoint.dtype)
+        self._packed = config.pack_weights and packs(self._dtype)
+        self.decoder, self._memory = self._load(ctx.quant)
         self._attention: AttentionImpl | None = None
+
+    @torch.inference_mode()
+    def _load(self, quantizer: Quantizer | None) -> tuple[Decoder, dict[str, Any]]:
+        """The model, and what its linears take, see ``quantize``."""
+        began, name = perf_counter(), self._ctx.model.name
+        shape = DecoderConfig.of(self._checkpoint.config)
+        decoder = Decoder(shape, self._dtype, tensors(self._checkpoint))
+        log.info("model %s loaded in %.1f s (%s)", name, perf_counter() - began, self._ctx.model.dtype)
+        memory: dict[str, Any] = {}
+        if quantizer is not None:
+            began = perf_counter()
+            memory = quantize(decoder, quantizer, self._ctx.model)
+            took, (before, after) = perf_counter() - began, (memory["dense_bytes"], memory["packed_bytes"])
+            log.info("linears of %s packed in %.1f s: %s -> %s", name, took, _mib(before), _mib(after))
+        if self._packed:
+            decoder.pack()
+        return decoder, memory
 
     def describe(self) -> dict[str, Any]:
         """Where the weights come from and how they are run, for the report."""
@@ -118,6 +132,10 @@ class TorchExecutor:
             "dtype": self._ctx.model.dtype,
             "packed": self._packed,
             "threads": torch.get_num_threads(),
+            "bytes": self.decoder.nbytes
+            - self._memory.get("dense_bytes", 0)
+            + self._memory.get("packed_bytes", 0),
+            "linears": self._memory,
         }
 
     # ------------------------------------------------------------ KV memory
@@ -134,23 +152,28 @@ class TorchExecutor:
                 why=f"this machine has {_gib(memory)} of memory",
                 do="lower executor.num_kv_pages or executor.kv_memory_mib",
             )
-        model, dtype = self._ctx.model, self.decoder.dtype
-        buffers: dict[int, dict[str, Tensor]] = {}
+        buffers = self._kv_buffers(layout, [pages] * len(layout.pools))
         for pool in layout.pools:
-            shape = (pages, pool.page_tokens, model.kv_heads, model.head_dim)
-            for layer in pool.layers:
-                buffers[layer] = {name: torch.zeros(shape, dtype=dtype) for name in pool.captures}
             held = sum(t.nbytes for layer in pool.layers for t in buffers[layer].values())
             if held != pages * pool.bytes_per_page:
                 raise PluginError(
                     f"pool {pool.id!r} states {pool.bytes_per_page} bytes per page",
-                    why=f"executor 'torch' stores a page in {held // pages} bytes of {dtype}",
+                    why=f"executor 'torch' stores a page in {held // pages} bytes of {self._dtype}",
                     do="mend the kvcache's layout()",
                 )
         self._buffers, self._layout = buffers, layout
         assert self._kernel is not None
-        self._attention = self._kernel.load(layout, model, "cpu", buffers, self.decoder.rotary)
+        self._attention = self._kernel.load(layout, self._ctx.model, "cpu", buffers, self.decoder.rotary)
         return Capacity(device_pages=(pages,) * len(layout.pools))
+
+    def _kv_buffers(self, layout: KVLayout, pages: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """Zeroed pages of every layer's captures."""
+        model, buffers = self._ctx.model, dict[int, dict[str, Tensor]]()
+        for pool, count in zip(layout.pools, pages, strict=True):
+            shape = (count, pool.page_tokens, model.kv_heads, model.head_dim)
+            for layer in pool.layers:
+                buffers[layer] = {name: torch.zeros(shape, dtype=self._dtype) for name in pool.captures}
+        return buffers
 
     def _pages(self, layout: KVLayout) -> int:
         if self.config.num_kv_pages is not None:
@@ -238,6 +261,22 @@ class TorchExecutor:
     def transfer(self, transfer: Transfer) -> None:
         raise PluginError("executor 'torch' has no host tier to move pages to", do="preempt by recompute")
 
+    # -------------------------------------------------------------- quality
+
+    def compare(
+        self, quantizers: Mapping[str, Quantizer], windows: Sequence[Sequence[int]]
+    ) -> Iterator[Mapping[str, Comparison]]:
+        own, layout = self._ctx.quant, self._layout
+        reference = self.decoder if own is None else self._load(None)[0]
+        others = {label: self.decoder if q is own else self._load(q)[0] for label, q in quantizers.items()}
+        longest = max(map(len, windows))
+        pages = [-(-longest // pool.page_tokens) for pool in layout.pools]
+        assert self._kernel is not None
+        buffers = self._kv_buffers(layout, pages)
+        reader = Reader(self._kernel, layout, self._ctx.model, buffers, reference.rotary)
+        for window in windows:
+            yield reader.compare(window, reference, others)
+
     def close(self) -> None:
         """Let go of weights and pages at once, whoever still holds the executor."""
         self._attention, self._kernel, self._buffers = None, None, {}
@@ -306,6 +345,10 @@ def _check_limits(ctx: Context) -> None:
                 why="it runs one launch at a time, each from the tokens of the one before",
                 do=f"set engine.{name}=1, or choose executor=scripted",
             )
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _gib(size: float) -> str:

@@ -1,0 +1,66 @@
+"""The linear layers of a decoder, from its shape alone: what a quantizer is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from servelab.core.facts import ModelFacts
+from servelab.core.families.quant import LinearSite, Quantizer, Role
+
+
+def linear_sites(model: ModelFacts) -> Iterator[LinearSite]:
+    """Every linear of a decoder under its Hugging Face name, layer by layer, the head last.
+
+    Linears that share their input follow one another: q, k, v; gate, up. Routers of experts are no sites.
+    """
+    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    for layer in range(model.layers):
+        name = f"model.layers.{layer}"
+        attention, norm = f"{name}.self_attn", f"{name}.input_layernorm"
+        parts: dict[Role, int] = {"q": q, "k": kv, "v": kv}
+        yield from _sharing(parts, attention, layer, model.hidden, norm)
+        yield from _sharing({"o": model.hidden}, attention, layer, q, f"{attention}.v_proj")
+        norm = f"{name}.post_attention_layernorm"
+        if not model.experts:
+            mlp = f"{name}.mlp"
+            yield from _sharing({"gate": model.ffn, "up": model.ffn}, mlp, layer, model.hidden, norm)
+            yield from _sharing({"down": model.hidden}, mlp, layer, model.ffn, f"{mlp}.up_proj")
+        for expert in range(model.experts):
+            mlp = f"{name}.mlp.experts.{expert}"
+            parts = {"expert_gate": model.ffn, "expert_up": model.ffn}
+            yield from _sharing(parts, mlp, layer, model.hidden, norm)
+            yield from _sharing({"expert_down": model.hidden}, mlp, layer, model.ffn, f"{mlp}.up_proj")
+    yield LinearSite(
+        name="lm_head", layer=-1, role="head", n=model.vocab, k=model.hidden, producer="model.norm"
+    )
+
+
+def linear_bytes(model: ModelFacts, quantizer: Quantizer | None) -> int:
+    """Bytes of the linears of all layers (the head apart, which may be tied), as a quantizer stores them;
+    None: unquantized.
+    """
+    total = 0
+    for site in linear_sites(model):
+        if site.role == "head":
+            continue
+        format = quantizer.format(site, model) if quantizer else None
+        total += format.nbytes(site.n, site.k) if format else int(site.n * site.k * model.dtype_bytes)
+    return total
+
+
+def _sharing(
+    outputs: dict[Role, int], module: str, layer: int, k: int, producer: str
+) -> Iterator[LinearSite]:
+    """Linears of one module that read one input; several are judged by the module's output."""
+    names = {role: f"{module}.{role.removeprefix('expert_')}_proj" for role in outputs}
+    for role, n in outputs.items():
+        yield LinearSite(
+            name=names[role],
+            layer=layer,
+            role=role,
+            n=n,
+            k=k,
+            producer=producer,
+            shares_input=tuple(name for other, name in names.items() if other != role),
+            inspected=module if len(names) > 1 else names[role],
+        )

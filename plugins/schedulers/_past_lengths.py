@@ -1,0 +1,59 @@
+"""The past: a sliding window of finished output lengths, and draws from it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from random import Random
+
+
+class PastLengths:
+    """The last ``window`` output lengths; at first ``window / 2`` copies of ``initial``, at least one.
+
+    Each draw takes one number of ``rng.random()``. Draws are cut at the request's own output cap.
+    """
+
+    def __init__(self, window: int, initial: int, rng: Random) -> None:
+        copies = max(1, window // 2)
+        self._recent = deque([initial] * copies, maxlen=window)
+        self._sorted = [initial] * copies
+        self._random = rng.random
+        self.window = window
+        self.seen = 0
+        """Lengths recorded so far."""
+
+    def record(self, length: int) -> None:
+        """A request has finished with this output length; the oldest entry of a full window goes."""
+        if len(self._recent) == self.window:
+            del self._sorted[bisect_left(self._sorted, self._recent[0])]
+        self._recent.append(length)
+        insort(self._sorted, length)
+        self.seen += 1
+
+    def draw(self, cap: int) -> int:
+        """The output length of a request that has produced nothing: one entry, uniformly."""
+        lengths = self._sorted
+        return min(lengths[int(self._random() * len(lengths))], cap)
+
+    def draw_longer(self, produced: int, cap: int, n: int) -> list[int]:
+        """``n`` draws of the output length of a request that has produced some of it.
+
+        Interpolates between neighbours of [produced] + {h > produced} + [cap, if larger than the last].
+        """
+        lengths, random = self._sorted, self._random
+        first = bisect_right(lengths, produced)
+        longer = len(lengths) - first
+        gaps = longer + (cap > (lengths[-1] if longer else produced))
+        drawn = []
+        for _ in range(n):
+            u = random() * gaps
+            k = int(u)
+            left = lengths[first + k - 1] if k else produced
+            right = lengths[first + k] if k < longer else cap
+            length = round(left + (right - left) * (u - k))
+            drawn.append(length if length < cap else cap)
+        return drawn
+
+    def describe(self) -> str:
+        """How much of the window is history, for the plan log."""
+        return f"{min(self.seen, self.window)} of {self.window} lengths known"
