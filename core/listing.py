@@ -25,6 +25,7 @@ SECTIONS = {
     "model": "ModelConfig",
     "clock": "ClockConfig",
     "hardware": "HardwareConfig",
+    "quality": "QualityConfig",
 }
 """Sections of our own and their models in ``core/config.py``, which only ``show`` imports."""
 WIDTH = 100

@@ -17,16 +17,16 @@ multiplies it with int8 activations (per token, as ``w8a8``), sums in int32, and
 end. Rounding s2 loses range in narrow groups: in one that holds 0, w8 comes back off by 14 at worst. Groups
 on one side of 0 are clamped and lose more. Both are QoQ's own.
 
-Storage: codes uint8 ``[k / 2, n]`` (packing ``halves``: the byte at ``j`` holds inputs ``j`` and
-``j + k / 2``), s1 ``[n]``, s2 and z int8 ``[k / g, n]``.
+Storage: codes uint8 ``[n, k / 2]`` (packing ``rows``: byte ``[row, j]`` holds inputs ``j`` and ``j + k / 2``),
+s1 ``[n]``, s2 and z int8 ``[n, k / g]``.
 
 Deviations: 1. No rotation of block inputs, smoothing of block outputs or SmoothAttention. 2. No reordering
 of channels. 3. Weights are rounded to nearest instead of by GPTQ. 4. KV is not touched (KV4 is a codec's).
 5. The zero is taken before s2, as the paper writes; the released g128 configuration takes one after it.
 6. s1 is in the model's 16-bit dtype (bfloat16 here, float16 there), float32 for wider models. 7. The group
 is the first of several sizes that divides the inputs. 8. On a CPU weights are unpacked to memory that all
-layers share, by int8 operations, not within the product; activations are quantized in an operation of
-their own, not in the norm before it.
+layers share, not within the product (with the paper's register-level parallelism: one multiplication scales
+four codes); activations are quantized in an operation of their own, not in the norm before it.
 
 Faithful when: (1) ``(w4 - z) s2`` is in -128..127 for any weights; (2) the accumulator equals that of fake
 quantization, bit by bit; (3) the worst error of w8 over all ranges within +-119 that hold 0 is 14.

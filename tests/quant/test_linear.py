@@ -167,7 +167,7 @@ def test_integer_path_equals_fake_quantization(name: str) -> None:
     weight = torch.cat([dequantized(t) / t.scales[0].double()[:, None] for t in tensors])
     scale = torch.cat([t.scales[0] for t in tensors])
     faked = (as_quantized(x) / tokens.scale.double()).round() @ weight.round().t()  # exact below 2^53
-    codes = torch.cat([t.codes[0] for t in tensors]).t() if name == "w8a8" else op.weight().clone()
+    codes = (torch.cat([t.codes[0] for t in tensors]) if name == "w8a8" else op.weight().clone()).t()
     sums = integer_product(tokens.codes, codes, torch.empty(20, sum(SIZES), dtype=torch.int32))
     assert torch.equal(sums.double(), faked)
     assert torch.equal(op.apply(tokens), faked.float() * tokens.scale * scale)

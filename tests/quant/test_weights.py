@@ -92,11 +92,11 @@ def test_groups_by_hand() -> None:
     weight = torch.tensor([[-1.0, 0.0, 2.0, 0.44, 0.3, 0.1, 0.2, 1.5]])
     t = packed("w4a16", weight, group_size=4)
     # -1..2: s = 3 / 15, z = 5; then only positive: s = 1.4 / 15, z = 0, and 1.5 is above 15 s
-    assert nibbles(t.codes[0]).tolist() == [[0, 5, 15, 7, 3, 1, 2, 15]]
+    assert nibbles(t).tolist() == [[0, 5, 15, 7, 3, 1, 2, 15]]
     assert t.zeros[0].tolist() == [[5], [0]]
     assert t.scales[0].flatten().tolist() == pytest.approx([0.2, 1.4 / 15])
     t = packed("w4a16", torch.tensor([[0.7, -0.7, 0.12, -0.38]]), group_size=4, symmetric=True)
-    assert nibbles(t.codes[0]).tolist() == [[15, 1, 9, 4]] and t.zeros == ()
+    assert nibbles(t).tolist() == [[15, 1, 9, 4]] and t.zeros == ()
     assert t.scales[0].item() == pytest.approx(0.1)
 
 
@@ -106,7 +106,7 @@ def test_groups_follow_the_formula(group: int, dtype: torch.dtype) -> None:
     n, k = 10, 128
     weight = weights(n, k, dtype)
     t = packed("w4a16", weight, group_size=group)
-    codes, zero, step = nibbles(t.codes[0]), per_input(t.zeros[0], k), per_input(t.scales[0], k)
+    codes, zero, step = nibbles(t), per_input(t.zeros[0], k), per_input(t.scales[0], k)
     assert codes.min() >= 0 and codes.max() <= 15 and zero.min() >= 0 and zero.max() <= 15
     assert t.scales[0].dtype == (dtype if dtype.itemsize == 2 else torch.float32)
     grouped = weight.double().view(n, -1, group)
@@ -138,7 +138,7 @@ def test_symmetric_groups(dtype: torch.dtype) -> None:
     weight = weights(10, 128, dtype)
     weight[2] = 0
     t = packed("w4a16", weight, group_size=32, symmetric=True)
-    codes, step = nibbles(t.codes[0]) - 8, per_input(t.scales[0], 128)
+    codes, step = nibbles(t) - 8, per_input(t.scales[0], 128)
     assert codes.min() >= -8 and codes.max() <= 7
     assert ((codes - (weight.double() / step).clamp(-8, 7)).abs() <= 0.5 + 1e-4).all()
     absmax = weight.double().view(10, 4, 32).abs().amax(2).repeat_interleave(32, 1)
@@ -180,7 +180,7 @@ def decoded(codes: Tensor, group: int) -> Tensor:
     assert small.min() >= 0 and small.max() <= 15 and zero.min() >= 0 and zero.max() <= 15
     assert scale.min() >= 1
     k = codes.shape[1]
-    return ((small - per_input(zero, k)) * per_input(scale, k)).long()
+    return ((small - per_input(zero.t(), k)) * per_input(scale.t(), k)).long()
 
 
 def test_two_levels_by_hand() -> None:
@@ -189,7 +189,7 @@ def test_two_levels_by_hand() -> None:
     # s1 = 59.5 / 119; groups: 238 / 15 -> 16, 119 / 16 -> 7; 9 / 15 -> 1, 2; 50 / 15 -> 3, below 0 -> 0
     assert t.scales[0].tolist() == [0.5]
     assert t.scales[1].flatten().tolist() == [16, 1, 3] and t.zeros[0].flatten().tolist() == [7, 2, 0]
-    assert nibbles(t.codes[0]).tolist() == [[0, 8, 7, 14, 5, 7, 0, 9, 15, 15, 15, 15]]
+    assert nibbles(t).tolist() == [[0, 8, 7, 14, 5, 7, 0, 9, 15, 15, 15, 15]]
     assert (dequantized(t) * 2).tolist() == [[-112, 16, 0, 112, 3, 5, -2, 7, 45, 45, 45, 45]]
     assert {part.dtype for part in (t.scales[1], t.zeros[0])} == {torch.int8}
 
@@ -223,7 +223,15 @@ def test_any_weights_decode_to_int8(groups: list[list[float]], dtype: torch.dtyp
     op, (t,) = made("w4a8", [weight], group_size=4)
     whole = dequantized(t) / t.scales[0].double()[:, None]
     assert whole.min() >= -128 and whole.max() <= 127
-    assert torch.equal(op.weight().t().double(), whole)  # int8 arithmetic did not wrap
+    assert torch.equal(op.weight().double(), whole)  # nothing carried into a neighbour
+
+
+@pytest.mark.parametrize(("k", "group"), [(96, 32), (36, 12), (24, 4), (12, 6), (4, 2), (32, 2), (576, 64)])
+def test_codes_are_scaled_several_at_a_time_as_one_by_one(k: int, group: int) -> None:
+    """Halves and groups that eight or four codes at a time divide, and those that they do not."""
+    weight = weights(6, k)
+    op, (t,) = made("w4a8", [weight], group_size=group)
+    assert torch.equal(op.weight().double(), (dequantized(t) / t.scales[0].double()[:, None]).round())
 
 
 @each_dtype

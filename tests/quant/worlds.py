@@ -87,9 +87,12 @@ def run(op: Any, x: Tensor) -> Tensor:
     return y
 
 
-def nibbles(packed: Tensor) -> Tensor:
-    """Codes ``[n, k]`` of packing ``halves``."""
-    return torch.cat([packed.long() % 16, packed.long() // 16]).t()
+def nibbles(t: QTensor) -> Tensor:
+    """Codes ``[n, k]`` of packing ``halves`` or ``rows``."""
+    packed = t.codes[0].long()
+    if t.packing == "halves":
+        return torch.cat([packed % 16, packed // 16]).t()
+    return torch.cat([packed % 16, packed // 16], 1)
 
 
 def per_input(t: Tensor, k: int) -> Tensor:
@@ -102,7 +105,8 @@ def dequantized(t: QTensor) -> Tensor:
     n, k = t.shape
     if t.packing == "canonical":
         return t.codes[0].double() * t.scales[0].double()[:, None]
-    codes = nibbles(t.codes[0]).double()
-    zero = per_input(t.zeros[0], k) if t.zeros else torch.full((n, k), 8.0)
-    codes = (codes - zero) * per_input(t.scales[-1], k)
+    codes, rows = nibbles(t).double(), t.packing == "rows"
+    scale, *zeros = (part.t() if rows else part for part in (t.scales[-1], *t.zeros))
+    zero = per_input(zeros[0], k) if zeros else torch.full((n, k), 8.0)
+    codes = (codes - zero) * per_input(scale, k)
     return codes * t.scales[0].double()[:, None] if len(t.scales) == 2 else codes
