@@ -17,7 +17,7 @@ multiplies it with int8 activations (per token, as ``w8a8``), sums in int32, and
 end. Rounding s2 loses range in narrow groups: in one that holds 0, w8 comes back off by 14 at worst. Groups
 on one side of 0 are clamped and lose more. Both are QoQ's own.
 
-Storage: codes uint8 ``[n, k / 2]`` (packing ``rows``: byte ``[row, j]`` holds inputs ``j`` and ``j + k / 2``),
+Storage: codes uint8 ``[n, k / 2]`` (packing ``rows``: byte ``[row, j]`` has inputs ``j`` and ``j + k / 2``),
 s1 ``[n]``, s2 and z int8 ``[n, k / g]``.
 
 Deviations: 1. No rotation of block inputs, smoothing of block outputs or SmoothAttention. 2. No reordering
