@@ -360,7 +360,7 @@ def _quality(extra: Mapping[str, Any]) -> Iterator[str]:
         f"reference weights: {origin or 'not stated'}"
     )
     if origin and origin != "none":
-        note += ", already on a grid, which flatters quantizers: read as relative to it"
+        note += ", already on a grid, which may flatter quantizers: read as relative to it"
     yield from _wrapped(f"  {note}", "  ")
     yield ""
 
