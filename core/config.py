@@ -98,14 +98,14 @@ class ModelConfig(Section):
         description="Per layer, the sliding window in tokens or null for full attention; empty: all full.",
     )
     experts: int | None = Field(default=None, ge=0, description="Experts per layer; 0: a dense model.")
-    experts_per_token: int | None = Field(
-        default=None, ge=0, description="Experts each token runs through."
-    )
+    experts_per_token: int | None = Field(default=None, ge=0, description="Experts each token runs through.")
     dense_layers: tuple[int, ...] | None = Field(
         default=None, description="Layers without experts in a model of experts, counted from 0."
     )
     dense_ffn: int | None = Field(
-        default=None, ge=0, description="Inner width of the feed-forward network of these layers, in elements."
+        default=None,
+        ge=0,
+        description="Inner width of the feed-forward network of these layers, in elements.",
     )
 
     @model_validator(mode="after")

@@ -129,7 +129,7 @@ def _write_gguf(
     quantize: str = "F32",
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """The model as llama.cpp's converter writes it: its names, its order of rows in q and k (Llama's alone), its
+    """The model as llama.cpp's converter writes it: its names, for Llama its order of rows in q and k, its
     metadata.
     """
     import gguf

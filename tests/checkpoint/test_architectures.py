@@ -6,9 +6,8 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
-
 from tests.checkpoint import family_table
+from transformers import LlamaConfig
 
 from servelab.plugins.executors.checkpoint.architectures import ARCHITECTURES, checked, of_gguf, shape
 from servelab.plugins.executors.checkpoint.errors import ModelError
@@ -196,7 +195,9 @@ def test_fields_left_out_are_what_transformers_takes(name: str) -> None:
     assert config.model_type == ARCHITECTURES[name].model_type
     if name.startswith("Gemma3"):
         assert ours["query_scalar"] == config.query_pre_attn_scalar
-        both = [config.rope_parameters[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")]
+        both = [
+            config.rope_parameters[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")
+        ]
         assert [ours["rope"]["theta"], ours["local_rope"]["theta"]] == both
     else:
         assert ours["rope"]["theta"] == config.rope_parameters["rope_theta"]
@@ -217,7 +218,11 @@ WINDOWS: list[tuple[str, dict[str, Any], tuple[int | None, ...]]] = [
     ("MistralForCausalLM", {"sliding_window": None}, ()),
     ("Qwen2ForCausalLM", SLIDES, ()),
     ("Qwen2ForCausalLM", {**SLIDES, "use_sliding_window": True}, ()),
-    ("Qwen2ForCausalLM", {**SLIDES, "use_sliding_window": True, "max_window_layers": 5}, (None,) * 5 + (5, 5)),
+    (
+        "Qwen2ForCausalLM",
+        {**SLIDES, "use_sliding_window": True, "max_window_layers": 5},
+        (None,) * 5 + (5, 5),
+    ),
     ("Qwen2ForCausalLM", {**SLIDES, "use_sliding_window": True, "sliding_window": None}, ()),
     (
         "Qwen3ForCausalLM",
@@ -244,7 +249,9 @@ def test_windows_are_in_the_layers_that_have_them(
     assert shape(config).get("windows", ()) == expected
     kinds = getattr(theirs(name, **deepcopy(fields)), "layer_types", None)
     if kinds is not None:
-        assert [kind == "sliding_attention" for kind in kinds] == [w is not None for w in expected or [None] * len(kinds)]
+        assert [kind == "sliding_attention" for kind in kinds] == [
+            w is not None for w in expected or [None] * len(kinds)
+        ]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +274,9 @@ def test_layers_without_experts(fields: dict[str, Any], dense: tuple[int, ...]) 
 
 def test_old_gemma_files_state_their_rope_otherwise() -> None:
     scaling = {"rope_type": "linear", "factor": 8.0}
-    old = checked(config_of("Gemma3ForCausalLM", rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=scaling), "c")
+    old = checked(
+        config_of("Gemma3ForCausalLM", rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=scaling), "c"
+    )
     by_kind = {
         "full_attention": {**scaling, "rope_theta": 5e5},
         "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},

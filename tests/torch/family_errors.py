@@ -1,7 +1,7 @@
 """How far each family's logits are from transformers', as docs/reference/model_families.md states it.
 
-``python tests/torch/family_errors.py --write`` measures and puts the table in place. The numbers vary a little
-with the processor; the tests hold them to 1e-9 and 1e-4 of the largest logit.
+``python -m tests.torch.family_errors --write`` measures and puts the table in place. The numbers vary a
+little with the processor; the tests hold them to 1e-9 and 1e-4 of the largest logit.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 from tests.torch.models import FAMILIES, decoder, exact, family
 from tests.torch.sessions import LENGTH, Session, answer, ids_of
 
-PAGE = ROOT / "docs" / "reference" / "model_families.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "model_families.md"
 CHUNKS = (0, 37, 38, 77, 140, *range(141, LENGTH + 1))
 """Where the prompt is cut: chunks, then one token at a time."""
 
@@ -37,7 +34,7 @@ class Measured:
 
 
 def measured(name: str, dtype: torch.dtype) -> Measured:
-    """One prompt of ``LENGTH`` tokens in ``CHUNKS`` over scattered pages of 4, against transformers at once."""
+    """One prompt of ``LENGTH`` tokens in ``CHUNKS`` over scattered pages of 4, against all of it at once."""
     model = family(name)
     if dtype is torch.float64:
         model, d = exact(model)
@@ -45,7 +42,7 @@ def measured(name: str, dtype: torch.dtype) -> Measured:
         d = decoder(model, dtype)
     ids, session = ids_of(LENGTH), Session(d)
     expected = answer(model, ids)
-    parts = [session.logits((0, ids[a:b]))[0] for a, b in zip(CHUNKS, CHUNKS[1:], strict=False)]
+    parts = [session.logits((0, ids[a:b]))[0] for a, b in pairwise(CHUNKS)]
     got = torch.cat(parts)
     assert got.dtype == expected.dtype == dtype and expected.std() > 0.1
     return Measured(float((got - expected).abs().max()), float(expected.abs().max()))

@@ -114,8 +114,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Tiny models of every family but Llama: transformers' prefix, and settings beside ``TINY``. Windows are shorter
-than the prompts of tests."""
+"""Tiny models of every family but Llama: transformers' prefix, and settings beside ``TINY``. Windows are
+shorter than the prompts of tests."""
 
 
 def family(name: str, seed: int = 0, **changes: Any) -> Any:
@@ -165,7 +165,7 @@ def facts(d: Decoder, windows: tuple[int | None, ...] = ()) -> ModelFacts:
         name="tiny",
         **{name: getattr(c, name) for name in (*names, "experts", "experts_per_token")},
         ffn=c.expert_ffn or c.ffn,
-        dense_layers=tuple(c.dense_layers),
+        dense_layers=tuple(sorted(c.dense_layers)),
         dense_ffn=c.ffn if c.dense_layers else 0,
         dtype_bytes=d.dtype.itemsize,
         windows=windows or c.windows,
@@ -210,8 +210,8 @@ def rows(*items: tuple[int, int, list[int]]) -> BatchLayout:
 def widen(model: Any) -> Any:
     """The model with every computation in float64.
 
-    transformers computes norms, rotations, routers and eager softmax in float32 whatever the model's dtype; these
-    are replaced by the same formulas in float64, its own float32 frequencies kept.
+    transformers computes norms, rotations, routers and eager softmax in float32 whatever the model's dtype;
+    these are replaced by the same formulas in float64, its own float32 frequencies kept.
     """
     model = model.double()
     model.set_attn_implementation("sdpa")  # its softmax keeps float64

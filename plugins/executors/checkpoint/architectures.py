@@ -121,9 +121,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Gemma3ForCausalLM": Architecture(
         model_type="gemma3_text",
-        adds="sliding and full layers in turn, each kind with a RoPE base of its own; norms of 1 + weight, four in "
-        "a layer; a norm on each head's queries and keys; scaled embeddings; GELU (tanh); a scale of attention "
-        "of its own",
+        adds="sliding and full layers in turn, each kind with a RoPE base of its own; norms of 1 + weight, "
+        "four in a layer; a norm on each head's queries and keys; scaled embeddings; GELU (tanh); a scale of "
+        "attention of its own",
         defaults={
             "num_key_value_heads": 4,
             "head_dim": 256,
@@ -150,7 +150,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "MixtralForCausalLM": Architecture(
         model_type="mixtral",
-        adds="experts in every layer, their weights normalized over those chosen; a sliding window as in Mistral",
+        adds="experts in every layer, their weights normalized over those chosen; a window as in Mistral",
         defaults={
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
@@ -165,8 +165,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Qwen3MoeForCausalLM": Architecture(
         model_type="qwen3_moe",
-        adds="experts, in every layer or in some; a norm on each head's queries and keys; a sliding window in every "
-        "layer, where switched on",
+        adds="experts, in every layer or in some; a norm on each head's queries and keys; a sliding window "
+        "in every layer, where switched on",
         defaults={
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
@@ -287,7 +287,11 @@ def of_gguf(architecture: object, where: str) -> str:
     if architecture in known:
         return known[str(architecture)]
     met = str(architecture)
-    folders = [name for name, row in ARCHITECTURES.items() if met == row.model_type.removesuffix("_text").replace("_", "")]
+    folders = [
+        name
+        for name, row in ARCHITECTURES.items()
+        if met == row.model_type.removesuffix("_text").replace("_", "")
+    ]
     raise ModelError(
         f"the architecture {architecture!r} is not supported as GGUF",
         where=where,

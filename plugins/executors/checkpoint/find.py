@@ -124,8 +124,9 @@ def _path(model: ModelConfig) -> Path:
 def _agrees(model: ModelConfig, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
     """Raise where the settings state another shape than the files; a shorter ``max_position`` is a limit."""
     files = {**MODEL_KINDS, **shape(config)}
-    # what a section states in part must say what it leaves out: nothing is read into a shape that is stated
-    stated = {**MODEL_KINDS, **model.model_dump(include={*SHAPE, *MODEL_KINDS}, exclude_none=True)}
+    # nothing is read into a shape that is stated: windows and experts that it leaves out are none
+    stated = {} if model.unstated() else dict(MODEL_KINDS)
+    stated |= model.model_dump(include={*SHAPE, *MODEL_KINDS}, exclude_none=True)
     wrong = [
         f"model.{name} is {stated[name]}, the files say {files[name]}"
         for name in stated

@@ -30,15 +30,18 @@ _DEFAULT_THETA = 10000.0
 def ropes_by_kind(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """``rope`` of full layers and of those with a window, where each kind turns by angles of its own.
 
-    transformers 5 writes ``rope_parameters`` by kind of layer; older ones ``rope_theta`` with ``rope_scaling``
-    for full layers, ``rope_local_base_freq`` for the others.
+    transformers 5 writes ``rope_parameters`` by kind of layer; older ones ``rope_theta`` with
+    ``rope_scaling`` for full layers, ``rope_local_base_freq`` for the others.
     """
     kinds = {FULL: config["rope_theta"], SLIDING: config["rope_local_base_freq"]}
     given = config.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or set(given) - set(kinds):
         raise _refused(where, f"rope_parameters are not by kind of layer ({', '.join(kinds)}): {given!r}")
     full, local = (
-        rope({**config, "rope_theta": theta, "rope_parameters": given.get(kind), "rope_scaling": scaling}, where)
+        rope(
+            {**config, "rope_theta": theta, "rope_parameters": given.get(kind), "rope_scaling": scaling},
+            where,
+        )
         for (kind, theta), scaling in zip(kinds.items(), (config.get("rope_scaling"), None), strict=True)
     )
     return full, local

@@ -6,7 +6,7 @@ layer's input can be watched or replaced, and a range of layers can be run by it
 techniques attach. There is no module tree: a layer is a record of its operations. Families differ in
 ``DecoderConfig`` alone; none is named here.
 
-Source: LLaMA (arXiv 2302.13971), with grouped queries as in Llama 2 (arXiv 2307.09288). What other families add:
+Source: LLaMA (arXiv 2302.13971), with grouped queries as in Llama 2 (arXiv 2307.09288). What others add:
 Mistral 7B (arXiv 2310.06825), Mixtral (arXiv 2401.04088), Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388),
 Gemma 3 (arXiv 2503.19786).
 """
@@ -113,7 +113,9 @@ class Decoder:
             layer.q_norm = self._norm_weight(places, f"{attention}.q_norm", c.head_dim)
             layer.k_norm = self._norm_weight(places, f"{attention}.k_norm", c.head_dim)
         if c.post_norms:
-            layer.attention_post_norm = self._norm_weight(places, f"{name}.post_attention_layernorm", c.hidden)
+            layer.attention_post_norm = self._norm_weight(
+                places, f"{name}.post_attention_layernorm", c.hidden
+            )
             layer.mlp_post_norm = self._norm_weight(places, f"{name}.post_feedforward_layernorm", c.hidden)
         return layer
 

@@ -3,8 +3,8 @@
 Source: Mixtral of Experts (arXiv 2401.04088); Qwen3 (arXiv 2505.09388). The tokens of one expert go through
 it together, one product for each linear of every expert that has tokens.
 
-Deviation: the router's probabilities and the sum over a token's experts stay in float32 or wider; transformers
-rounds them to the model's dtype on the way, where that is narrower.
+Deviation: the router's probabilities and the sum over a token's experts stay in float32 or wider, where
+transformers rounds to the model's dtype on the way.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 def by_expert(tensors: Iterable[tuple[str, Tensor]], config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint with those of experts one by one, ``mlp.experts.E.gate_proj.weight``.
 
-    Checkpoints name them so (Qwen3-MoE), as ``block_sparse_moe.experts.E.w1.weight`` (Mixtral: w1 gate, w2 down,
-    w3 up), or hold those of all experts in one tensor, ``mlp.experts.gate_up_proj`` and ``.down_proj``.
+    Checkpoints name them so (Qwen3-MoE), as ``block_sparse_moe.experts.E.w1.weight`` (Mixtral: w1 gate, w2
+    down, w3 up), or hold those of all experts in one tensor, ``mlp.experts.gate_up_proj`` and ``.down_proj``.
 
     Raises:
         ModelError: a tensor of all experts has another shape.

@@ -23,9 +23,7 @@ class Places:
         self._places: dict[str, tuple[Tensor, float]] = {}
         self.nbytes = 0
 
-    def tensor(
-        self, name: str, *shape: int, dtype: torch.dtype | None = None, plus: float = 0.0
-    ) -> Tensor:
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None, plus: float = 0.0) -> Tensor:
         """Room for one tensor, to which ``plus`` is added."""
         place = torch.empty(shape, dtype=dtype or self._dtype)
         self._put(name, place, plus)
