@@ -98,7 +98,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 40,
             "norm_topk_prob": True,
-            "mlp_only_layers": [1],
+            "mlp_only_layers": [0],
         },
     ),
     "qwen3_moe, every second layer": (

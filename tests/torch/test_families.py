@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ def test_chunks_and_company_change_nothing(name: str) -> None:
             assert apart(got, alone[r][first:end]) < 1e-12
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+DENSE = [name for name in FAMILIES if name not in MIXED]
+
+
+@pytest.mark.parametrize("name", DENSE)
 def test_bfloat16_is_as_near_to_the_wide_model_as_transformers_is(name: str) -> None:
     model = family(name)
     ids = ids_of(40)
@@ -85,9 +89,20 @@ def test_bfloat16_is_as_near_to_the_wide_model_as_transformers_is(name: str) -> 
     (got,) = Session(decoder(model, torch.bfloat16)).logits((0, ids))
     theirs = answer(model, ids)
     assert got.dtype == torch.bfloat16
-    # a router in bfloat16 may choose another expert for a token, in either: medians over tokens
-    ours, others = ((x - wide).square().mean(-1).median() for x in (got, theirs))
-    assert ours < 2 * others
+    assert (got - wide).square().mean() < 1.5 * (theirs - wide).square().mean()
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_bfloat16_experts_are_those_of_transformers_but_for_roundings(name: str) -> None:
+    """Layer by layer: a router that sees another rounding may choose other experts, and so on from there."""
+    model = family(name).bfloat16()
+    d = decoder(model, torch.bfloat16)
+    torch.manual_seed(0)
+    x = torch.randn(1, 50, d.config.hidden).bfloat16()
+    for ours, layer in zip(d.layers, model.model.layers, strict=True):
+        with torch.no_grad():
+            theirs = layer.mlp(x)[0]
+        assert (ours.mlp(x[0]) - theirs).abs().max() < 2**-6 * theirs.abs().max()
 
 
 def test_embeddings_are_scaled_with_the_models_own_rounding() -> None:
@@ -164,12 +179,12 @@ def test_every_missing_or_misshapen_tensor_is_named(name: str, form: Any) -> Non
         for wrong in (state[key][:-1], state[key].repeat_interleave(2, -1)):
             with pytest.raises(ModelError, match="it must be"):
                 load(model, {**state, key: wrong})
-    with pytest.raises(ModelError, match=r"not found: model\.layers\.2\.mlp\.experts\.4\.up_proj\.weight"):
+    with pytest.raises(ModelError, match=r"not found: model\.layers\.1\.mlp\.experts\.4\.up_proj\.weight"):
         key = next(
-            k for k in one_by_one(model) if ".2." in k and ".experts.4." in k and k.split(".")[-2] in UP
+            k for k in one_by_one(model) if ".1." in k and ".experts.4." in k and k.split(".")[-2] in UP
         )
         load(model, {k: t for k, t in one_by_one(model).items() if k != key})
-    extra = {**state, "model.layers.2.mlp.experts.9.up_proj.weight": torch.zeros(80, 48)}
+    extra = {**state, "model.layers.1.mlp.experts.9.up_proj.weight": torch.zeros(80, 48)}
     with pytest.raises(ModelError, match=r"experts\.9\.up_proj\.weight'.*no place for"):
         load(model, extra)
 
@@ -177,7 +192,7 @@ def test_every_missing_or_misshapen_tensor_is_named(name: str, form: Any) -> Non
 UP = ("up_proj", "w3")
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in MIXED])
+@pytest.mark.parametrize("name", DENSE)
 def test_every_missing_tensor_of_a_dense_family_is_named(name: str) -> None:
     model = family(name)
     state = dict(model.state_dict())
@@ -250,16 +265,16 @@ def test_an_expert_runs_once_and_only_if_it_has_tokens() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sites_are_the_linears_of_the_checkpoint(name: str) -> None:
     model = family(name)
-    linears = {k: t for k, t in one_by_one(model).items() if k.endswith("proj.weight") or ".w" in k}
+    linears = {k: t for k, t in one_by_one(model).items() if re.search(r"(_proj|\.w[123])\.weight$", k)}
     sites = [site for site in linear_sites(facts(decoder(model, torch.float32))) if site.role != "head"]
     shapes = sorted((site.layer, site.n, site.k) for site in sites)
     assert shapes == sorted((int(k.split(".")[2]), *t.shape) for k, t in linears.items())
-    if "w1" not in "".join(linears):
+    if not any(".w1." in key for key in linears):
         assert {f"{site.name}.weight" for site in sites} == set(linears)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("left_out", [(), ("k", "up", "expert_up"), ("o", "down", "expert_gate")])
+@pytest.mark.parametrize("left_out", [(), ("k", "up", "expert_up"), ("v", "gate", "expert_gate")])
 def test_packed_weights_kept_as_they_are_change_nothing(name: str, left_out: tuple[str, ...]) -> None:
     model = family(name)
     plain, d = decoder(model, torch.float64), decoder(model, torch.float64)
@@ -278,7 +293,7 @@ def test_each_linear_gets_its_own_weight(name: str) -> None:
     """Every third weight halved in the packed model, and in the checkpoint, are the same model."""
     model = family(name)
     d = decoder(model, torch.float64)
-    chosen = {site.name for site in list(linear_sites(facts(d)))[::3]}
+    chosen = {site.name for site in list(linear_sites(facts(d)))[:-1:3]}
 
     class Halves(Plain):
         def pack(self, site: Any, weight: Tensor, bias: Any, state: Any) -> Any:
