@@ -123,6 +123,7 @@ def test_biases_are_kept_for_the_decoder() -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "-1.0; a positive number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"hidden_size": 66}, "66 is no multiple of 4 heads"),
         ({"num_key_value_heads": 3}, "do(es)? not divide"),
@@ -168,6 +169,10 @@ def config_of(name: str, **fields: Any) -> dict[str, Any]:
     """A config.json of the family that states as little as it can."""
     model_type = ARCHITECTURES[name].model_type
     least = {k: v for k, v in BASE.items() if k != "max_position_embeddings"}
+    least |= {
+        "hidden_size": 512,
+        "num_attention_heads": 32,
+    }  # as many as the defaults of key-value heads divide
     return {**least, "architectures": [name], "model_type": model_type, **fields}
 
 

@@ -185,6 +185,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 """By the class name in ``architectures`` of config.json."""
 
 FAMILIES_PAGE = "docs/reference/model_families.md"
+_MOST_LAYERS = 10_000
+"""A damaged file may state any number; what is made per layer must fit in memory."""
 _MEANS_NONE = ("sliding_window", "num_key_value_heads")
 """Fields whose null is not their default: no window; as many as query heads."""
 _SHAPE = {
@@ -224,6 +226,8 @@ def checked(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     config |= {**_TRAITS, "output_bias": config["attention_bias"], **row.traits}
     for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
         _positive(config, key, where)
+    if config["num_hidden_layers"] > _MOST_LAYERS:
+        raise _malformed(where, f"num_hidden_layers is {config['num_hidden_layers']}")
     heads = config["num_attention_heads"]
     config.setdefault("num_key_value_heads", heads)
     if "head_dim" not in config:

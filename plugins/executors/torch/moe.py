@@ -48,7 +48,7 @@ class Experts:
         weights, chosen = self.route(x)
         order = chosen.flatten().argsort(stable=True)
         loads = chosen.flatten().bincount(minlength=len(self.parts)).tolist()
-        inputs = x[order // self.per_token].split(loads)
+        inputs = torch.split(x[order // self.per_token], loads)
         sorted_ = [expert(part) for expert, part in zip(self.parts, inputs, strict=True) if len(part)]
         outputs = x.new_empty(len(order), x.shape[-1]).index_copy_(0, order, torch.cat(sorted_))
         return (outputs.view(*chosen.shape, -1) * weights[..., None]).sum(1).to(x.dtype)
