@@ -384,6 +384,13 @@ def across(config: RunConfig) -> list[str]:
         problems.append(
             f"model.experts_per_token: must be at most model.experts, {experts} (got {per_token})"
         )
+    if dense := model.dense_layers:
+        if not experts or not model.dense_ffn:
+            problems.append("model.dense_layers: needs model.experts and model.dense_ffn")
+        if not all(0 <= layer < (model.layers or 0) for layer in dense):
+            problems.append(
+                f"model.dense_layers: must be layers 0 to {(model.layers or 0) - 1} (got {dense})"
+            )
     return problems
 
 

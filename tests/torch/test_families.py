@@ -16,6 +16,7 @@ from tests.torch.sessions import Session, answer, apart, ids_of
 from torch import Tensor
 
 from servelab.core.config import ModelConfig
+from servelab.core.errors import ConfigError
 from servelab.core.sites import linear_bytes, linear_sites
 from servelab.plugins.executors.checkpoint.errors import ModelError
 from servelab.plugins.executors.checkpoint.find import describe, find
@@ -131,6 +132,24 @@ def test_a_saved_model_is_loaded_as_it_was(name: str, tmp_path: Path) -> None:
         assert getattr(model_facts, field) == value, field
 
 
+def test_a_shape_in_part_is_completed_and_one_in_whole_must_state_windows_too(tmp_path: Path) -> None:
+    family("mixtral, window").save_pretrained(tmp_path)
+    section = ModelConfig(name="t", source="path", path=str(tmp_path))
+    whole = describe(section)
+    assert whole["windows"] == (9, 9, 9) and (whole["experts"], whole["experts_per_token"]) == (8, 1)
+    part = section.model_copy(update={"layers": 3, "windows": (9, 9, 9)})
+    assert describe(part) == {k: v for k, v in whole.items() if k not in ("layers", "windows")}
+    find(section)
+    find(section.model_copy(update=whole))
+    kinds = ("windows", "experts", "experts_per_token")
+    with pytest.raises(
+        ConfigError, match=r"model.windows is \(\), the files say \(9, 9, 9\); model.experts is 0"
+    ):
+        find(section.model_copy(update={k: v for k, v in whole.items() if k not in kinds}))
+    with pytest.raises(ConfigError, match=r"model.experts is 4, the files say 8"):
+        find(section.model_copy(update={**whole, "experts": 4}))
+
+
 def fused(model: Any) -> dict[str, Tensor]:
     """Tensors of all experts in one, as transformers 5 holds them."""
     return dict(model.state_dict())
@@ -203,6 +222,22 @@ def test_every_missing_tensor_of_a_dense_family_is_named(name: str) -> None:
             load(model, {k: t for k, t in state.items() if k != key})
         with pytest.raises(ModelError, match=f"'{key}' is"):
             load(model, {**state, key: state[key][:-1]})
+
+
+# ------------------------------------------------------------------ layers that turn by other angles
+
+
+def test_parts_of_attention_add_up_in_layers_of_either_kind() -> None:
+    _, d = exact(family("gemma3"))
+    session = Session(d)
+    x, plan = session.embed((0, ids_of(30)))
+    d.run(x, session.attention, plan)
+    for layer, q in list(session.attention.queries):  # running adds to them
+        o, lse = session.attention.run(layer, q, plan)
+        one = session.attention.partial(layer, q, plan, [0])
+        nothing = session.attention.partial(layer, q, plan, [])
+        assert torch.allclose(session.attention.merge([one, nothing])[0], o, rtol=0, atol=1e-12)
+        assert torch.allclose(one[1], lse, rtol=0, atol=1e-12)
 
 
 # ------------------------------------------------------------------ experts
