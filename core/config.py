@@ -95,7 +95,8 @@ class ModelConfig(Section):
     max_position: int | None = Field(default=None, ge=1, description="Longest context, in tokens.")
     windows: tuple[int | None, ...] | None = Field(
         default=None,
-        description="Per layer, the sliding window in tokens or null for full attention; empty: all full.",
+        description="Per layer, the sliding window in tokens or null for full attention; empty: all full. "
+        "Stated with the rest of a shape, or read from the files with it.",
     )
     experts: int | None = Field(default=None, ge=0, description="Experts per layer; 0: a dense model.")
     experts_per_token: int | None = Field(default=None, ge=0, description="Experts each token runs through.")

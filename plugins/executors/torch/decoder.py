@@ -84,7 +84,7 @@ class Decoder:
         for layer in self.layers:
             if layer.q_norm is not None:
                 layer.q_norm.mul_(c.query_scale)
-        # to float32 first, as checkpoints of scaled embeddings were trained with
+        # rounded to float32 and then to the model's dtype, as transformers does
         self._embedding_scale = torch.tensor(c.embedding_scale, dtype=torch.float32).to(dtype)
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         self._split = (q, kv, kv)
