@@ -114,6 +114,19 @@ def test_embeddings_are_scaled_with_the_models_own_rounding() -> None:
     assert not torch.equal(d.embed(ids_of(20)), d.embedding[ids_of(20)] * 48**0.5)
 
 
+def test_norms_with_an_offset_are_kept_wide() -> None:
+    """1 + weight in bfloat16 would lose most of a small weight."""
+    model = family("gemma3").bfloat16()
+    d = decoder(model, torch.bfloat16)
+    assert torch.equal(d.norm, 1 + model.model.norm.weight.float())
+    x = torch.randn(9, 48).bfloat16()
+    with torch.no_grad():
+        theirs = model.model.norm(x)
+    assert ((d._norm(x, d.norm) - theirs).abs() <= 2**-8 * theirs.abs()).all()
+    plain = decoder(family("qwen3").bfloat16(), torch.bfloat16)
+    assert plain.norm.dtype == torch.bfloat16
+
+
 # ------------------------------------------------------------------ checkpoints
 
 
