@@ -222,7 +222,7 @@ def checked(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     stated = {k: v for k, v in raw.items() if v is not None or k in _MEANS_NONE}
     config: dict[str, Any] = {**_DEFAULTS, **row.defaults, **stated, **row.traits}
-    config = {key: value for key, value in config.items() if value is not None and key not in _TRAITS}
+    config = {key: value for key, value in config.items() if value is not None}
     config |= {**_TRAITS, "output_bias": config["attention_bias"], **row.traits}
     for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
         _positive(config, key, where)
