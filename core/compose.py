@@ -246,7 +246,7 @@ class _Builder:
 
     def __init__(self, config: RunConfig, registry: Registry, run_dir: Path | None) -> None:
         self.config, self.registry, self.run_dir = config, registry, run_dir
-        shape = config.model.model_dump(include={f.name for f in fields(ModelFacts)})
+        shape = config.model.model_dump(include={f.name for f in fields(ModelFacts)}, exclude_none=True)
         self.model = ModelFacts(**shape, dtype_bytes=DTYPE_BYTES[config.model.dtype])
         self.hardware = HardwareFacts(**config.hardware.model_dump()) if config.hardware else None
         limits = config.engine.model_dump(exclude={"checks", "max_model_len"})

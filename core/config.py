@@ -37,11 +37,21 @@ class Choice(Section):
 
 
 SHAPE = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_position")
+MODEL_KINDS: dict[str, Any] = {
+    "windows": (),
+    "experts": 0,
+    "experts_per_token": 0,
+    "dense_layers": (),
+    "dense_ffn": 0,
+}
+"""Further fields of a shape, and what they are in a plain model."""
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 class ModelConfig(Section):
-    """Where the model is, and its shape. What a shape field leaves at null is read from the model's files."""
+    """Where the model is, and its shape. What a shape field leaves at null is read from the model's files;
+    without files, windows and experts left at null are none.
+    """
 
     name: str = Field(description="Name shown in reports.")
     source: Literal["none", "path", "wheel", "hub"] = Field(
@@ -83,12 +93,21 @@ class ModelConfig(Section):
     )
     vocab: int | None = Field(default=None, ge=1, description="Size of the vocabulary, in tokens.")
     max_position: int | None = Field(default=None, ge=1, description="Longest context, in tokens.")
-    windows: tuple[int | None, ...] = Field(
-        default=(),
-        description="Per layer, the sliding window in tokens or null for full attention; empty: all full.",
+    windows: tuple[int | None, ...] | None = Field(
+        default=None,
+        description="Per layer, the sliding window in tokens or null for full attention; empty: all full. "
+        "Stated with the rest of a shape, or read from the files with it.",
     )
-    experts: int = Field(default=0, ge=0, description="Experts per layer; 0: a dense model.")
-    experts_per_token: int = Field(default=0, ge=0, description="Experts each token runs through.")
+    experts: int | None = Field(default=None, ge=0, description="Experts per layer; 0: a dense model.")
+    experts_per_token: int | None = Field(default=None, ge=0, description="Experts each token runs through.")
+    dense_layers: tuple[int, ...] | None = Field(
+        default=None, description="Layers without experts in a model of experts, counted from 0."
+    )
+    dense_ffn: int | None = Field(
+        default=None,
+        ge=0,
+        description="Inner width of the feed-forward network of these layers, in elements.",
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -361,11 +380,18 @@ def across(config: RunConfig) -> list[str]:
         problems.append(
             f"model.windows: must have one entry per layer, {model.layers} (got {len(model.windows)})"
         )
-    if model.experts_per_token > model.experts:
+    experts, per_token = model.experts or 0, model.experts_per_token or 0
+    if per_token > experts:
         problems.append(
-            f"model.experts_per_token: must be at most model.experts, {model.experts} "
-            f"(got {model.experts_per_token})"
+            f"model.experts_per_token: must be at most model.experts, {experts} (got {per_token})"
         )
+    if dense := model.dense_layers:
+        if not experts or not model.dense_ffn:
+            problems.append("model.dense_layers: needs model.experts and model.dense_ffn")
+        if not all(0 <= layer < (model.layers or 0) for layer in dense):
+            problems.append(
+                f"model.dense_layers: must be layers 0 to {(model.layers or 0) - 1} (got {dense})"
+            )
     return problems
 
 

@@ -27,6 +27,10 @@ class ModelFacts:
     """Per layer, the sliding window in tokens, or None for full attention; empty: all full."""
     experts: int = 0
     experts_per_token: int = 0
+    dense_layers: tuple[int, ...] = ()
+    """Layers without experts, in a model of experts."""
+    dense_ffn: int = 0
+    """Inner width of the feed-forward network of these layers."""
 
     @property
     def kv_bytes_per_token_layer(self) -> int:

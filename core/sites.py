@@ -11,7 +11,8 @@ from servelab.core.families.quant import LinearSite, Quantizer, Role
 def linear_sites(model: ModelFacts) -> Iterator[LinearSite]:
     """Every linear of a decoder under its Hugging Face name, layer by layer, the head last.
 
-    Linears that share their input follow one another: q, k, v; gate, up. Routers of experts are no sites.
+    Linears that share their input follow one another: q, k, v; gate, up. Experts are named one by one, as in
+    Qwen3-MoE. Routers of experts are no sites.
     """
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     for layer in range(model.layers):
@@ -21,15 +22,16 @@ def linear_sites(model: ModelFacts) -> Iterator[LinearSite]:
         yield from _sharing(parts, attention, layer, model.hidden, norm)
         yield from _sharing({"o": model.hidden}, attention, layer, q, f"{attention}.v_proj")
         norm = f"{name}.post_attention_layernorm"
-        if not model.experts:
-            mlp = f"{name}.mlp"
-            yield from _sharing({"gate": model.ffn, "up": model.ffn}, mlp, layer, model.hidden, norm)
-            yield from _sharing({"down": model.hidden}, mlp, layer, model.ffn, f"{mlp}.up_proj")
-        for expert in range(model.experts):
-            mlp = f"{name}.mlp.experts.{expert}"
+        mlp, dense = f"{name}.mlp", not model.experts or layer in model.dense_layers
+        if dense:
+            ffn = model.dense_ffn if model.experts else model.ffn
+            yield from _sharing({"gate": ffn, "up": ffn}, mlp, layer, model.hidden, norm)
+            yield from _sharing({"down": model.hidden}, mlp, layer, ffn, f"{mlp}.up_proj")
+        for expert in range(0 if dense else model.experts):
+            one = f"{mlp}.experts.{expert}"
             parts = {"expert_gate": model.ffn, "expert_up": model.ffn}
-            yield from _sharing(parts, mlp, layer, model.hidden, norm)
-            yield from _sharing({"expert_down": model.hidden}, mlp, layer, model.ffn, f"{mlp}.up_proj")
+            yield from _sharing(parts, one, layer, model.hidden, norm)
+            yield from _sharing({"expert_down": model.hidden}, one, layer, model.ffn, f"{one}.up_proj")
     yield LinearSite(
         name="lm_head", layer=-1, role="head", n=model.vocab, k=model.hidden, producer="model.norm"
     )

@@ -86,11 +86,11 @@ def gguf_metadata() -> Callable[[Any, str], dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Any]:
-    """A Llama of two layers with random weights, other settings by name."""
+    """A Llama, or a model of another family, of two layers with random weights, other settings by name."""
 
-    def make(**changes: Any) -> Any:
+    def make(family: str = "Llama", **changes: Any) -> Any:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        import transformers
 
         torch.manual_seed(0)
         settings: dict[str, Any] = {
@@ -106,7 +106,8 @@ def tiny_llama() -> Callable[..., Any]:
             "eos_token_id": 2,
             "tie_word_embeddings": True,
         }
-        model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+        config = getattr(transformers, f"{family}Config")(**{**settings, **changes})
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # norms and biases too: a swap must show
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
@@ -128,12 +129,14 @@ def _write_gguf(
     quantize: str = "F32",
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """The model as llama.cpp's converter writes it: its names, its order of rows in q and k, its metadata."""
+    """The model as llama.cpp's converter writes it: its names, for Llama its order of rows in q and k, its
+    metadata.
+    """
     import gguf
     import numpy as np
 
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -142,7 +145,11 @@ def _write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    if config.model_type == "llama":
+        writer.add_rope_dimension_count(config.head_dim)
+    if config.model_type == "qwen3":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_tokenizer_model(vocabulary["model"])
     writer.add_tokenizer_pre(vocabulary["pre"])
     writer.add_token_list(vocabulary["tokens"])
@@ -164,6 +171,8 @@ def _write_gguf(
     parts = {
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
@@ -185,7 +194,7 @@ def _write_gguf(
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
                 parts[part]
             )
-            if heads:  # convert_hf_to_gguf.py, LlamaModel.permute
+            if heads and config.model_type == "llama":  # convert_hf_to_gguf.py, LlamaModel.permute
                 values = (
                     values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
                     .swapaxes(1, 2)

@@ -15,7 +15,8 @@ from servelab.core.config import ModelConfig
 from servelab.core.errors import ConfigError
 from servelab.plugins.executors.checkpoint.errors import ModelError
 from servelab.plugins.executors.checkpoint.find import describe, find
-from servelab.plugins.executors.torch.decoder import Decoder, DecoderConfig
+from servelab.plugins.executors.torch.decoder import Decoder
+from servelab.plugins.executors.torch.shape import DecoderConfig
 from servelab.plugins.executors.torch.weights import tensors
 
 Local = Callable[..., ModelConfig]

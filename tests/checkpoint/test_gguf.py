@@ -305,3 +305,72 @@ def test_other_architectures_are_named(tmp_path: Path, local: Local) -> None:
     writer.close()
     with pytest.raises(ModelError, match=r"'mamba' is not supported(.|\n)*known: llama"):
         find(local(path))
+
+
+# ------------------------------------------------------------------ families
+
+QWENS = {
+    "Qwen2": {"tie_word_embeddings": False},
+    "Qwen3": {"head_dim": 24, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("family", QWENS)
+def test_qwen_models_come_back_bit_by_bit(
+    tmp_path: Path,
+    write_gguf: Write,
+    tiny_llama: Make,
+    vocabulary: dict[str, Any],
+    local: Local,
+    family: str,
+) -> None:
+    model = tiny_llama(family, **QWENS[family])
+    path = write_gguf(tmp_path / "m.gguf", model, vocabulary)
+    checkpoint = find(local(path))
+    expected = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    found = dict(tensors(checkpoint))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert checkpoint.config["architectures"] == [f"{family}ForCausalLM"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    convert(read_gguf(path), folder, {})
+    from transformers import AutoModelForCausalLM
+
+    loaded, ids = AutoModelForCausalLM.from_pretrained(folder), torch.arange(3, 40)[None]
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "extra", "message"),
+    [
+        ("Qwen2", {"metadata": {"qwen2.attention.sliding_window": 64}}, "sliding window of 64 tokens"),
+        ("Qwen3", {"tensors": {"blk.0.attn_q.bias": [0.0] * 512}}, "only attn_q.bias"),
+    ],
+)
+def test_what_a_qwen_file_asks_in_vain_is_named(
+    tmp_path: Path,
+    write_gguf: Write,
+    tiny_llama: Make,
+    vocabulary: dict[str, Any],
+    local: Local,
+    family: str,
+    extra: dict[str, Any],
+    message: str,
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_llama(family), vocabulary, extra=extra)
+    with pytest.raises(ModelError, match=message):
+        find(local(path))
+
+
+def test_the_biases_of_qwen2_must_be_there(
+    tmp_path: Path, write_gguf: Write, tiny_llama: Make, vocabulary: dict[str, Any], local: Local
+) -> None:
+    model = tiny_llama("Qwen3", head_dim=16)
+    model.config.model_type = "qwen2"
+    with pytest.raises(ModelError, match=r"attn_q.bias, attn_k.bias, attn_v.bias are missing"):
+        find(local(write_gguf(tmp_path / "m.gguf", model, vocabulary)))

@@ -106,6 +106,12 @@ def test_name_alone_is_enough(raw: dict[str, Any], registry: Registry) -> None:
         ("model", {"kv_heads": 3}, "model.kv_heads: must divide model.heads, 4 (got 3)"),
         ("model", {"windows": [None]}, "model.windows: must have one entry per layer, 2 (got 1)"),
         ("model", {"experts_per_token": 1}, "model.experts_per_token: must be at most model.experts, 0"),
+        ("model", {"dense_layers": [0]}, "model.dense_layers: needs model.experts and model.dense_ffn"),
+        (
+            "model",
+            {"dense_layers": [2], "experts": 4, "dense_ffn": 8},
+            "model.dense_layers: must be layers 0 to 1 (got (2,))",
+        ),
         ("hardware", {"name": "h", "flops": float("inf")}, "hardware.flops: "),
         ("clock", {"name": "wal"}, "clock.name: "),
         ("observers", "jsonl", "observers: must be a list"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor
 from servelab.core.facts import ModelFacts
 from servelab.core.families.kernel import AttentionImpl, BatchLayout
 from servelab.core.layout import KVLayout, Pool
-from servelab.plugins.executors.checkpoint.rope import rope
-from servelab.plugins.executors.torch.decoder import Decoder, DecoderConfig
+from servelab.plugins.executors.checkpoint.architectures import checked
+from servelab.plugins.executors.torch.attention import Kernel, RotaryByLayer
+from servelab.plugins.executors.torch.decoder import Decoder
+from servelab.plugins.executors.torch.shape import DecoderConfig
 
 TINY: dict[str, Any] = {
     "vocab_size": 97,
@@ -50,21 +54,96 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+DEFAULT = {"rope_parameters": ROPES["default"]}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("Mistral", {"sliding_window": 9}),
+    "mistral, no window": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"sliding_window": None}),
+    "qwen2, upper windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 14}),
+    "qwen3, windows by layer": (
+        "Qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "attention_bias": True,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING],
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+                FULL: {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral, window": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 1, "sliding_window": 9}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3_moe, every second layer": (
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
+}
+"""Tiny models of every family but Llama: transformers' prefix, and settings beside ``TINY``. Windows are
+shorter than the prompts of tests."""
+
+
+def family(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of ``FAMILIES``, as ``made``."""
+    prefix, settings = FAMILIES[name]
+    return made(prefix, seed, **{**DEFAULT, **settings, **changes})
+
+
 def llama(seed: int = 0, kind: str = "default", **changes: Any) -> Any:
-    """A random ``LlamaForCausalLM`` in float32, evaluation mode, eager attention."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random ``LlamaForCausalLM``, as ``made``."""
+    return made("Llama", seed, rope_parameters=ROPES[kind], **changes)
+
+
+def made(prefix: str, seed: int, **settings: Any) -> Any:
+    """A random model in float32, evaluation mode, eager attention and experts."""
+    import transformers
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        **{"tie_word_embeddings": False, **TINY, **changes},
-        rope_parameters=dict(ROPES[kind]),
-        attn_implementation="eager",
+    text = "Text" if prefix == "Gemma3" else ""
+    config = getattr(transformers, f"{prefix}{text}Config")(
+        **{"tie_word_embeddings": False, **TINY, **deepcopy(settings)}, attn_implementation="eager"
     )
-    model = LlamaForCausalLM(config).eval()
+    config._experts_implementation = "eager"
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # ones would hide a norm that is left out
-                parameter.uniform_(0.5, 1.5)
+            if "norm" in name:  # neutral ones would hide a norm that is left out
+                parameter.uniform_(-0.5, 0.5).add_(0 if prefix == "Gemma3" else 1)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.3)
     return model
@@ -72,8 +151,7 @@ def llama(seed: int = 0, kind: str = "default", **changes: Any) -> Any:
 
 def normalised(model: Any) -> dict[str, Any]:
     """Its configuration as ``checkpoint`` normalises it."""
-    config: dict[str, Any] = model.config.to_dict()
-    return {**config, "rope": rope(config, "config.json")}
+    return checked({**model.config.to_dict(), "architectures": [type(model).__name__]}, "config.json")
 
 
 def decoder(model: Any, dtype: torch.dtype) -> Decoder:
@@ -82,12 +160,15 @@ def decoder(model: Any, dtype: torch.dtype) -> Decoder:
 
 def facts(d: Decoder, windows: tuple[int | None, ...] = ()) -> ModelFacts:
     c = d.config
-    names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_position")
+    names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "max_position")
     return ModelFacts(
         name="tiny",
-        **{name: getattr(c, name) for name in names},
+        **{name: getattr(c, name) for name in (*names, "experts", "experts_per_token")},
+        ffn=c.expert_ffn or c.ffn,
+        dense_layers=tuple(sorted(c.dense_layers)),
+        dense_ffn=c.ffn if c.dense_layers else 0,
         dtype_bytes=d.dtype.itemsize,
-        windows=windows,
+        windows=windows or c.windows,
     )
 
 
@@ -106,7 +187,8 @@ def attention(
     buffers = {
         i: {name: torch.zeros(shape, dtype=d.dtype) for name in ("k", "v")} for i in range(model.layers)
     }
-    return SdpaImpl(kv, model, buffers, d.rotary), buffers
+    backend: Any = SimpleNamespace(load=lambda kv, model, device, *rest: SdpaImpl(kv, model, *rest))
+    return Kernel(backend).load(kv, model, "cpu", buffers, d.rotary), buffers
 
 
 def rows(*items: tuple[int, int, list[int]]) -> BatchLayout:
@@ -128,28 +210,60 @@ def rows(*items: tuple[int, int, list[int]]) -> BatchLayout:
 def widen(model: Any) -> Any:
     """The model with every computation in float64.
 
-    transformers computes norms, rotations and eager softmax in float32 whatever the model's dtype; these are
-    replaced by the same formulas in float64, its own float32 frequencies kept.
+    transformers computes norms, rotations, routers and eager softmax in float32 whatever the model's dtype;
+    these are replaced by the same formulas in float64, its own float32 frequencies kept.
     """
     model = model.double()
     model.set_attn_implementation("sdpa")  # its softmax keeps float64
-
-    def norm(module: Any) -> Any:
-        def forward(x: Tensor) -> Tensor:
-            return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-
-        return forward
-
     for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = norm(module)
-    rotary = model.model.rotary_emb
-    inverse, scaling = rotary.inv_freq.double(), rotary.attention_scaling
-
-    def rotate(x: Tensor, position_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].double() * inverse
-        angles = torch.cat((angles, angles), -1)
-        return angles.cos() * scaling, angles.sin() * scaling
-
-    rotary.forward = rotate
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            module.forward = _norm(module, kind)
+        elif kind.endswith("TopKRouter"):
+            module.forward = _router(module)
+        elif kind.endswith("RotaryEmbedding"):
+            module.forward = _rotation(module)
     return model
+
+
+def _norm(module: Any, kind: str) -> Any:
+    eps = module.eps if kind.startswith("Gemma") else module.variance_epsilon
+
+    def forward(x: Tensor) -> Tensor:
+        weight = 1 + module.weight if kind.startswith("Gemma") else module.weight
+        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+    return forward
+
+
+def _router(module: Any) -> Any:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), module.weight)
+        top, chosen = logits.softmax(-1).topk(module.top_k, -1)
+        if getattr(module, "norm_topk_prob", True):
+            top = top / top.sum(-1, keepdim=True)
+        return logits, top, chosen
+
+    return forward
+
+
+def _rotation(module: Any) -> Any:
+    def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        prefix = f"{layer_type}_" if layer_type else ""
+        angles = position_ids[..., None].double() * getattr(module, f"{prefix}inv_freq").double()
+        angles, scale = torch.cat((angles, angles), -1), getattr(module, f"{prefix}attention_scaling")
+        return angles.cos() * scale, angles.sin() * scale
+
+    return forward
+
+
+def exact(model: Any) -> tuple[Any, Decoder]:
+    """transformers' model and ours, all in float64 with its float32 frequencies."""
+    model = widen(model)
+    d, theirs = decoder(model, torch.float64), model.model.rotary_emb
+    if isinstance(d.rotary, RotaryByLayer):
+        for ours, kind in zip(d.rotary.kinds, (FULL, SLIDING), strict=True):
+            ours.frequencies = getattr(theirs, f"{kind}_inv_freq").double()
+    else:
+        d.rotary.frequencies = theirs.inv_freq.double()
+    return model, d

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,15 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.torch.models import ROPES, attention, decoder, facts, layout, llama, normalised, rows, widen
+from tests.torch import models
+from tests.torch.models import ROPES, decoder, llama, normalised
+from tests.torch.sessions import LENGTH, Session, answer, apart, ids_of
 from torch import Tensor
 
 from servelab.plugins.executors.checkpoint.errors import ModelError
-from servelab.plugins.executors.torch.decoder import Decoder, DecoderConfig, Watch
+from servelab.plugins.executors.torch.decoder import Decoder
 from servelab.plugins.executors.torch.linear import DenseLinear, PackedLinear, packs
-
-LENGTH = 150
-"""Tokens of the long prompt: past what the stretched types were trained on."""
+from servelab.plugins.executors.torch.mlp import GatedMlp
+from servelab.plugins.executors.torch.shape import DecoderConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"rope-{kind}": {"kind": kind} for kind in ROPES},
@@ -36,72 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def ids_of(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(seed))
-
-
-class Recorded:
-    """An attention backend, and what the decoder handed to it."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self.captures: list[tuple[int, dict[str, Tensor]]] = []
-        self.queries: list[tuple[int, Tensor]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def append(self, layer: int, captures: Mapping[str, Tensor], plan: Any) -> None:
-        self.captures.append((layer, {name: t.clone() for name, t in captures.items()}))
-        self._backend.append(layer, captures, plan)
-
-    def run(self, layer: int, q: Tensor, plan: Any) -> Any:
-        self.queries.append((layer, q.clone()))
-        return self._backend.run(layer, q, plan)
-
-
-class Session:
-    """A decoder with KV pages for requests, each with a fixed table of scattered ones."""
-
-    def __init__(self, d: Decoder, page: int = 4, requests: int = 3) -> None:
-        self.d, per = d, -(-LENGTH // page)
-        model = facts(d)
-        backend, _ = attention(d, model, layout(model, page), per * requests)
-        self.attention = Recorded(backend)
-        order = torch.randperm(per * requests, generator=torch.Generator().manual_seed(1)).tolist()
-        self.pages = [order[i * per : (i + 1) * per] for i in range(requests)]
-        self.held = [0] * requests
-
-    def embed(self, *chunks: tuple[int, Tensor]) -> tuple[Tensor, Any]:
-        """Rows ``(request, ids)``, each after what the request holds: activations and the launch's plan."""
-        plan = self.attention.plan(rows(*((self.held[r], len(ids), self.pages[r]) for r, ids in chunks)), ())
-        for r, ids in chunks:
-            self.held[r] += len(ids)
-        return self.d.embed(torch.cat([ids for _, ids in chunks])), plan
-
-    def logits(self, *chunks: tuple[int, Tensor], watch: Watch | None = None) -> list[Tensor]:
-        x, plan = self.embed(*chunks)
-        out = self.d.head(self.d.run(x, self.attention, plan, watch=watch))
-        return list(out.split([len(ids) for _, ids in chunks]))
-
-
 def exact(**changes: Any) -> tuple[Any, Decoder]:
-    """transformers' model and ours, all in float64 with its float32 frequencies."""
-    model = widen(llama(**changes))
-    d = decoder(model, torch.float64)
-    d.rotary.frequencies = model.model.rotary_emb.inv_freq.double()
-    return model, d
-
-
-@torch.no_grad()
-def answer(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids[None], use_cache=False).logits[0]
-    return logits
-
-
-def apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest logit."""
-    return float((a - b).abs().max() / b.abs().max())
+    return models.exact(llama(**changes))
 
 
 # ------------------------------------------------------------------ transformers
@@ -301,8 +238,7 @@ def test_packing_leaves_logits_as_they_are(name: str) -> None:
     chunks = [ids_of(33), ids_of(1, 1), ids_of(4, 2)]
     before = [sessions[0].logits((0, ids), (1, ids[:1])) for ids in chunks]
     d.pack()
-    assert all(type(op) is PackedLinear for layer in d.layers for op in (layer.qkv, layer.out, layer.down))
-    assert all(type(op) is PackedLinear for op in (*(layer.gate_up for layer in d.layers), d.lm_head))
+    assert all(type(getattr(holder, name)) is PackedLinear for holder, name in d.linears())
     after = [sessions[1].logits((0, ids), (1, ids[:1])) for ids in chunks]
     for a, b in zip(before, after, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -323,8 +259,9 @@ def test_linears_may_be_exchanged() -> None:
 
     model = llama()
     d = decoder(model, torch.float64)
-    assert isinstance(d.layers[1].down, DenseLinear)
-    d.layers[1].down = Doubled(d.layers[1].down.weight)
+    mlp = d.layers[1].mlp
+    assert isinstance(mlp, GatedMlp) and isinstance(mlp.down, DenseLinear)
+    mlp.down = Doubled(mlp.down.weight)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(2)
     ids = ids_of(7)

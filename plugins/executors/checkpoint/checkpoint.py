@@ -16,8 +16,7 @@ class Checkpoint:
     """What ``find`` returns; nothing of the weights is loaded yet."""
 
     config: Mapping[str, Any]
-    """Fields of config.json, defaults filled in (``num_key_value_heads``, ``head_dim``, ``rms_norm_eps``,
-    ``tie_word_embeddings``, ``attention_bias``, ``mlp_bias``, ...), and ``rope``, see ``rope.py``."""
+    """Fields of config.json with defaults filled in, and what ``architectures.py::checked`` adds."""
     provenance: Mapping[str, Any]
     """``source`` (path, hub, wheel), where it is from, and ``quantization`` of the origin, such as
     ``Q4_1 (dequantized)``, or ``none``."""

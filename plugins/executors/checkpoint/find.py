@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from servelab.core.config import SHAPE, ModelConfig
+from servelab.core.config import MODEL_KINDS, SHAPE, ModelConfig
 from servelab.core.errors import ConfigError
 from servelab.plugins.executors.checkpoint import folder as hf
 from servelab.plugins.executors.checkpoint import hub, wheel
@@ -25,22 +25,24 @@ def find(model: ModelConfig) -> Checkpoint:
         ConfigError: settings are wrong, or state another shape than the files.
         ModelError: files are missing, damaged, cannot be downloaded, or hold what we do not support.
     """
-    if model.source == "path":
-        checkpoint = _local(_path(model), {"source": "path", "path": str(_path(model))})
-    elif model.source == "hub":
-        where = hub.snapshot(model)
-        commit = where.name
-        checkpoint = _local(where, {"source": "hub", "repo": model.repo, "commit": commit})
-    elif model.source == "wheel":
-        checkpoint = _of_wheel(model)
-    else:
-        raise _none(model)
+    checkpoint = _found(model)
     _agrees(model, checkpoint.config, checkpoint.provenance)
     return checkpoint
 
 
+def _found(model: ModelConfig) -> Checkpoint:
+    if model.source == "path":
+        return _local(_path(model), {"source": "path", "path": str(_path(model))})
+    if model.source == "hub":
+        where = hub.snapshot(model)
+        return _local(where, {"source": "hub", "repo": model.repo, "commit": where.name})
+    if model.source == "wheel":
+        return _of_wheel(model)
+    raise _none(model)
+
+
 def describe(model: ModelConfig) -> dict[str, Any]:
-    """The shape fields of the ``model`` section as the files state them.
+    """The shape fields that the ``model`` section leaves open, as the files state them.
 
     Of the hub and of a folder only config.json is looked at.
 
@@ -54,11 +56,10 @@ def describe(model: ModelConfig) -> dict[str, Any]:
     elif model.source == "path":
         folder = _path(model)
     if folder is not None and folder.is_dir():
-        return dict(shape(checked(hf.read_config(folder), str(folder / "config.json"))))
-    if model.source == "none":
-        raise _none(model)
-    config = find(model.model_copy(update=dict.fromkeys(SHAPE))).config
-    return dict(shape(config))
+        config = checked(hf.read_config(folder), str(folder / "config.json"))
+    else:
+        config = dict(_found(model).config)
+    return {name: value for name, value in shape(config).items() if getattr(model, name) is None}
 
 
 def _local(path: Path, provenance: dict[str, Any]) -> Checkpoint:
@@ -122,12 +123,14 @@ def _path(model: ModelConfig) -> Path:
 
 def _agrees(model: ModelConfig, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
     """Raise where the settings state another shape than the files; a shorter ``max_position`` is a limit."""
-    stated = {name: getattr(model, name) for name in SHAPE}
+    files = {**MODEL_KINDS, **shape(config)}
+    # nothing is read into a shape that is stated: windows and experts that it leaves out are none
+    stated = {} if model.unstated() else dict(MODEL_KINDS)
+    stated |= model.model_dump(include={*SHAPE, *MODEL_KINDS}, exclude_none=True)
     wrong = [
-        f"model.{name} is {stated[name]}, the files say {value}"
-        for name, value in shape(config).items()
-        if stated[name] is not None
-        and (stated[name] > value if name == "max_position" else stated[name] != value)
+        f"model.{name} is {stated[name]}, the files say {files[name]}"
+        for name in stated
+        if (stated[name] > files[name] if name == "max_position" else stated[name] != files[name])
     ]
     if wrong:
         raise ConfigError(

@@ -10,7 +10,7 @@ from servelab.plugins.executors.checkpoint.architectures import ARCHITECTURES, o
 from servelab.plugins.executors.checkpoint.errors import ModelError, library
 from servelab.plugins.executors.checkpoint.gguf_file import GgufFile
 
-_ATTENTION_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
+_QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 _MLP_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every released Llama 3.x has beside its factor."""
@@ -43,6 +43,14 @@ def config_of(gguf: GgufFile) -> dict[str, Any]:
     rotated = get("rope.dimension_count")
     if rotated and rotated != head_dim:
         raise _unsupported(where, f"{rotated} of the {head_dim} elements of a head are rotated")
+    if (window := get("attention.sliding_window")) and window < (get("context_length") or 0):
+        raise _unsupported(where, f"it has a sliding window of {window} tokens, but not in which layers")
+    # a family without biases after attention has three, any other four
+    traits = ARCHITECTURES[name].traits
+    biases = _QKV_BIASES if traits.get("output_bias") is False else (*_QKV_BIASES, "attn_output.bias")
+    biased = _biased(gguf, biases, where)
+    if biased is not traits.get("attention_bias", biased):
+        raise _unsupported(where, f"{', '.join(biases)} are missing")
     config: dict[str, Any] = {
         "architectures": [name],
         "model_type": ARCHITECTURES[name].model_type,
@@ -57,7 +65,7 @@ def config_of(gguf: GgufFile) -> dict[str, Any]:
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
-        "attention_bias": _biased(gguf, _ATTENTION_BIASES, where),
+        "attention_bias": biased,
         "mlp_bias": _biased(gguf, _MLP_BIASES, where),
         "rope_theta": get("rope.freq_base", 10000.0),
         "rope_scaling": _scaling(gguf, get, head_dim, where),

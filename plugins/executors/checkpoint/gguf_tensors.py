@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from servelab.plugins.executors.checkpoint.architectures import ARCHITECTURES, of_gguf
 from servelab.plugins.executors.checkpoint.errors import ModelError, library
 from servelab.plugins.executors.checkpoint.gguf_file import GgufFile, GgufTensor
 
@@ -40,10 +41,12 @@ def named(gguf: GgufFile) -> dict[str, GgufTensor]:
     Raises:
         ModelError: the file holds a tensor we do not know.
     """
+    row = ARCHITECTURES[of_gguf(gguf.metadata.get("general.architecture"), str(gguf.path))].gguf
+    parts = {**_LAYER, **(row.names if row else {})}
     found: dict[str, GgufTensor] = {}
     for tensor in gguf.tensors.values():
         if tensor.name not in _NOT_WEIGHTS:
-            found[_hf_name(tensor.name, gguf)] = tensor
+            found[_hf_name(tensor.name, parts, gguf)] = tensor
     return found
 
 
@@ -52,8 +55,10 @@ def dequantized(gguf: GgufFile, config: Mapping[str, Any]) -> Iterator[tuple[str
 
     Args:
         gguf: the file.
-        config: with ``num_attention_heads`` and ``num_key_value_heads``.
+        config: ``checked``.
     """
+    row = ARCHITECTURES[config["architectures"][0]].gguf
+    permuted = row is not None and row.permuted
     numpy = library("numpy", why="GGUF files hold tensors")
     gguf_library = library("gguf", why="GGUF files hold quantized tensors")
     # mapped, not read: the pages of a tensor can be dropped as soon as it is converted
@@ -76,9 +81,9 @@ def dequantized(gguf: GgufFile, config: Mapping[str, Any]) -> Iterator[tuple[str
                 why=str(exc),
                 do="use another quantization of the model, or its Hugging Face folder",
             ) from exc
-        if "self_attn.q_proj" in name:
+        if permuted and "self_attn.q_proj" in name:
             values = _unpermuted(values, config["num_attention_heads"])
-        elif "self_attn.k_proj" in name:
+        elif permuted and "self_attn.k_proj" in name:
             values = _unpermuted(values, config["num_key_value_heads"])
         yield name, numpy.array(values, dtype=numpy.float32, order="C", copy=not values.flags.writeable)
 
@@ -90,12 +95,12 @@ def _unpermuted(values: NDArray[float32], heads: int) -> NDArray[float32]:
     return split.swapaxes(1, 2).reshape(values.shape)
 
 
-def _hf_name(name: str, gguf: GgufFile) -> str:
+def _hf_name(name: str, parts: Mapping[str, str], gguf: GgufFile) -> str:
     if name in _TOP:
         return _TOP[name]
     match = _BLOCK.fullmatch(name)
-    if match and match[2] in _LAYER:
-        return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
+    if match and match[2] in parts:
+        return f"model.layers.{match[1]}.{parts[match[2]]}.{match[3]}"
     raise ModelError(
         f"the tensor {name!r} is not known",
         where=str(gguf.path),

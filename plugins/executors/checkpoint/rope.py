@@ -12,6 +12,7 @@ from typing import Any
 
 from servelab.core.errors import nearest
 from servelab.plugins.executors.checkpoint.errors import ModelError
+from servelab.plugins.executors.checkpoint.windows import FULL, SLIDING
 
 _NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -24,6 +25,26 @@ _OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "m
 _MAY_BE_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 """Zero says what leaving it out does."""
 _DEFAULT_THETA = 10000.0
+
+
+def ropes_by_kind(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``rope`` of full layers and of those with a window, where each kind turns by angles of its own.
+
+    transformers 5 writes ``rope_parameters`` by kind of layer; older ones ``rope_theta`` with
+    ``rope_scaling`` for full layers, ``rope_local_base_freq`` for the others.
+    """
+    kinds = {FULL: config["rope_theta"], SLIDING: config["rope_local_base_freq"]}
+    given = config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping) or set(given) - set(kinds):
+        raise _refused(where, f"rope_parameters are not by kind of layer ({', '.join(kinds)}): {given!r}")
+    full, local = (
+        rope(
+            {**config, "rope_theta": theta, "rope_parameters": given.get(kind), "rope_scaling": scaling},
+            where,
+        )
+        for (kind, theta), scaling in zip(kinds.items(), (config.get("rope_scaling"), None), strict=True)
+    )
+    return full, local
 
 
 def rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:

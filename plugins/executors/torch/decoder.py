@@ -1,84 +1,57 @@
-"""A compact decoder of the Llama family, for flattened batches of any lengths.
+"""A compact decoder of the Llama kind, for flattened batches of any lengths.
 
 One path for prefill and decode: ``embed`` tokens, ``run`` a range of layers, ``head`` on the rows that need
 logits. Keys leave it before rotation, attention belongs to a backend (``core/families/kernel.py``), every
 layer's input can be watched or replaced, and a range of layers can be run by itself: the places where
-techniques attach. There is no module tree: a layer is a record of its operations.
+techniques attach. There is no module tree: a layer is a record of its operations. Families differ in
+``DecoderConfig`` alone; none is named here.
 
-Source: LLaMA (arXiv 2302.13971), with grouped queries as in Llama 2 (arXiv 2307.09288).
+Source: LLaMA (arXiv 2302.13971), with grouped queries as in Llama 2 (arXiv 2307.09288). What others add:
+Mistral 7B (arXiv 2310.06825), Mixtral (arXiv 2401.04088), Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388),
+Gemma 3 (arXiv 2503.19786).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, linalg
-from torch.nn.functional import silu
 
 from servelab.core.families.kernel import AttentionImpl
 from servelab.core.families.quant import LinearOp
-from servelab.plugins.executors.checkpoint.errors import ModelError
+from servelab.plugins.executors.torch.attention import RotaryByLayer
 from servelab.plugins.executors.torch.linear import DenseLinear, PackedLinear
+from servelab.plugins.executors.torch.mlp import ACTIVATIONS, GatedMlp
+from servelab.plugins.executors.torch.moe import Experts, by_expert
+from servelab.plugins.executors.torch.places import Places
 from servelab.plugins.executors.torch.rope import RotaryEmbedding
+from servelab.plugins.executors.torch.shape import DecoderConfig
 
 Watch = Callable[[int, Tensor], Tensor | None]
 """Sees each layer's number and input ``[tokens, hidden]``; a tensor it returns takes the input's place."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderConfig:
-    """Shape and constants of a decoder."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    max_position: int
-    eps: float
-    rope: Mapping[str, Any]
-    tied: bool
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """From a checkpoint's normalised configuration, in Hugging Face names."""
-        heads = config["num_attention_heads"]
-        return cls(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            ffn=config["intermediate_size"],
-            vocab=config["vocab_size"],
-            max_position=config["max_position_embeddings"],
-            eps=config["rms_norm_eps"],
-            rope=config["rope"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-        )
-
-
 @dataclass(slots=True)
 class Layer:
-    """One decoder layer. Linears may be exchanged for any ``LinearOp`` of the same shape."""
+    """One decoder layer. Linears may be exchanged for any ``LinearOp`` of the same shape; norms that are None
+    are left out.
+    """
 
     attention_norm: Tensor
     qkv: LinearOp
     """``[tokens, hidden] -> [tokens, (heads + 2 kv_heads) * head_dim]``: queries, keys, values."""
     out: LinearOp
     mlp_norm: Tensor
-    gate_up: LinearOp
-    """``[tokens, hidden] -> [tokens, 2 ffn]``: gate, up."""
-    down: LinearOp
+    mlp: GatedMlp | Experts
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    """Of one head, ``[head_dim]``, before rotation."""
+    attention_post_norm: Tensor | None = None
+    mlp_post_norm: Tensor | None = None
+    """On what is about to be added to the residual stream."""
 
 
 class Decoder:
@@ -99,99 +72,101 @@ class Decoder:
     ) -> None:
         self.config, self.dtype = config, dtype
         self._wide = torch.promote_types(dtype, torch.float32)
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim, dtype)
-        self._places: dict[str, Tensor] = {}
-        c = config
-        self.embedding = self._place("model.embed_tokens.weight", c.vocab, c.hidden)
-        self.layers = [self._layer(f"model.layers.{i}") for i in range(c.layers)]
-        self.norm = self._place("model.norm.weight", c.hidden)
-        table = self.embedding if c.tied else self._place("lm_head.weight", c.vocab, c.hidden)
+        self.rotary = _rotary(config, dtype)
+        c, places = config, Places(dtype)
+        self.embedding = places.tensor("model.embed_tokens.weight", c.vocab, c.hidden)
+        self.layers = [self._layer(i, places) for i in range(c.layers)]
+        self.norm = self._norm_weight(places, "model.norm", c.hidden)
+        table = self.embedding if c.tied else places.tensor("lm_head.weight", c.vocab, c.hidden)
         self.lm_head: LinearOp = DenseLinear(table)
-        self._fill(tensors)
+        self._nbytes = places.nbytes
+        places.fill(by_expert(_needed(tensors, c.tied), c))
+        for layer in self.layers:
+            if layer.q_norm is not None:
+                layer.q_norm.mul_(c.query_scale)
+        # rounded to float32 and then to the model's dtype, as transformers does
+        self._embedding_scale = torch.tensor(c.embedding_scale, dtype=torch.float32).to(dtype)
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         self._split = (q, kv, kv)
 
     # ------------------------------------------------------------- weights
 
-    def _layer(self, name: str) -> Layer:
-        c, attention, mlp = self.config, f"{name}.self_attn", f"{name}.mlp"
+    def _layer(self, i: int, places: Places) -> Layer:
+        c, name = self.config, f"model.layers.{i}"
+        attention = f"{name}.self_attn"
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        biased = c.attention_bias
-        return Layer(
-            attention_norm=self._place(f"{name}.input_layernorm.weight", c.hidden),
-            qkv=self._linear(
+        before = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+        layer = Layer(
+            attention_norm=self._norm_weight(places, f"{name}.input_layernorm", c.hidden),
+            qkv=places.linear(
                 {f"{attention}.q_proj": q, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv},
                 c.hidden,
-                biased,
+                c.attention_bias,
             ),
-            out=self._linear({f"{attention}.o_proj": c.hidden}, q, biased),
-            mlp_norm=self._place(f"{name}.post_attention_layernorm.weight", c.hidden),
-            gate_up=self._linear({f"{mlp}.gate_proj": c.ffn, f"{mlp}.up_proj": c.ffn}, c.hidden, c.mlp_bias),
-            down=self._linear({f"{mlp}.down_proj": c.hidden}, c.ffn, c.mlp_bias),
+            out=places.linear({f"{attention}.o_proj": c.hidden}, q, c.output_bias),
+            mlp_norm=self._norm_weight(places, f"{name}.{before}", c.hidden),
+            mlp=self._experts(f"{name}.mlp", places)
+            if c.experts and i not in c.dense_layers
+            else self._mlp(f"{name}.mlp", c.ffn, places),
+        )
+        if c.qk_norm:
+            layer.q_norm = self._norm_weight(places, f"{attention}.q_norm", c.head_dim)
+            layer.k_norm = self._norm_weight(places, f"{attention}.k_norm", c.head_dim)
+        if c.post_norms:
+            layer.attention_post_norm = self._norm_weight(
+                places, f"{name}.post_attention_layernorm", c.hidden
+            )
+            layer.mlp_post_norm = self._norm_weight(places, f"{name}.post_feedforward_layernorm", c.hidden)
+        return layer
+
+    def _mlp(self, name: str, ffn: int, places: Places) -> GatedMlp:
+        c = self.config
+        return GatedMlp(
+            gate_up=places.linear({f"{name}.gate_proj": ffn, f"{name}.up_proj": ffn}, c.hidden, c.mlp_bias),
+            down=places.linear({f"{name}.down_proj": c.hidden}, ffn, c.mlp_bias),
+            activation=ACTIVATIONS[c.activation],
         )
 
-    def _place(self, name: str, *shape: int) -> Tensor:
-        """Room for a tensor of the checkpoint."""
-        self._places[name] = torch.empty(shape, dtype=self.dtype)
-        return self._places[name]
+    def _experts(self, name: str, places: Places) -> Experts:
+        c = self.config
+        return Experts(
+            router=places.tensor(f"{name}.gate.weight", c.experts, c.hidden),
+            parts=[self._mlp(f"{name}.experts.{e}", c.expert_ffn, places) for e in range(c.experts)],
+            per_token=c.experts_per_token,
+            norm_topk=c.norm_topk,
+        )
 
-    def _linear(self, parts: Mapping[str, int], k: int, biased: bool) -> DenseLinear:
-        """One linear whose rows are those of several in the checkpoint."""
-        weight = torch.empty(sum(parts.values()), k, dtype=self.dtype)
-        bias = torch.empty(len(weight), dtype=self.dtype) if biased else None
-        start = 0
-        for name, rows in parts.items():
-            self._places[f"{name}.weight"] = weight[start : start + rows]
-            if bias is not None:
-                self._places[f"{name}.bias"] = bias[start : start + rows]
-            start += rows
-        return DenseLinear(weight, bias)
-
-    def _fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        places, self._places = self._places, {}
-        self._nbytes = sum(place.nbytes for place in places.values())
-        for name, tensor in tensors:
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tied):
-                continue  # written by old tools; both follow from the rest
-            place = places.pop(name, None)
-            if place is None:
-                raise ModelError(
-                    f"the checkpoint holds {name!r}, which this model has no place for",
-                    why="it is not of the architecture its config.json names, or the tensor is there twice",
-                    do="take a checkpoint of a supported architecture",
-                )
-            if place.shape != tensor.shape:
-                raise ModelError(
-                    f"tensor {name!r} is {list(tensor.shape)}",
-                    why=f"by config.json it must be {list(place.shape)}",
-                    do="config.json and weights are of different models: fetch both again",
-                )
-            place.copy_(tensor)
-        if places:
-            shown = ", ".join(sorted(places)[:3])
-            raise ModelError(
-                f"{len(places)} tensors are missing in the checkpoint",
-                why=f"not found: {shown}{', ...' if len(places) > 3 else ''}",
-                do="fetch the weights again; adapters and partial checkpoints cannot be served alone",
-            )
+    def _norm_weight(self, places: Places, name: str, size: int) -> Tensor:
+        """With its offset, which a narrow dtype would round, it is kept wide."""
+        offset = self.config.norm_offset
+        return places.tensor(f"{name}.weight", size, dtype=self._wide if offset else None, plus=offset)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they were loaded, before packing or quantizing."""
         return self._nbytes
 
+    def linears(self) -> Iterator[tuple[Any, str]]:
+        """Every linear, as the record that holds it and its name there."""
+        for layer in self.layers:
+            yield from ((layer, "qkv"), (layer, "out"))
+            for part in layer.mlp.parts:
+                yield from ((part, "gate_up"), (part, "down"))
+        yield self, "lm_head"
+
     def pack(self) -> None:
         """Reorder every dense weight for the CPU's matrix kernels; the plain copies are let go."""
-        for layer in self.layers:
-            layer.qkv, layer.out = _packed(layer.qkv), _packed(layer.out)
-            layer.gate_up, layer.down = _packed(layer.gate_up), _packed(layer.down)
-        self.lm_head = _packed(self.lm_head)
+        for holder, name in self.linears():
+            op = getattr(holder, name)
+            if isinstance(op, DenseLinear):
+                setattr(holder, name, PackedLinear(op))
 
     # ---------------------------------------------------------- arithmetic
 
     def embed(self, ids: Tensor) -> Tensor:
         """int64 ``[tokens]`` -> ``[tokens, hidden]``."""
-        return self.embedding[ids]
+        x = self.embedding[ids]
+        return x if self.config.embedding_scale == 1 else x * self._embedding_scale
 
     def run(
         self,
@@ -216,12 +191,12 @@ class Decoder:
                 part.unflatten(-1, (-1, config.head_dim))
                 for part in layer.qkv.apply(inner).split(self._split, -1)
             )
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
             attention.append(i, {"k": k, "v": v, "x": x}, plan)
             mixed, _ = attention.run(i, q, plan)
-            x = x + layer.out.apply(layer.out.prepare(mixed.flatten(1)))
-            inner = layer.gate_up.prepare(self._norm(x, layer.mlp_norm))
-            gate, up = layer.gate_up.apply(inner).chunk(2, -1)
-            x = x + layer.down.apply(layer.down.prepare(silu(gate) * up))
+            out = layer.out.apply(layer.out.prepare(mixed.flatten(1)))
+            x = x + self._norm(out, layer.attention_post_norm)
+            x = x + self._norm(layer.mlp(self._norm(x, layer.mlp_norm)), layer.mlp_post_norm)
         return x
 
     def head(self, x: Tensor) -> Tensor:
@@ -229,12 +204,25 @@ class Decoder:
         logits: Tensor = self.lm_head.apply(self.lm_head.prepare(self._norm(x, self.norm)))
         return logits
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """RMSNorm in float32 or wider; half the passes over memory that PyTorch's own takes on a CPU."""
+        if weight is None:
+            return x
         wide = x.to(self._wide)
         power: Tensor = linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         return (wide * power.add_(self.config.eps).rsqrt_()).mul_(weight).to(x.dtype)
 
 
-def _packed(op: LinearOp) -> LinearOp:
-    return PackedLinear(op) if isinstance(op, DenseLinear) else op
+def _rotary(config: DecoderConfig, dtype: torch.dtype) -> RotaryEmbedding | RotaryByLayer:
+    rotary = RotaryEmbedding(config.rope, config.head_dim, dtype)
+    if config.local_rope is None:
+        return rotary
+    local = RotaryEmbedding(config.local_rope, config.head_dim, dtype)
+    return RotaryByLayer((rotary, local), [int(window is not None) for window in config.windows])
+
+
+def _needed(tensors: Iterable[tuple[str, Tensor]], tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """Without what old tools wrote although it follows from the rest."""
+    for name, tensor in tensors:
+        if not (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied)):
+            yield name, tensor

@@ -45,11 +45,13 @@ from servelab.core.families.quant import Quantizer
 from servelab.core.quality import Comparison
 from servelab.core.stops import stop_check
 from servelab.plugins.executors.checkpoint.find import find
-from servelab.plugins.executors.torch.decoder import Decoder, DecoderConfig
+from servelab.plugins.executors.torch.attention import Kernel
+from servelab.plugins.executors.torch.decoder import Decoder
 from servelab.plugins.executors.torch.linear import packs
 from servelab.plugins.executors.torch.quality import Reader
 from servelab.plugins.executors.torch.quantize import quantize
 from servelab.plugins.executors.torch.sampler import Row, sample
+from servelab.plugins.executors.torch.shape import DecoderConfig
 from servelab.plugins.executors.torch.weights import tensors
 
 log = logging.getLogger("servelab")
@@ -93,11 +95,11 @@ class TorchExecutor:
             raise ConfigError("executor 'torch' was built outside a run", do="use compose()")
         _check_limits(ctx)
         self.config, self._ctx, self._truth = config, ctx, ctx.oracle
-        self._kernel = ctx.kernel
-        if self._kernel is None:
+        if ctx.kernel is None:
             raise ConfigError(
                 "executor 'torch' has no attention kernel", where="kernel", do="choose one: kernel=sdpa"
             )
+        self._kernel: Kernel | None = Kernel(ctx.kernel)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._checkpoint = find(ctx.checkpoint)

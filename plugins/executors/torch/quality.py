@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from servelab.core.facts import ModelFacts
-from servelab.core.families.kernel import AttentionBackend, AttentionImpl, BatchLayout
+from servelab.core.families.kernel import AttentionImpl, BatchLayout
 from servelab.core.layout import KVLayout
 from servelab.core.quality import Comparison
+from servelab.plugins.executors.torch.attention import Kernel
 from servelab.plugins.executors.torch.decoder import Decoder
 
 ROWS = 128
@@ -30,7 +31,7 @@ class Reader:
 
     def __init__(
         self,
-        kernel: AttentionBackend,
+        kernel: Kernel,
         layout: KVLayout,
         model: ModelFacts,
         buffers: Mapping[int, Mapping[str, Tensor]],

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from servelab.core.api import ModelFacts, PluginError
-from servelab.core.families.quant import LinearOp, LinearSite, QTensor, Quantizer, QuantizerImpl, WeightFormat
+from servelab.core.families.quant import (
+    LinearOp,
+    LinearSite,
+    QTensor,
+    Quantizer,
+    QuantizerImpl,
+    Role,
+    WeightFormat,
+)
 from servelab.core.sites import linear_sites
 from servelab.plugins.executors.torch.decoder import Decoder
 from servelab.plugins.executors.torch.linear import DenseLinear
@@ -47,19 +55,39 @@ def quantize(decoder: Decoder, quantizer: Quantizer, model: ModelFacts) -> dict[
 
 def _places(decoder: Decoder, model: ModelFacts) -> Iterator[tuple[Any, str, list[LinearSite]]]:
     """Where each linear of the decoder is held, and the sites that it joins."""
-    places = {
-        "q": "qkv",
-        "k": "qkv",
-        "v": "qkv",
-        "o": "out",
-        "gate": "gate_up",
-        "up": "gate_up",
-        "down": "down",
-    }
-    for (layer, name), sites in groupby(
-        linear_sites(model), key=lambda site: (site.layer, places.get(site.role, "lm_head"))
-    ):
-        yield decoder if layer < 0 else decoder.layers[layer], name, list(sites)
+    for _, group in groupby(linear_sites(model), key=lambda site: (_module(site), _PLACES[site.role])):
+        sites = list(group)
+        yield _holder(decoder, sites[0]), _PLACES[sites[0].role], sites
+
+
+_PLACES: dict[Role, str] = {
+    "q": "qkv",
+    "k": "qkv",
+    "v": "qkv",
+    "o": "out",
+    "gate": "gate_up",
+    "up": "gate_up",
+    "down": "down",
+    "expert_gate": "gate_up",
+    "expert_up": "gate_up",
+    "expert_down": "down",
+    "head": "lm_head",
+}
+
+
+def _module(site: LinearSite) -> str:
+    return site.name.rpartition(".")[0]
+
+
+def _holder(decoder: Decoder, site: LinearSite) -> Any:
+    """The record whose field the linear is."""
+    if site.layer < 0:
+        return decoder
+    layer = decoder.layers[site.layer]
+    if site.role in ("q", "k", "v", "o"):
+        return layer
+    expert = int(_module(site).rpartition(".")[2]) if site.role.startswith("expert_") else 0
+    return layer.mlp.parts[expert]
 
 
 def _packed(
