@@ -80,6 +80,8 @@ def _command(argv: Sequence[str]) -> None:
 
 def _flush_stdout() -> None:
     """Now rather than at exit, where Python would complain about a reader that has gone."""
+    if sys.stdout is None:  # closed before we began, as by `>&-`
+        return
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -113,7 +113,8 @@ def compose(
     build.tokenizer = getattr(executor, "tokenizer", None)
     try:
         capacity = build.ask("executor", executor.capacity, layout)
-        if fit_length and config.engine.max_model_len is None:
+        offline = any("task.offline" in one.spec.provides for one in selected)
+        if (fit_length or offline) and config.engine.max_model_len is None:
             config = build.fit(layout, capacity, kvcache)
         _check_capacity(capacity, layout, kvcache, config, build.limits)
         workload = build.one("workload")
@@ -451,12 +452,20 @@ def _info(
         "stamps": [
             *(f"oracle: {one.spec.name}" for one in oracles),
             *_lane_stamps(config, selected),
-            *([f"reference_weights: {weights.get('quantization', 'unknown')}"] if config.quant else []),
+            *(_quant_stamps(config, selected, weights) if config.quant else []),
         ],
         "kv": _kv_info(layout, capacity),
         "workload": described,
         **({"quality": _quality_info(config, selected)} if config.quant else {}),
     }
+
+
+def _quant_stamps(config: RunConfig, selected: Iterable[Selected], weights: dict[str, Any]) -> list[str]:
+    """Where the unquantized weights are from, and whether prices know that these are others."""
+    stamps = [f"reference_weights: {weights.get('quantization', 'unknown')}"]
+    if config.clock.name == "virtual" and not any("cost.quant" in one.spec.provides for one in selected):
+        stamps.append(f"prices: cost {config.cost.name!r} prices quantized linears as unquantized ones")
+    return stamps
 
 
 def _quality_info(config: RunConfig, selected: Iterable[Selected]) -> dict[str, Any]:

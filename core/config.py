@@ -60,7 +60,9 @@ class ModelConfig(Section):
         "on the Hugging Face hub, by model.repo; none: a shape only, for executors that run no model.",
     )
     path: str | None = Field(
-        default=None, description="With source path: a folder in Hugging Face format, or a GGUF file."
+        default=None,
+        description="With source path: a folder in Hugging Face format, or a GGUF file; cache:NAME is below "
+        "ServeLab's cache folder.",
     )
     made_by: str | None = Field(
         default=None, description="With source path: the command that makes it, named where it is missing."
@@ -189,9 +191,17 @@ class QualityConfig(Section):
     )
     window: int = Field(
         default=1024,
-        ge=2,
+        ge=16,
         description="Tokens read at a time, none before them in sight; the model's context if that is less.",
     )
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.max_tokens == 1:
+            raise ValueError(
+                "max_tokens is 0 (measure nothing) or at least 2: the first token is not predicted"
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -295,16 +305,16 @@ def refusal(problems: list[str]) -> ConfigError:
     )
 
 
-def choice_of(kind: str, value: Any, registry: Registry) -> Choice:
-    """A plugin chosen by a name, or by a mapping with its name and settings.
+def choice_of(kind: str, value: Any, registry: Registry, where: str) -> Choice:
+    """A plugin chosen by a name, or by a mapping with its name and settings, at a place of the configuration.
 
     Raises:
         ConfigError: every problem of it.
     """
     problems: list[str] = []
-    choice = _choice(kind, kind, value, registry, problems)
+    choice = _choice(where, kind, value, registry, problems)
     if choice is None:
-        raise refusal(problems or [f"{kind}.name: must name a plugin (got {value!r})"])
+        raise refusal(problems or [f"{where}.name: must name a plugin (got {value!r})"])
     return choice
 
 

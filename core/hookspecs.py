@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ContextEnded,
         ContextKept,
         Planned,
+        QualityBegan,
         QualityMeasured,
         Record,
         RequestAdmitted,
@@ -185,6 +186,10 @@ class Events:
         """The one terminal record of a request, whatever its end."""
 
     @hookspec
+    def servelab_on_quality_began(self, record: QualityBegan) -> None:
+        """The serving, if any, is over, and quality will be measured."""
+
+    @hookspec
     def servelab_on_quality_measured(self, record: QualityMeasured) -> None:
         """A quantized model was compared with the unquantized one on a window more, after the serving."""
 
@@ -206,6 +211,7 @@ EVENT_OF_RECORD: dict[str, str] = {
     "context_kept": "servelab_on_context_kept",
     "context_ended": "servelab_on_context_ended",
     "finished": "servelab_on_request_finished",
+    "quality_began": "servelab_on_quality_began",
     "quality": "servelab_on_quality_measured",
     "run_finished": "servelab_on_run_finished",
 }

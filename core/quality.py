@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from servelab.core.corpus import digest, part
 from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.metrics.distribution import Distribution
-from servelab.core.records import QualityMeasured
+from servelab.core.records import QualityBegan, QualityMeasured
 from servelab.core.sites import linear_bytes
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from servelab.core.text import Tokenizer
 
 log = logging.getLogger("servelab")
+
+RECORDS = 50
+"""Figures are made so many times at most: each sorts all that was compared."""
 
 PART = "evaluation"
 """Part of the corpus that quality is measured on."""
@@ -77,14 +80,19 @@ class Tally:
 
 
 def measure(
-    run: Run, quantizers: Mapping[str, Quantizer], emit: Callable[[QualityMeasured], None], now_ns: int
+    run: Run,
+    quantizers: Mapping[str, Quantizer],
+    emit: Callable[[QualityBegan | QualityMeasured], None],
+    now_ns: int,
 ) -> None:
-    """Compare quantizers with the unquantized model; emits the figures so far after every window.
+    """Compare quantizers with the unquantized model.
+
+    Emits ``QualityBegan`` before any work.
 
     Args:
         run: its executor provides ``executor.quality``.
         quantizers: by label.
-        emit: gets a record per window and quantizer; the last one of each stands.
+        emit: gets figures per quantizer, after every window or every few; the last of each stand.
         now_ns: time of the records; the clock of the run stands still meanwhile.
 
     Raises:
@@ -99,10 +107,15 @@ def measure(
     dense = linear_bytes(model, None)
     stored = {label: linear_bytes(model, quantizer) for label, quantizer in quantizers.items()}
     tallies = {label: Tally() for label in quantizers}
-    for compared in run.executor.compare(quantizers, windows):  # type: ignore[attr-defined]
+    every = -(-len(windows) // RECORDS)
+    emit(QualityBegan(t_ns=now_ns, labels=list(quantizers), total=total))
+    for i, compared in enumerate(run.executor.compare(quantizers, windows), 1):  # type: ignore[attr-defined]
         for label, one in compared.items():
             _check(label, one)
             tallies[label].add(one)
+        if i % every and i < len(windows):
+            continue
+        for label in quantizers:
             emit(
                 QualityMeasured(
                     t_ns=now_ns,
@@ -123,7 +136,8 @@ def _check(label: str, window: Comparison) -> None:
         f"{whose} gives logits that are not numbers",
         where="measuring quality",
         why="an overflow, a division by zero, or damaged weights",
-        do="try model.dtype=float32; if it stays, mend the quantizer or fetch the weights again",
+        do="try model.dtype=float32 (with executor.kv_memory_mib twice as large); if it stays, mend the "
+        "quantizer or fetch the weights again",
     )
 
 

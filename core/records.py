@@ -203,6 +203,17 @@ class RequestFinished(Record):
 
 
 @dataclass(slots=True, kw_only=True)
+class QualityBegan(Record):
+    """The serving, if any, is over; quantized models will be compared with the unquantized one."""
+
+    ev = "quality_began"
+    labels: list[str]
+    """The quantizers."""
+    total: int
+    """Predicted tokens that will be compared."""
+
+
+@dataclass(slots=True, kw_only=True)
 class QualityMeasured(Record):
     """A quantized model beside the unquantized one, over all tokens compared so far; the last record of a
     label stands. Natural logarithms; definitions in ``core/quality.py`` and ``docs/reference/metrics.md``.
@@ -243,6 +254,7 @@ RECORDS: dict[str, type[Record]] = {
         ContextKept,
         ContextEnded,
         RequestFinished,
+        QualityBegan,
         QualityMeasured,
         RunFinished,
     )

@@ -38,14 +38,14 @@ def linear_sites(model: ModelFacts) -> Iterator[LinearSite]:
 
 
 def linear_bytes(model: ModelFacts, quantizer: Quantizer | None) -> int:
-    """Bytes of the linears of all layers (the head apart, which may be tied), as a quantizer stores them;
-    None: unquantized.
+    """Bytes of the linears of all layers as a quantizer stores them, with the head where it quantizes that
+    (else it may be the embedding, and take no bytes of its own); None: unquantized.
     """
     total = 0
     for site in linear_sites(model):
-        if site.role == "head":
-            continue
         format = quantizer.format(site, model) if quantizer else None
+        if site.role == "head" and format is None:
+            continue
         total += format.nbytes(site.n, site.k) if format else int(site.n * site.k * model.dtype_bytes)
     return total
 

@@ -3,7 +3,8 @@
 Intent: say how long a launch takes on some hardware, from shapes alone. The same object drives the
 virtual clock, answers schedulers' what-if questions, and is held to measurements by ``task=validate``.
 
-Capabilities: ``cost.lanes`` (prices concurrent lanes), ``cost.energy``.
+Capabilities: ``cost.lanes`` (prices concurrent lanes), ``cost.energy``, ``cost.quant`` (prices the formats of
+a quantizer; without it, a quantized run on the virtual clock is stamped).
 """
 
 from __future__ import annotations

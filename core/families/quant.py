@@ -181,6 +181,9 @@ class Recorder(Protocol):
 class LinearOp(Protocol):
     """A quantized linear. It has no cost of its own: the simulator prices formats, see ``Quantizer.cost``."""
 
+    nbytes: int
+    """Bytes it holds: weights, scales, zeros and tables."""
+
     def prepare(self, x: Any) -> Any:
         """Quantize, rotate or tabulate ``x [tokens, k]``; done once for all linears that share the input."""
         ...

@@ -3,7 +3,7 @@
 Intent: ``bench`` serves a workload and measures; later ``serve``, ``quality``, ``calibrate``, ``validate``,
 ``capacity`` and ``describe``. A task owns the order of things in a run, never a policy.
 
-Capabilities: none.
+Capabilities: ``task.offline`` (serves nothing, so KV memory need not hold the longest request).
 """
 
 from __future__ import annotations

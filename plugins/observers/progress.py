@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from servelab.core.api import Context, hookimpl
-from servelab.core.records import QualityMeasured, Record, RunFinished, RunStarted, StepDone
+from servelab.core.records import QualityBegan, QualityMeasured, Record, RunFinished, RunStarted, StepDone
 
 NS = 1_000_000_000
 """Nanoseconds in a second."""
@@ -80,11 +80,16 @@ class Progress:
         self._interval_s, self._screen = 1 / config.per_second, _Screen(stream)
         self._bar: Any = None
         self._quality: Any = None
+        self._started: RunStarted | None = None
         self._figures = _Figures()
 
     @hookimpl
     def servelab_on_record(self, record: Record) -> None:
         # one hook for all, as this one is called before any observer's hook for the end of the run
+        if self._started is not None:  # not before: a task may serve nothing
+            if not isinstance(record, QualityBegan):
+                self._open(self._started)
+            self._started = None
         if isinstance(record, StepDone):
             figures = self._figures
             figures.step = record
@@ -97,7 +102,10 @@ class Progress:
         elif record.ev == "preempted":
             self._figures.preemptions += 1
         elif isinstance(record, RunStarted):
-            self._open(record)
+            self._started = record
+        elif isinstance(record, QualityBegan):
+            self._close(RunFinished(t_ns=record.t_ns, status="ok"))  # of the serving
+            self._quality = _Line(total=record.total, bar_format=QUALITY_LINE, **self._style())
         elif isinstance(record, QualityMeasured):
             self._compared(record)
         elif isinstance(record, RunFinished):
@@ -128,14 +136,8 @@ class Progress:
         }
 
     def _compared(self, record: QualityMeasured) -> None:
-        if self._quality is None:
-            self._close(RunFinished(t_ns=record.t_ns, status="ok"))  # of the serving
-            self._quality = _Line(
-                total=record.total, bar_format=QUALITY_LINE, unit_scale=False, **self._style()
-            )
         share = 100 * record.top1_agreement
-        text = f"{record.label}: KL {record.kl_mean:.4f}, top-1 {share:.1f} %"
-        self._quality.set_postfix_str(text, refresh=False)
+        self._quality.postfix = f"{record.label}: KL {record.kl_mean:.4f}, top-1 {share:.1f} %"
         self._quality.update(record.tokens - self._quality.n)
 
     def _close(self, record: RunFinished) -> None:

@@ -94,6 +94,8 @@ class ReportObserver:
         if self._folder is not None:
             write_results(result, self._folder / RESULTS_FILE)
         text = "\n".join(render(result, self._options.percentiles, self._folder))
+        if sys.stdout is None:  # closed before we began, as by `>&-`
+            return
         try:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
@@ -181,6 +183,10 @@ def _weights(weights: Mapping[str, Any]) -> Iterator[str]:
     if linears := weights.get("linears"):
         formats = ", ".join(f"{count} {name}" for name, count in linears["formats"].items())
         text += f": linears {_mib(linears['dense_bytes'])} -> {_mib(linears['packed_bytes'])} MiB ({formats})"
+        if linears["tied_head_bytes"]:
+            text += (
+                f", and {_mib(linears['tied_head_bytes'])} for the head, whose table stays as the embedding"
+            )
     yield from _wrapped(text, " " * 12)
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from servelab.core.api import ConfigError, Context, HardwareFacts, ModelFacts
 from servelab.core.families.kernel import OpCost
 from servelab.core.families.quant import LinearSite, QuantCaps, Role, WeightFormat
+from servelab.core.sites import linear_sites
 
 
 class LayersConfig(BaseModel):
@@ -118,9 +119,17 @@ class RoundToNearest:
             f"no group size divides the inputs of {site.name}",
             where=f"quant {self._name!r}, linear {site.name} ({site.role})",
             why=f"it has k={site.k} inputs, quant.group_size is {_listed(sizes)}; groups are never padded",
-            do=f"{add if fits > 1 else ''}leave such layers as they are: quant.skip=[{site.role}]",
+            do=f"{add if fits > 1 else ''}leave such layers as they are: quant.skip={self._unfit(site)}",
         )
 
+    def _unfit(self, first: LinearSite) -> str:
+        """Roles that no size fits, from the first of them on."""
+        assert isinstance(self.config, GroupsConfig)
+        sizes, skipped = self.config.sizes, {*self.config.skip, *(() if self.config.head else ("head",))}
+        sites = (site for site in linear_sites(self._model) if site.role not in skipped)
+        roles = [site.role for site in sites if all(site.k % size for size in sizes)]
+        return _listed([*self.config.skip, *dict.fromkeys([first.role, *roles])])
 
-def _listed(sizes: Sequence[int]) -> str:
+
+def _listed(sizes: Sequence[object]) -> str:
     return f"[{','.join(map(str, sizes))}]"

@@ -89,6 +89,11 @@ def biases_beside(biases: Sequence[Tensor | None], sizes: Sequence[int], device:
     return beside(parts, 0, device)
 
 
+def held(*tensors: Tensor | None) -> int:
+    """Bytes of what an operation keeps."""
+    return sum(int(t.nbytes) for t in tensors if t is not None)
+
+
 class Scratch:
     """Blocks of memory that all operations of a model write to in turn, one operation at a time.
 

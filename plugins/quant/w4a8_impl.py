@@ -13,6 +13,7 @@ from servelab.plugins.quant._integers import (
     Tokens,
     beside,
     biases_beside,
+    held,
     integer_linear,
     quantize_rows,
     quantize_tokens,
@@ -98,6 +99,7 @@ class W4A8Linear:
     ) -> None:
         self._packed, self._scale, self._bias, self._scratch = packed, scale, bias, scratch
         self._group_scale, self._shift = group_scale[..., None], (zero * group_scale)[..., None]
+        self.nbytes = held(packed, scale, group_scale, zero, bias)
         half, group = packed.shape[1], 2 * packed.shape[1] // group_scale.shape[1]
         # the widest integers whose codes are of one half, and of one group
         self._eight, self._four = half % 8 == 0, group % 4 == 0

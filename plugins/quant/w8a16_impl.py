@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from servelab.core.families.quant import LinearSite, QTensor, WeightFormat
-from servelab.plugins.quant._integers import Scratch, beside, biases_beside, quantize_rows, rescale
+from servelab.plugins.quant._integers import Scratch, beside, biases_beside, held, quantize_rows, rescale
 
 FEW = 8
 """Tokens up to which PyTorch's kernel for int8 weights is taken, which reads them once per token. Measured on
@@ -44,6 +44,7 @@ class W8A16Linear:
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
         self._codes, self._scale, self._bias, self._scratch = codes, scale, bias, scratch
+        self.nbytes = held(codes, scale, bias)
         # the kernel would round scales to bfloat16: it gets ones, and is exact up to its own rounding
         self._ones = torch.ones(len(codes), dtype=torch.bfloat16, device=codes.device)
 

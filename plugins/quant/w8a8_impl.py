@@ -13,6 +13,7 @@ from servelab.plugins.quant._integers import (
     Tokens,
     beside,
     biases_beside,
+    held,
     integer_linear,
     quantize_rows,
     quantize_tokens,
@@ -47,6 +48,7 @@ class W8A8Linear:
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
         self._weight, self._scale, self._bias, self._scratch = codes.t(), scale, bias, scratch
+        self.nbytes = held(codes, scale, bias)
 
     def prepare(self, x: Tensor) -> Tokens:
         return quantize_tokens(x)

@@ -69,6 +69,7 @@ TABLE = (
         paper=PAST_FUTURE,
         deviations=(_ALONE, _PAGES, _CHUNKS, "Lengths are cut at the request's output cap."),
         provides=frozenset({"scheduler.chunks"}),
+        requires=frozenset({"workload.truth"}),
         oracle=True,
     ),
 )

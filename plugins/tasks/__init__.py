@@ -19,6 +19,7 @@ TABLE = (
         config="servelab.plugins.tasks.quality:QualityTaskConfig",
         summary="compare quantizers with the unquantized model on held-out text: a table and a plot",
         runs=("torch",),
+        provides=frozenset({"task.offline"}),
         requires=frozenset({"executor.quality"}),
         imports=("matplotlib",),
         tier="stable",

@@ -38,7 +38,8 @@ class Bench:
             run.engine.token_log = bus.asks("tokens")
             driver = _driver(run, bus)
             driver.run()
-            if run.config.quant and run.quantizer and run.info["quality"]["measured"]:
+            heard = bus.listens("quality")
+            if heard and run.config.quant and run.quantizer and run.info["quality"]["measured"]:
                 quality.measure(run, {run.config.quant.name: run.quantizer}, bus.emit, driver.now_ns)
 
         announced(run, run.info, serve, lambda: driver.now_ns if driver else 0)

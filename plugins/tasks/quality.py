@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core import quality
-from servelab.core.api import ConfigError, Context, QualityMeasured, ServeLabError
+from servelab.core.api import ConfigError, Context, QualityBegan, QualityMeasured, ServeLabError
 from servelab.core.bus import Bus
 from servelab.core.compose import another_quantizer
 from servelab.core.config import Choice, choice_of
@@ -50,28 +50,35 @@ class QualityTask:
 
     def run(self, run: Run) -> float | None:
         """Compare; returns the largest mean divergence, for sweepers."""
-        _check(run)
-        choices = self._choices(run)
+        try:
+            _check(run)
+            choices = self._choices(run)
+            quantizers = {label: another_quantizer(run, choice) for label, choice in choices.items()}
+        except BaseException:
+            run.executor.close()
+            raise
         found: dict[str, QualityMeasured] = {}
 
         def compare(bus: Bus) -> None:
-            def emit(record: QualityMeasured) -> None:
-                found[record.label] = record
+            def emit(record: QualityBegan | QualityMeasured) -> None:
+                if isinstance(record, QualityMeasured):
+                    found[record.label] = record
                 bus.emit(record)
 
-            quantizers = {label: another_quantizer(run, choice) for label, choice in choices.items()}
-            quality.measure(run, quantizers, emit, 0)
+            try:
+                quality.measure(run, quantizers, emit, 0)
+            finally:  # also of what was read before an interruption
+                if self._folder is not None and found:
+                    plot(found, str(run.info["model"]), self._folder / PLOT_FILE)
 
         announced(run, _info(run, choices), compare, lambda: 0)
-        if self._folder is not None:
-            plot(found, str(run.info["model"]), self._folder / PLOT_FILE)
         return max(record.kl_mean for record in found.values())
 
     def _choices(self, run: Run) -> dict[str, Choice]:
         """Quantizers by label: the name, and the settings that are not at their defaults."""
         found: dict[str, Choice] = {}
-        for stated in self._config.quantizers:
-            choice = choice_of("quant", stated, run.registry)
+        for i, stated in enumerate(self._config.quantizers):
+            choice = choice_of("quant", stated, run.registry, where=f"task.quantizers[{i}]")
             changed = ", ".join(f"{key}={value}" for key, value in choice.changed().items())
             label = f"{choice.name} ({changed})" if changed else choice.name
             if label in found:
@@ -150,5 +157,8 @@ def plot(found: Mapping[str, QualityMeasured], model: str, path: Path) -> None:
         figure.savefig(path, dpi=120)
     except OSError as exc:
         raise ServeLabError(
-            f"{path.name} cannot be written", where=str(path), why=exc.strerror or str(exc), do="free space"
+            f"{path.name} cannot be written",
+            where=str(path),
+            why=exc.strerror or str(exc),
+            do="free space, or choose another run folder",
         ) from exc

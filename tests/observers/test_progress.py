@@ -212,6 +212,7 @@ def test_it_is_drawn_a_few_times_a_second_however_many_steps_there_are(
     observer = progress(ProgressConfig(per_second=4), context(None))
     assert isinstance(observer, Progress)
     observer.servelab_on_record(started())
+    observer.servelab_on_record(step(0, [0], {"a": (1, 1)}))
     observer._bar._time = lambda: now[0]
     observer._bar.last_print_t = observer._bar.start_t = now[0]
     for i in range(10_000):

@@ -19,8 +19,10 @@ from omegaconf import OmegaConf
 
 from servelab import LLM, SamplingParams
 from servelab.core import corpus
+from servelab.core.config import ModelConfig
 from servelab.core.corpus import Topic
-from servelab.plugins.executors.checkpoint.cache import root
+from servelab.plugins.executors.checkpoint.errors import ModelError
+from servelab.plugins.executors.checkpoint.find import find
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -267,14 +269,16 @@ def test_a_missing_library_is_named(
     assert '-e ".[test]"' in capsys.readouterr().err
 
 
-def test_the_configured_model_is_the_one_it_makes(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configured_model_is_the_one_it_makes(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     recipe, path = script.Recipe(), ROOT / "configs" / "model" / f"{script.NAME}.yaml"
-    for name, value in {"SERVELAB_CACHE": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}.items():
-        for unset in ("SERVELAB_CACHE", "XDG_CACHE_HOME", "HOME"):
-            monkeypatch.delenv(unset, raising=False)
-        monkeypatch.setenv(name, value)
-        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        assert Path(config["path"]).expanduser() == root() / "models" / script.NAME
+    config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    monkeypatch.setenv("SERVELAB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError) as error:
+        find(ModelConfig(**config))
+    assert str(tmp_path / "models" / script.NAME) in error.value.what
+    assert error.value.do == "make it: python tools/train_reference.py"
     shape = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "max_position")
     assert {name: config[name] for name in shape} == {name: getattr(recipe, name) for name in shape}
     assert config["head_dim"] * recipe.heads == recipe.hidden

@@ -58,6 +58,7 @@ def _of(weight: Tensor) -> WeightFormat:
 class _Op:
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Any], calls: Counter[str]) -> None:
         self._weights, self._biases, self._calls = weights, biases, calls
+        self.nbytes = sum(t.nbytes for t in weights)
 
     def prepare(self, x: Tensor) -> Tensor:
         self._calls["prepare"] += 1

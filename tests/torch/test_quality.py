@@ -21,7 +21,7 @@ from servelab.core.corpus import part
 from servelab.core.errors import CapabilityError, ConfigError, ServeLabError
 from servelab.core.hookspecs import hookimpl
 from servelab.core.quality import Comparison, Tally, evaluation_windows
-from servelab.core.records import QualityMeasured, Record, RunFinished
+from servelab.core.records import QualityBegan, QualityMeasured, Record, RunFinished
 from servelab.core.registry import Registry
 from servelab.core.spec import PluginSpec
 
@@ -166,7 +166,7 @@ class Letters:
         (8192, 1024, 4096, (8, 1024)),
         (8192, 1024, 256, (32, 256)),
         (500, 1024, 4096, (1, 500)),
-        (2, 2, 9, (1, 2)),
+        (2, 16, 9, (1, 2)),
     ],
 )
 def test_windows(max_tokens: int, window: int, longest: int, expected: tuple[int, int]) -> None:
@@ -188,8 +188,10 @@ def test_all_of_the_text_at_most() -> None:
 
 
 def test_a_window_of_one_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2: the first token is not predicted"):
+        QualityConfig(max_tokens=1)
     with pytest.raises(ConfigError, match="windows of 1 tokens"):
-        evaluation_windows(Letters(), QualityConfig(max_tokens=1), 4096)  # type: ignore[arg-type]
+        evaluation_windows(Letters(), QualityConfig(), 1)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ runs
@@ -235,6 +237,31 @@ def test_measuring_can_be_switched_off(composed: Any, capsys: Any) -> None:
     run.task.run(run)
     assert not keep.of(QualityMeasured)
     assert "quality: not measured (quality.max_tokens=0)" in capsys.readouterr().out
+
+
+def test_it_says_when_it_begins_and_nothing_where_nobody_listens(composed: Any) -> None:
+    run, keep = composed(Plain(noisy))
+    run.task.run(run)
+    (began,) = keep.of(QualityBegan)
+    assert (began.labels, began.total) == (["plain"], 594)
+    run, _ = composed(Plain(noisy), observers=[])
+    run.executor.compare = None
+    run.task.run(run)
+
+
+def test_figures_are_made_so_many_times_at_most(composed: Any) -> None:
+    run, keep = composed(Plain(), quality={"max_tokens": 60 * 16, "window": 16})
+    run.task.run(run)
+    measured = keep.of(QualityMeasured)
+    assert 20 <= len(measured) <= 50
+    assert (measured[-1].windows, measured[-1].tokens) == (60, 60 * 15)
+
+
+def test_prices_that_do_not_know_the_quantizer_are_stamped(composed: Any) -> None:
+    virtual, _ = composed(Plain())
+    wall, _ = composed(Plain(), clock={"name": "wall"})
+    stamp = "prices: cost 'scripted' prices quantized linears as unquantized ones"
+    assert stamp in virtual.info["stamps"] and stamp not in wall.info["stamps"]
 
 
 def test_stopped_while_measuring_the_serving_is_kept(composed: Any, tmp_path: Path, capsys: Any) -> None:
@@ -314,16 +341,38 @@ def test_several_quantizers_as_one_table_and_one_plot(composed: Any, tmp_path: P
     assert info["quality"]["quantizers"]["w4a16 (group_size=[16])"]["group_size"] == [16]
 
 
+def test_the_task_needs_no_memory_for_the_longest_request(composed: Any) -> None:
+    """It serves nothing."""
+    few = {"name": "torch", "num_kv_pages": 1}
+    with pytest.raises(CapabilityError, match="KV memory cannot hold one request"):
+        composed(executor=few)
+    run, keep = composed(executor=few, task={"name": "quality", "quantizers": ["w8a16"]})
+    run.task.run(run)
+    assert keep.of(QualityMeasured)[-1].tokens == 594
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"task": {"name": "quality", "quantizers": ["w8a16", "w8a16"]}}, "w8a16 is listed twice"),
         ({"task": {"name": "quality", "quantizers": ["w8a17"]}}, "unknown quant 'w8a17'"),
+        (
+            {"task": {"name": "quality", "quantizers": [{"name": "w4a16", "group_size": 0}]}},
+            r"task.quantizers\[0\].group_size: .* 2, 4, 6",
+        ),
+        (
+            {"task": {"name": "quality", "quantizers": [{"name": "w4a16", "group_size": 128}]}},
+            "no group size divides the inputs of model.layers.0.self_attn.q_proj",
+        ),
         ({"task": "quality", "quant": "w8a16"}, "task 'quality' compares task.quantizers"),
         ({"task": "quality", "quality": {"max_tokens": 0}}, "nothing to read"),
     ],
 )
 def test_what_task_quality_refuses(composed: Any, sections: dict[str, Any], message: str) -> None:
-    run, _ = composed(**sections)
+    run, keep = composed(**sections)
+    closed: list[bool] = []
+    close, run.executor.close = run.executor.close, lambda: closed.append(True)
     with pytest.raises(ConfigError, match=message):
         run.task.run(run)
+    assert closed == [True] and not keep.records, "refused before anything ran"
+    run.executor.close = close

@@ -8,8 +8,8 @@ from typing import Any
 
 from servelab.core.config import MODEL_KINDS, SHAPE, ModelConfig
 from servelab.core.errors import ConfigError
+from servelab.plugins.executors.checkpoint import cache, hub, wheel
 from servelab.plugins.executors.checkpoint import folder as hf
-from servelab.plugins.executors.checkpoint import hub, wheel
 from servelab.plugins.executors.checkpoint.architectures import checked, shape
 from servelab.plugins.executors.checkpoint.checkpoint import Checkpoint
 from servelab.plugins.executors.checkpoint.convert import PROVENANCE
@@ -92,8 +92,14 @@ def _of_wheel(model: ModelConfig) -> Checkpoint:
         ) from exc
 
 
+CACHED = "cache:"
+"""Begins a ``model.path`` that is below our cache folder, wherever that is."""
+
+
 def _path(model: ModelConfig) -> Path:
-    path = Path(model.path or "").expanduser()
+    stated = model.path or ""
+    cached = stated.startswith(CACHED)
+    path = cache.root() / stated.removeprefix(CACHED) if cached else Path(stated).expanduser()
     if path.is_dir():
         return path
     if not path.exists():

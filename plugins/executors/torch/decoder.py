@@ -23,7 +23,7 @@ from torch import Tensor, linalg
 from servelab.core.families.kernel import AttentionImpl
 from servelab.core.families.quant import LinearOp
 from servelab.plugins.executors.torch.attention import RotaryByLayer
-from servelab.plugins.executors.torch.linear import DenseLinear, PackedLinear
+from servelab.plugins.executors.torch.linear import DenseLinear, packed
 from servelab.plugins.executors.torch.mlp import ACTIVATIONS, GatedMlp
 from servelab.plugins.executors.torch.moe import Experts, by_expert
 from servelab.plugins.executors.torch.places import Places
@@ -157,9 +157,7 @@ class Decoder:
     def pack(self) -> None:
         """Reorder every dense weight for the CPU's matrix kernels; the plain copies are let go."""
         for holder, name in self.linears():
-            op = getattr(holder, name)
-            if isinstance(op, DenseLinear):
-                setattr(holder, name, PackedLinear(op))
+            setattr(holder, name, packed(getattr(holder, name)))
 
     # ---------------------------------------------------------- arithmetic
 

@@ -100,6 +100,7 @@ class TorchExecutor:
                 "executor 'torch' has no attention kernel", where="kernel", do="choose one: kernel=sdpa"
             )
         self._kernel: Kernel | None = Kernel(ctx.kernel)
+        self._threads = torch.get_num_threads()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._checkpoint = find(ctx.checkpoint)
@@ -136,7 +137,8 @@ class TorchExecutor:
             "threads": torch.get_num_threads(),
             "bytes": self.decoder.nbytes
             - self._memory.get("dense_bytes", 0)
-            + self._memory.get("packed_bytes", 0),
+            + self._memory.get("packed_bytes", 0)
+            + self._memory.get("tied_head_bytes", 0),
             "linears": self._memory,
         }
 
@@ -280,7 +282,10 @@ class TorchExecutor:
             yield reader.compare(window, reference, others)
 
     def close(self) -> None:
-        """Let go of weights and pages at once, whoever still holds the executor."""
+        """Let go of weights and pages at once, whoever still holds the executor, and of the number of
+        threads, which belongs to the process.
+        """
+        torch.set_num_threads(self._threads)
         self._attention, self._kernel, self._buffers = None, None, {}
         vars(self).pop("decoder", None)
 

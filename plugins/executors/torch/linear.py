@@ -1,9 +1,14 @@
-"""A dense linear layer, as ``core/families/quant.py::LinearOp`` asks."""
+"""Linear layers as ``core/families/quant.py::LinearOp`` asks: dense ones, and several over one input."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from servelab.core.families.quant import LinearOp
 
 NO_FUSION: tuple[str, list[float | None], str] = ("none", [], "")
 
@@ -13,6 +18,7 @@ class DenseLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
+        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def prepare(self, x: Tensor) -> Tensor:
         """``[tokens, k]``, unchanged."""
@@ -36,6 +42,7 @@ class PackedLinear:
     def __init__(self, dense: DenseLinear) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(dense.weight.contiguous(), None)
         self._bias = dense.bias
+        self.nbytes = dense.nbytes
 
     def prepare(self, x: Tensor) -> Tensor:
         return x
@@ -43,6 +50,29 @@ class PackedLinear:
     def apply(self, prepared: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(prepared, self._weight, self._bias, *NO_FUSION)
         return y
+
+
+class SideBySide:
+    """Linears of several formats over one input, their outputs joined."""
+
+    def __init__(self, parts: Sequence[LinearOp]) -> None:
+        self.parts = parts
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def prepare(self, x: Tensor) -> list[Any]:
+        return [part.prepare(x) for part in self.parts]
+
+    def apply(self, prepared: Sequence[Any]) -> Tensor:
+        """``[tokens, n]``."""
+        outputs = [part.apply(one) for part, one in zip(self.parts, prepared, strict=True)]
+        return torch.cat(outputs, dim=-1)
+
+
+def packed(op: LinearOp) -> LinearOp:
+    """The operation with its dense weights packed; others are as they were."""
+    if isinstance(op, SideBySide):
+        return SideBySide([packed(part) for part in op.parts])
+    return PackedLinear(op) if isinstance(op, DenseLinear) else op
 
 
 def packs(dtype: torch.dtype) -> bool:

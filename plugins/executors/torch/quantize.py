@@ -22,14 +22,15 @@ from servelab.core.families.quant import (
 )
 from servelab.core.sites import linear_sites
 from servelab.plugins.executors.torch.decoder import Decoder
-from servelab.plugins.executors.torch.linear import DenseLinear
+from servelab.plugins.executors.torch.linear import DenseLinear, SideBySide
 
 
 def quantize(decoder: Decoder, quantizer: Quantizer, model: ModelFacts) -> dict[str, Any]:
     """Pack every linear that the quantizer has a format for; the plain weights are let go one by one.
 
     Returns:
-        For the report: bytes of the linears before and after (``dense_bytes``, ``packed_bytes``), and
+        For the report: bytes of the linears before and after (``dense_bytes``, ``packed_bytes``), of a
+        quantized head whose table stays because it is also the embedding (``tied_head_bytes``), and
         ``formats``, how many linears have each.
 
     Raises:
@@ -37,20 +38,24 @@ def quantize(decoder: Decoder, quantizer: Quantizer, model: ModelFacts) -> dict[
     """
     impl = quantizer.load()
     formats = Counter[str]()
-    dense_bytes = packed_bytes = 0
+    dense_bytes = packed_bytes = tied_head_bytes = 0
     for holder, name, sites in _places(decoder, model):
         dense: DenseLinear = getattr(holder, name)
         wanted = [quantizer.format(site, model) for site in sites]
         formats.update("unquantized" if format is None else str(format) for format in wanted)
-        if dense.weight is not decoder.embedding:  # a tied head has no bytes of its own
-            dense_bytes += dense.weight.nbytes
-            packed_bytes += dense.weight.nbytes if not any(wanted) else 0
-        if not any(wanted):
-            continue
-        op, held = _packed(impl, sites, wanted, dense)
-        packed_bytes += held
+        op = _packed(impl, sites, wanted, dense) if any(wanted) else dense
         setattr(holder, name, op)
-    return {"dense_bytes": dense_bytes, "packed_bytes": packed_bytes, "formats": dict(formats)}
+        if dense.weight is not decoder.embedding:
+            dense_bytes += dense.nbytes
+            packed_bytes += op.nbytes
+        elif op is not dense:
+            tied_head_bytes = op.nbytes
+    return {
+        "dense_bytes": dense_bytes,
+        "packed_bytes": packed_bytes,
+        "tied_head_bytes": tied_head_bytes,
+        "formats": dict(formats),
+    }
 
 
 def _places(decoder: Decoder, model: ModelFacts) -> Iterator[tuple[Any, str, list[LinearSite]]]:
@@ -95,54 +100,38 @@ def _packed(
     sites: Sequence[LinearSite],
     formats: Sequence[WeightFormat | None],
     dense: DenseLinear,
-) -> tuple[LinearOp, int]:
-    """The linear that replaces a dense one, and the bytes of its weights."""
+) -> LinearOp:
+    """The linear that replaces a dense one."""
     rows = [site.n for site in sites]
     weights: list[Tensor] = list(torch.split(dense.weight, rows))
     biases: list[Tensor] | None = None if dense.bias is None else list(torch.split(dense.bias, rows))
     parts: list[LinearOp] = []
-    held = start = 0
+    start = 0
     for format, run in groupby(formats):
         end = start + len(list(run))
         if format is None:
             bias = None if biases is None else torch.cat(biases[start:end])
             parts.append(DenseLinear(torch.cat(weights[start:end]), bias))
-            held += sum(weight.nbytes for weight in weights[start:end])
         else:
             group, own = sites[start:end], biases[start:end] if biases else [None] * (end - start)
             packed = [
                 impl.pack(site, weight, bias, None)
                 for site, weight, bias in zip(group, weights[start:end], own, strict=True)
             ]
-            held += sum(_held(site, tensor, format) for site, tensor in zip(group, packed, strict=True))
+            for site, tensor in zip(group, packed, strict=True):
+                _check(site, tensor, format)
             parts.append(impl.linear(group, packed, own, "cpu"))
         start = end
-    return parts[0] if len(parts) == 1 else SideBySide(parts), held
+    return parts[0] if len(parts) == 1 else SideBySide(parts)
 
 
-def _held(site: LinearSite, tensor: QTensor, format: WeightFormat) -> int:
-    """Bytes of a packed weight, which its format must have stated."""
+def _check(site: LinearSite, tensor: QTensor, format: WeightFormat) -> None:
+    """A packed weight takes the bytes that its format states."""
     held: int = sum(t.nbytes for t in (*tensor.codes, *tensor.scales, *tensor.zeros))
     if held != format.nbytes(site.n, site.k):
         raise PluginError(
             f"the packed weight of {site.name} takes {held} bytes",
             where="QuantizerImpl.pack()",
             why=f"its format {format} says {format.nbytes(site.n, site.k)}",
-            do="mend the quantizer: memory and the simulator's prices follow from the format",
+            do="mend the quantizer: prices of memory and bandwidth follow from the format",
         )
-    return held + int(sum(t.nbytes for t in (tensor.permutation, tensor.group_index) if t is not None))
-
-
-class SideBySide:
-    """Linears of several formats over one input, their outputs joined."""
-
-    def __init__(self, parts: Sequence[LinearOp]) -> None:
-        self._parts = parts
-
-    def prepare(self, x: Tensor) -> list[Any]:
-        return [part.prepare(x) for part in self._parts]
-
-    def apply(self, prepared: Sequence[Any]) -> Tensor:
-        """``[tokens, n]``."""
-        outputs = [part.apply(one) for part, one in zip(self._parts, prepared, strict=True)]
-        return torch.cat(outputs, dim=-1)
