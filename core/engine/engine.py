@@ -16,7 +16,7 @@ from servelab.core.engine.ledger import Ledger, Transfer
 from servelab.core.engine.state import Request
 from servelab.core.engine.validate import PlanCheck
 from servelab.core.engine.views import Expiring, ProgramView, StepView, renew_view, renew_views
-from servelab.core.errors import PluginCallError, PluginError, ServeLabError, WorkloadError
+from servelab.core.errors import LedgerError, PluginCallError, PluginError, ServeLabError, WorkloadError
 from servelab.core.events import (
     Abort,
     Arrive,
@@ -600,6 +600,11 @@ class Engine:
             bound = r.prompt_tokens + r.generated + r.expected + drafts[r.id]
             if not 0 <= r.computed + r.flying <= bound or r.slack < 0:
                 raise PluginError(f"request {r.id} counts do not add up", why=repr(r.view.freeze()))
+            if not self.ledger.sees_all(r.lease, r.computed):
+                raise LedgerError(
+                    f"request {r.id} has given up pages that its next token sees",
+                    why=f"{r.computed} tokens are computed, its tables begin with pages {r.lease.first}",
+                )
         if self.arrived != len(self.requests) + sum(self.ended.values()):
             raise PluginError(
                 f"{self.arrived} requests arrived, {len(self.requests)} are live and {self.ended} ended",

@@ -245,6 +245,10 @@ class Lane:
         else:
             self.flights.popleft()
             engine.ledger.landed(batch.leases)
+        if engine.ledger.windows:
+            for r, lease in zip(batch.requests, batch.leases, strict=True):
+                if r.lease is lease and r.phase is not Phase.FINISHED:
+                    engine.ledger.slide(r)
         return batch, first, start_ns, emitted, done
 
     def _go_on(self, batch: Batch, steps: int, done: Done) -> None:

@@ -54,7 +54,7 @@ class _Tier:
         self.external: Counter[int] = Counter()
         """References held outside leases (prefix stores)."""
         self.reading: Counter[int] = Counter()
-        """Pages that launches in flight copy from: not free even when nobody refers to them any more."""
+        """Pages that launches in flight still read or write: not free even when nobody refers to them."""
 
 
 class Ledger:
@@ -73,6 +73,8 @@ class Ledger:
         self._device = [_Tier(n) for n in capacity.device_pages]
         host = capacity.host_pages or (0,) * len(self.pools)
         self._host = [_Tier(n) for n in host]
+        self.windows = [(i, p.page_tokens, w) for i, p in enumerate(self.pools) if (w := p.window_tokens)]
+        """Pools that let go of old tokens: index, tokens per page, tokens seen."""
         self._leases: dict[int, Lease] = {}
         self._transfers = 0
         self._promises: dict[int, list[int]] = {}
@@ -103,18 +105,18 @@ class Ledger:
         if n <= r.slack:
             return [0] * len(self.pools)
         scheduled = r.computed + r.flying
-        tables, pages_for, view = r.lease.tables, self.kvcache.pages_for, r.view
+        lease, pages_for, view = r.lease, self.kvcache.pages_for, r.view
         out = []
         try:
             for i, pool in enumerate(self.pools):
-                table = tables[i]
-                need = pages_for(pool, view, scheduled + n) - len(table)
+                table = lease.tables[i]
+                need = pages_for(pool, view, scheduled + n) - lease.first[i] - len(table)
                 if need < 0:
                     need = 0
-                if self._shares and self._shared_tail(i, table, scheduled) is not None:
+                if self._shares and self._shared_tail(i, lease, scheduled) is not None:
                     need += 1
                 if not table:  # swapped out: all its pages come back
-                    need = max(need, len(r.lease.host_tables[i]))
+                    need = max(need, len(lease.host_tables[i]))
                 out.append(need)
         except Exception as exc:
             raise self._fault(exc, "pages_for") from exc
@@ -140,9 +142,15 @@ class Ledger:
         """Device pages, per pool, that leave the pool as soon as they are given up."""
         return [tier.withdraw for tier in self._device]
 
-    def _shared_tail(self, i: int, table: list[int], tokens: int) -> int | None:
-        """Index of the partly filled page that the next token is written to, if others hold it too."""
+    def sees_all(self, lease: Lease, tokens: int) -> bool:
+        """Whether everything that the token after so many sees is still stored."""
+        return all(lease.first[i] * page <= max(0, tokens + 1 - window) for i, page, window in self.windows)
+
+    def _shared_tail(self, i: int, lease: Lease, tokens: int) -> int | None:
+        """Index in the table of the partly filled page that the next token is written to, if shared."""
+        table = lease.tables[i]
         index, offset = divmod(tokens, self.pools[i].page_tokens)
+        index -= lease.first[i]
         if offset and index < len(table) and self._device[i].refs[table[index]] > 1:
             return index
         return None
@@ -151,10 +159,9 @@ class Ledger:
         scheduled = r.computed + r.flying
         capacity = None
         for i, pool in enumerate(self.pools):
-            table = r.lease.tables[i]
-            if self._shares and self._shared_tail(i, table, scheduled) is not None:
+            if self._shares and self._shared_tail(i, r.lease, scheduled) is not None:
                 return 0  # the next write must come through reserve() to copy the page first
-            tokens = self.kvcache.tokens_in(pool, len(table))
+            tokens = self.kvcache.tokens_in(pool, r.lease.first[i] + len(r.lease.tables[i]))
             capacity = tokens if capacity is None or tokens < capacity else capacity
         return (capacity or 0) - scheduled
 
@@ -187,7 +194,7 @@ class Ledger:
                 continue
             table = lease.tables[i]
             pages = self._take(i, "device", need, r)
-            if self._shares and (tail := self._shared_tail(i, table, scheduled)) is not None:
+            if self._shares and (tail := self._shared_tail(i, lease, scheduled)) is not None:
                 old = table[tail]
                 table[tail] = pages.pop()
                 self._copies.append((lease, i, old, table[tail]))
@@ -246,7 +253,8 @@ class Ledger:
         self._shares = True
         tokens = parent.computed + parent.flying
         for i, pool in enumerate(self.pools):
-            shared = parent.lease.tables[i][: self.kvcache.pages_for(pool, parent.view, tokens)]
+            first = child.lease.first[i] = parent.lease.first[i]
+            shared = parent.lease.tables[i][: self.kvcache.pages_for(pool, parent.view, tokens) - first]
             refs = self._device[i].refs
             for page in shared:
                 refs[page] += 1
@@ -263,15 +271,35 @@ class Ledger:
             )
         for i, pool in enumerate(self.pools):
             table = r.lease.tables[i]
-            keep = self.kvcache.pages_for(pool, r.view, tokens) if tokens else 0
+            keep = self.kvcache.pages_for(pool, r.view, tokens) - r.lease.first[i] if tokens else 0
             extra = table[keep:]
             del table[keep:]
-            if extra and r.lease.in_flight:  # a launch may still write there
-                self._device[i].reading.update(extra)
-                r.lease.sources += [(i, page) for page in extra]
             if extra:
-                self._drop_refs(i, "device", extra)
+                self._give_up(r.lease, i, extra)
         r.slack = self._slack(r)
+
+    def slide(self, r: Request) -> None:
+        """Give up pages of window pools that no token still to come sees.
+
+        The next one stands at ``computed``, whatever is in flight: launches that are were planned with these
+        pages, which are free once the last of them has landed.
+        """
+        lease = r.lease
+        for i, page, window in self.windows:
+            gone = (r.computed + 1 - window) // page - lease.first[i]
+            if gone > 0:
+                table = lease.tables[i]
+                pages = table[:gone]
+                del table[:gone]
+                lease.first[i] += gone
+                self._give_up(lease, i, pages)
+
+    def _give_up(self, lease: Lease, i: int, pages: list[int]) -> None:
+        """Drop pages that are no longer in the lease's table, after the launches in flight that know them."""
+        if lease.in_flight:
+            self._device[i].reading.update(pages)
+            lease.sources += [(i, page, lease.in_flight) for page in pages]
+        self._drop_refs(i, "device", pages)
 
     def adopted(self, r: Request) -> None:
         """The request took over a lease with tokens in it; pages beyond those it reuses are given up.
@@ -299,35 +327,39 @@ class Ledger:
             return ()
         copies, self._copies = self._copies, []
         for lease, pool, source, _ in copies:
-            lease.sources.append((pool, source))
+            lease.sources.append((pool, source, lease.in_flight))
         return tuple(copy[1:] for copy in copies)
 
     def landed(self, leases: Iterable[Lease]) -> None:
         """A launch or transfer that named (and so fenced) these leases has ended."""
         for lease in leases:
             lease.in_flight -= 1
-            if not lease.in_flight:
-                if lease.sources:
-                    self._drop_sources(lease)
-                if lease.released:
-                    self._reap(lease)
+            if lease.sources:
+                self._drop_sources(lease)
+            if lease.released and not lease.in_flight:
+                self._reap(lease)
         for i, tier in enumerate(self._device):
             if tier.withdraw:  # what its launch was promised and did not use
                 self._withdraw_free(i)
 
     def _drop_sources(self, lease: Lease) -> None:
-        for pool, page in lease.sources:
+        """A launch has landed: free what no other in flight reads or writes."""
+        later = []
+        for pool, page, landings in lease.sources:
+            if landings > 1 and lease.in_flight:
+                later.append((pool, page, landings - 1))
+                continue
             tier = self._device[pool]
             tier.reading[page] -= 1
             if not tier.reading[page]:
                 del tier.reading[page]
                 if not tier.refs[page]:
                     self._free(pool, "device", [page])
-        lease.sources = []
+        lease.sources = later
 
     def _reap(self, lease: Lease) -> None:
         if self._copies:  # copies it will never make
-            lease.sources += [(i, source) for owner, i, source, _ in self._copies if owner is lease]
+            lease.sources += [(i, source, 0) for owner, i, source, _ in self._copies if owner is lease]
             self._copies = [copy for copy in self._copies if copy[0] is not lease]
         self._drop_sources(lease)
         for i in range(len(self.pools)):
@@ -468,7 +500,7 @@ class Ledger:
             if not 0 <= page < len(refs) or refs[page] != 0 or page in tier.reading:
                 state = "outside the pool"
                 if 0 <= page < len(refs):
-                    state = f"held ({refs[page]} references)" if refs[page] else "still being copied from"
+                    state = f"held ({refs[page]} references)" if refs[page] else "still read in flight"
                 raise LedgerError(
                     f"kvcache {self.name!r} chose page {page}, which is not free",
                     where=f"{tier_name} pool {self.pools[i].id!r}",
@@ -574,7 +606,7 @@ class Ledger:
                 why=f"launches were promised {promised}, {tier.total - tier.free} are held",
             )
         reading = Counter(source for _, pool, source, _ in self._copies if pool == i)
-        reading.update(page for x in self._leases.values() for pool, page in x.sources if pool == i)
+        reading.update(page for x in self._leases.values() for pool, page, _ in x.sources if pool == i)
         if reading != tier.reading:
             raise LedgerError(
                 f"pool {self.pools[i].id!r} has {dict(tier.reading)} pages being copied from",

@@ -313,6 +313,8 @@ class PlanCheck:
                     "rewrite at most computed_tokens",
                     r,
                 )
+            if item.advance == "rewrite":
+                self._still_stored(item.n, r)
             return 0
         if r.layer_cursor and not item.layers:
             self._mid_chunk(r)
@@ -328,6 +330,17 @@ class PlanCheck:
         if item.n > r.pending:
             self._wrong_count(r, item.n)
         return item.n + item.draft
+
+    def _still_stored(self, n: int, r: Request) -> None:
+        """What rewritten tokens see must be there, and must not be given up before they run."""
+        ledger = self.engine.ledger
+        if ledger.windows and (r.flying or not ledger.sees_all(r.lease, r.computed - n)):
+            self.refuse(
+                f"request {r.id} cannot rewrite {n} tokens",
+                f"{r.flying} tokens are in flight, and pools with a window let go of what earlier ones see",
+                "rewrite while computed_tokens is below every window and nothing is in flight",
+                r,
+            )
 
     def _layers(self, item: Tokens, r: Request, layers: tuple[int, int]) -> int:
         first, end = layers

@@ -137,6 +137,10 @@ class KVView:
         return tuple(p.page_tokens for p in self._ledger.pools)
 
     @property
+    def window_tokens(self) -> tuple[int | None, ...]:
+        return tuple(p.window_tokens for p in self._ledger.pools)
+
+    @property
     def pinned_pages(self) -> tuple[int, ...]:
         kept = [c.pages for c in self._contexts.kept.values() if c.tier == "device"]
         return tuple(map(sum, zip(*kept, strict=True))) if kept else (0,) * len(self._ledger.pools)

@@ -33,7 +33,9 @@ class KVCache(Protocol):
     def pages_for(self, pool: Pool, request: RequestView | None, tokens: int) -> int:
         """Pages that must be held so that ``tokens`` tokens of the request are stored.
 
-        ``request`` is None in questions about any request. Non-decreasing in ``tokens``.
+        ``request`` is None in questions about any request. Non-decreasing in ``tokens``. In a pool with a
+        window too all tokens count, from the first: the ledger takes off the pages it has given back, so
+        page k must hold tokens ``k * page_tokens`` to ``(k + 1) * page_tokens - 1``.
         """
         ...
 

@@ -97,6 +97,11 @@ class KVView(Protocol):
     @property
     def page_tokens(self) -> tuple[int, ...]: ...
     @property
+    def window_tokens(self) -> tuple[int | None, ...]:
+        """How many recent tokens a pool serves; older pages come back by themselves. None: it keeps all."""
+        ...
+
+    @property
     def pinned_pages(self) -> tuple[int, ...]:
         """Device pages kept for programs between turns."""
         ...

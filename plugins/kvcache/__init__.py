@@ -18,7 +18,7 @@ TABLE = (
             id="arXiv:2309.06180",
         ),
         deviations=(
-            "No null page: a table has no entry for dropped tokens.",
+            "No null page: a table begins with the first page still held.",
             "No watermark: how many pages stay free at admission is the scheduler's decision.",
         ),
         provides=frozenset({"kvcache.block_table", "kvcache.fork", "kvcache.swap"}),

@@ -8,10 +8,14 @@ a sequence holds the pages of its tokens in order and wastes at most ``page_toke
 be adjacent, so any free page serves any sequence. The core's ledger counts references; this plugin keeps
 the free lists.
 
-Symbols: N -> pages of a pool, P -> ``page_tokens``, slot(t) = table[t // P] * P + t % P.
+Layers with a sliding window have a pool of their own for each size of window, beside that of the layers
+which see everything: a sequence gives its old pages there back as the window moves on.
+
+Symbols: N -> pages of a pool, P -> ``page_tokens``, slot(t) = table[t // P - f] * P + t % P, where f is the
+first page the sequence still holds: 0 without a window.
 
 Deviations:
-1. The released engine keeps page 0 as a null page; here a table simply has no entry for dropped tokens.
+1. The released engine keeps page 0 as a null page; here a table simply begins later.
 2. No watermark here: how many pages to keep free at admission is the scheduler's decision.
 
 Faithful when: waste per sequence <= P - 1 tokens; free + held = N; reference counts equal table entries; a
@@ -47,17 +51,22 @@ class Paged:
         self._free: dict[tuple[int, str], list[int]] = {}
 
     def layout(self, model: ModelFacts) -> KVLayout:
-        pages = self.config.page_tokens
+        windows = model.windows or (None,) * model.layers
+        of = {w: tuple(i for i, own in enumerate(windows) if own == w) for w in windows}
+        ordered = sorted(of, key=lambda window: window or 0)  # full layers first
         return KVLayout(
-            addressing="block_table",
-            pools=(
-                Pool(
-                    id="kv",
-                    layers=tuple(range(model.layers)),
-                    page_tokens=pages,
-                    bytes_per_page=pages * model.layers * model.kv_bytes_per_token_layer,
-                ),
-            ),
+            addressing="block_table", pools=tuple(self._pool(model, w, of[w]) for w in ordered)
+        )
+
+    def _pool(self, model: ModelFacts, window: int | None, layers: tuple[int, ...]) -> Pool:
+        pages = self.config.page_tokens
+        return Pool(
+            id="kv" if window is None else f"window_{window}",
+            layers=layers,
+            page_tokens=pages,
+            bytes_per_page=pages * len(layers) * model.kv_bytes_per_token_layer,
+            retention="full" if window is None else "window",
+            window_tokens=window,
         )
 
     def attach(self, pool: int, tier: str, num_pages: int) -> None:
