@@ -417,7 +417,9 @@ def _check_capacity(
         need = kvcache.pages_for(pool, None, tokens)
         if need > have:
             fits, window = kvcache.tokens_in(pool, have), pool.window_tokens
-            held = f"a window of {window} and a step of {limits.max_batch_tokens}, " if tokens < longest else ""
+            held = (
+                f"a window of {window} and a step of {limits.max_batch_tokens}, " if tokens < longest else ""
+            )
             raise CapabilityError(
                 "KV memory cannot hold one request of the greatest length",
                 where=f"pool {pool.id!r} of kvcache {config.kvcache.name!r} on executor {executor!r}",

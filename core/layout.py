@@ -34,9 +34,7 @@ class Pool:
     def __post_init__(self) -> None:
         window = self.window_tokens
         if (self.retention == "window") != (window is not None) or (window is not None and window < 1):
-            raise ValueError(
-                f"pool {self.id!r} has retention {self.retention!r} and window_tokens={window}"
-            )
+            raise ValueError(f"pool {self.id!r} has retention {self.retention!r} and window_tokens={window}")
 
     def most_tokens(self, longest: int, step: int) -> int:
         """Tokens whose pages one request may hold here at once.

@@ -13,7 +13,7 @@ from typing import Literal
 
 from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import LedgerError, PluginCallError, ServeLabError
-from servelab.core.families.kvcache import KVCache
+from servelab.core.families.kvcache import KVCache, Scratch
 from servelab.core.layout import Capacity, KVLayout
 
 WITHDRAWN = -1
@@ -75,6 +75,10 @@ class Ledger:
         self._host = [_Tier(n) for n in host]
         self.windows = [(i, p.page_tokens, w) for i, p in enumerate(self.pools) if (w := p.window_tokens)]
         """Pools that let go of old tokens: index, tokens per page, tokens seen."""
+        watermark = getattr(kvcache, "watermark", lambda pool, pages: 0)
+        self.watermark: tuple[int, ...] = tuple(map(watermark, self.pools, capacity.device_pages))
+        """Device pages per pool that admissions leave free."""
+        self._scratch = getattr(kvcache, "scratch", None)
         self._leases: dict[int, Lease] = {}
         self._transfers = 0
         self._promises: dict[int, list[int]] = {}
@@ -137,6 +141,17 @@ class Ledger:
                 held = Counter(p for lease in idle for p in lease.tables[i])
                 out.append(sum(refs[p] == count for p, count in held.items()))
         return out
+
+    def scratches(self) -> list[Scratch] | None:
+        """Where the free pages of each pool are, to try a plan on; None: any free pages will do."""
+        return None if self._scratch is None else [self._scratch(i) for i in range(len(self.pools))]
+
+    def unusable(self, r: Request) -> tuple[int, ...]:
+        """Free pages, per pool, that are of no use to the request or any like it; empty: all are."""
+        if self._scratch is None:
+            return ()
+        needs = enumerate(self.missing(r, 1))
+        return tuple(self.kvcache.unusable(i, n) if n else 0 for i, n in needs)  # type: ignore[attr-defined]
 
     def withdrawing(self) -> list[int]:
         """Device pages, per pool, that leave the pool as soon as they are given up."""
@@ -612,6 +627,19 @@ class Ledger:
                 f"pool {self.pools[i].id!r} has {dict(tier.reading)} pages being copied from",
                 why=f"copies account for {dict(reading)}",
             )
+
+
+def place(scratches: Sequence[Scratch], needs: Sequence[int]) -> bool:
+    """Take pages for one request out of every scratch; False (and nothing) if one has no place for them."""
+    placed: list[Sequence[int]] = []
+    for scratch, n in zip(scratches, needs, strict=True):
+        pages = scratch.take(n) if n else ()
+        if pages is None:
+            for other, taken in zip(scratches, placed, strict=False):
+                other.give_back(taken)
+            return False
+        placed.append(pages)
+    return True
 
 
 def _runs(source: Sequence[int], destination: Sequence[int]) -> int:

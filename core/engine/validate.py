@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+from servelab.core.engine.ledger import place
 from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import PlanError
 from servelab.core.plan import Background, Hold, StepPlan, Tokens
@@ -255,8 +256,13 @@ class PlanCheck:
             given = zip(ledger.releasable(freed), ledger.withdrawing(), strict=True)
             free = [have + max(0, n - gone) for have, (n, gone) in zip(free, given, strict=True)]
         need = list(taken) if taken else [0] * len(free)
+        scratches = ledger.scratches()
+        for lease in freed if scratches is not None else ():
+            for scratch, table in zip(scratches, lease.tables, strict=True):
+                scratch.give_back(() if lease.in_flight else table)
         for r, n in needy:
-            for i, pages in enumerate(ledger.missing(r, n)):
+            missing = ledger.missing(r, n)
+            for i, pages in enumerate(missing):
                 need[i] += pages
                 if need[i] > free[i]:
                     self.refuse(
@@ -265,6 +271,13 @@ class PlanCheck:
                         "preempt more, or use view.kv.budget() while planning",
                         r,
                     )
+            if scratches is not None and not place(scratches, missing):
+                self.refuse(
+                    f"the plan needs {tuple(missing)} adjacent KV pages for request {r.id}",
+                    "they are free, but nowhere side by side",
+                    "use view.kv.budget() while planning",
+                    r,
+                )
         for i, pages in enumerate(need):
             if pages > free[i]:
                 self.refuse(

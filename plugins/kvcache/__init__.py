@@ -19,7 +19,7 @@ TABLE = (
         ),
         deviations=(
             "No null page: a table begins with the first page still held.",
-            "No watermark: how many pages stay free at admission is the scheduler's decision.",
+            "The watermark is 0 unless set, and does not hold for a request that would run alone.",
         ),
         provides=frozenset({"kvcache.block_table", "kvcache.fork", "kvcache.swap"}),
         tier="stable",

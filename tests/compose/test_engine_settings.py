@@ -71,7 +71,10 @@ def test_windows_that_no_pool_honours_are_refused(raw: dict[str, Any], registry:
             composed(raw, registry)
         assert error.value.what == f"pool 'all' keeps {window} tokens of layer {int(window == 9)}"
         assert error.value.why == f"the layer sees {seen}"
-    pools = (replace(whole, layers=(1,)), replace(whole, id="w", layers=(0,), retention="window", window_tokens=8))
+    pools = (
+        replace(whole, layers=(1,)),
+        replace(whole, id="w", layers=(0,), retention="window", window_tokens=8),
+    )
     assert [pool["window_tokens"] for pool in composed(raw, registry).info["kv"]["pools"]] == [None, 8]
 
 

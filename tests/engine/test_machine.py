@@ -365,7 +365,9 @@ class EngineMachine(RuleBasedStateMachine):
             assert r.pending == left or (r.pending == 0 and (capped or drafting))
             if r.phase in (Phase.RUNNING, Phase.PAUSED):
                 pools = zip(self.rig.engine.ledger.pools, r.lease.first, r.lease.tables, strict=True)
-                sizes = [(pool, first, (first + len(table)) * pool.page_tokens) for pool, first, table in pools]
+                sizes = [
+                    (pool, first, (first + len(table)) * pool.page_tokens) for pool, first, table in pools
+                ]
                 assert r.slack == min(end for _, _, end in sizes) - r.computed - r.flying
                 for pool, first, _ in sizes:
                     hidden = max(0, r.computed + 1 - (pool.window_tokens or 1 << 30))

@@ -233,7 +233,7 @@ def test_a_long_request_goes_through_a_small_pool() -> None:
 
 
 @pytest.mark.parametrize("vllm", [False, True])
-@pytest.mark.parametrize(("pages", "preempts"), [((40, 40), False), ((22, 30), True), ((60, 8), True)])
+@pytest.mark.parametrize(("pages", "preempts"), [((200, 200), False), ((22, 30), True), ((60, 8), True)])
 def test_held_and_stepped_runs_are_the_same_run(pages: tuple[int, int], preempts: bool, vllm: bool) -> None:
     def run(hold: int, foresight: bool) -> list[Record]:
         records: list[Record] = []
