@@ -293,13 +293,21 @@ class Ledger:
                 self._give_up(r.lease, i, extra)
         r.slack = self._slack(r)
 
-    def slide(self, r: Request) -> None:
-        """Give up pages of window pools that no token still to come sees.
+    def steps_to_slide(self, requests: Sequence[Request]) -> int:
+        """Decode steps until a page of these requests falls out of a window; there must be pools with one."""
+        return min(
+            (r.lease.first[i] + 1) * page + window - 1 - r.computed
+            for r in requests
+            for i, page, window in self.windows
+        )
+
+    def slide(self, r: Request) -> bool:
+        """Give up pages of window pools that no token still to come sees; True if there were any.
 
         The next one stands at ``computed``, whatever is in flight: launches that are were planned with these
         pages, which are free once the last of them has landed.
         """
-        lease = r.lease
+        lease, any_gone = r.lease, False
         for i, page, window in self.windows:
             gone = (r.computed + 1 - window) // page - lease.first[i]
             if gone > 0:
@@ -308,6 +316,8 @@ class Ledger:
                 del table[:gone]
                 lease.first[i] += gone
                 self._give_up(lease, i, pages)
+                any_gone = True
+        return any_gone
 
     def _give_up(self, lease: Lease, i: int, pages: list[int]) -> None:
         """Drop pages that are no longer in the lease's table, after the launches in flight that know them."""

@@ -329,7 +329,7 @@ def test_a_context_is_adopted_only_where_the_window_has_not_moved_on() -> None:
 
     for repeated, adopted in ((30, 30), (27, 0)):
         rig = windowed(Keeper(), pages=(40, 40))
-        rig.arrive("a", 20, 11, program="chat")
+        rig.arrive("a", 20, 11, program="chat", is_last_turn=False)
         rig.drain()
         kept = rig.engine.contexts.kept["chat"]
         assert (kept.tokens, kept.pages) == (30, (8, 2))

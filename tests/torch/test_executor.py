@@ -187,6 +187,15 @@ def serve(made: tuple[Run, Keep]) -> Keep:
 
 
 SCHEDULES: dict[str, Mapping[str, Any]] = {
+    "contiguous": {"kvcache": {"name": "contiguous", "page_tokens": 4}},
+    "ranges of any length": {
+        "kvcache": {"name": "contiguous_oracle", "page_tokens": 1, "placement": "best_fit"},
+        "executor": {"num_kv_pages": 150},
+    },
+    "buddies": {
+        "kvcache": {"name": "contiguous_pow2", "page_tokens": 2, "placement": "buddy"},
+        "executor": {"num_kv_pages": 100},
+    },
     "all at once": {},
     "chunks of 7": {"scheduler": {"name": "vllm_v1", "max_num_batched_tokens": 7, "max_num_seqs": 7}},
     "one by one": {"scheduler": {"name": "vllm_v1", "max_num_seqs": 1}},
@@ -565,7 +574,7 @@ def test_memory_is_divided_among_pools(composed: Compose, folder: Path) -> None:
         scheduler={"name": "vllm_v1", "max_num_batched_tokens": 16, "max_num_seqs": 8},
         executor={"num_kv_pages": None, "kv_memory_mib": 1},
     )
-    # a request of 96 tokens: 24 pages of the full layer, 6 and 8 of those with windows (page of a layer: 1 KiB)
+    # a request of 96 tokens: 24 pages of the full layer, 6 and 8 of those with windows; a page is 1 KiB
     assert run.engine.capacity.device_pages == tuple(1024 * n // 38 for n in (24, 6, 8))
     executor: Any = run.executor
     assert [len(executor._buffers[layer]["k"]) for layer in (1, 0, 2)] == [*run.engine.capacity.device_pages]
