@@ -14,6 +14,7 @@ from servelab.core.compose import compose
 from servelab.core.config import validate
 from servelab.core.context import Context
 from servelab.core.engine.engine import Engine
+from servelab.core.engine.ledger import place
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.errors import CapabilityError, ConfigError, LedgerError, PlanError, WorkloadError
 from servelab.core.metrics import Timeline, summarize
@@ -227,6 +228,8 @@ def test_a_request_waits_while_no_run_is_long_enough() -> None:
     assert [x for x in r.records if isinstance(x, StepDone)][-1].unusable_pages == (20,)
     budget = r.engine._view.kv.budget()
     assert not budget.take(d.view, 1)
+    budget.give_back(r.engine.requests["b"].view)  # in flight: its range does not join the pieces yet
+    assert not budget.take(d.view, 1)
     r.drain()
     assert r.ends("d")[0].outcome == "completed"
     assert r.engine.ledger.free() == (40,)
@@ -382,6 +385,58 @@ def test_a_plan_that_finds_no_place_is_refused() -> None:
         with pytest.raises(PlanError) as error:
             r.finish()
         assert error.value.what == "the plan needs (12,) adjacent KV pages for request d"
+
+
+def test_a_range_in_flight_is_not_given_back_by_a_plan_that_preempts_it() -> None:
+    def abc(view: Any) -> StepPlan:
+        plan = StepPlan()
+        for id in "abc":
+            plan.run(find(view, id), find(view, id).pending_tokens)
+        return plan
+
+    def middle(view: Any) -> StepPlan:
+        plan = StepPlan()
+        plan.run(find(view, "b"), 1)
+        return plan
+
+    def instead(view: Any) -> StepPlan:
+        plan = StepPlan()
+        plan.preempt(find(view, "b"), "recompute", "test")
+        plan.run(find(view, "d"), 9)
+        return plan
+
+    truths: dict[str, Truth] = {}
+    engine = make_engine(
+        Script(abc, middle, instead),
+        kvcache=cache("oracle", truths),
+        pages=30,
+        limits=toy_limits(model_len=64, in_flight=2),
+    )
+    r = Rig(engine, truths=truths, auto=False)
+    for id, output in (("a", 1), ("b", 5), ("c", 1)):  # ranges of 8, 12, 8
+        r.arrive(id, 7, output)
+    r.arrive("d", 9, 1)  # 10 pages: 8 before b, 10 behind it
+    r.schedule()
+    r.finish()
+    r.engine.ledger.resize(0, -2)  # and now 8 behind it
+    with pytest.raises(PlanError, match="adjacent KV pages for request d"):
+        r.schedule()
+
+
+def test_a_place_in_one_pool_only_is_no_place() -> None:
+    first, second = Runs(10, "first_fit"), Runs(3, "first_fit")
+    assert not place([first, second], [4, 4])
+    assert (first._runs, second._runs) == ([(0, 10)], [(0, 3)])
+    assert place([first, second], [4, 0]) and first.take(7) is None
+
+
+@pytest.mark.parametrize(("placement", "pages", "reserved"), [("first_fit", 50, 50), ("buddy", 48, 32)])
+def test_max_is_at_most_what_the_pool_can_hold(placement: str, pages: int, reserved: int) -> None:
+    r = rig("max", pages=pages, placement=placement)
+    r.arrive("a", 5, 5)
+    assert len(table(r, "a")) == reserved
+    kv: Any = r.engine.ledger.kvcache
+    assert kv.tokens_in(r.engine.ledger.pools[0], pages) == reserved
 
 
 def drop_all(view: Any, plan: StepPlan) -> StepPlan:
