@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -242,9 +243,14 @@ class Counting(Fcfs):
 
 
 def test_pages_that_come_back_end_a_hold_only_if_somebody_waits() -> None:
-    for waits in (False, True):
+    for waits, foresight in product((False, True), repeat=2):
         policy = Counting(hold=100)
-        rig = windowed(policy, pages=(40, 40), limits=toy_limits(requests=1, tokens=12))
+        rig = windowed(
+            policy,
+            pages=(40, 40),
+            limits=toy_limits(requests=1, tokens=12),
+            horizon=lambda batch, steps, most=100 if foresight else 1: min(steps, most),
+        )
         rig.arrive("a", 4, 60)
         if waits:
             rig.arrive("b", 4, 1)  # there is no room for it in the batch
