@@ -614,7 +614,7 @@ class Ledger:
                 if tier.free != free:
                     raise LedgerError(
                         f"{name} pool {self.pools[i].id!r} counts {tier.free} free pages",
-                        why=f"{free} have no reference and are not being copied from",
+                        why=f"{free} have no reference and are not read or written in flight",
                     )
                 if not 0 <= tier.promised <= tier.free:
                     raise LedgerError(
@@ -634,8 +634,8 @@ class Ledger:
         reading.update(page for x in self._leases.values() for pool, page, _ in x.sources if pool == i)
         if reading != tier.reading:
             raise LedgerError(
-                f"pool {self.pools[i].id!r} has {dict(tier.reading)} pages being copied from",
-                why=f"copies account for {dict(reading)}",
+                f"pool {self.pools[i].id!r} has {dict(tier.reading)} pages read or written in flight",
+                why=f"copies and leases account for {dict(reading)}",
             )
 
 
