@@ -259,9 +259,11 @@ class _Builder:
 
     def fit(self, layout: KVLayout, capacity: Capacity, kvcache: KVCache) -> RunConfig:
         """Limit requests to what KV memory holds; the configuration with that stated."""
-        pairs = zip(layout.pools, capacity.device_pages, strict=True)
-        fits = min(self.ask("kvcache", kvcache.tokens_in, pool, pages) for pool, pages in pairs)
-        longest = max(1, min(fits, self.limits.max_model_len))
+        longest = self.limits.max_model_len
+        for pool, pages in zip(layout.pools, capacity.device_pages, strict=True):
+            most = pool.most_tokens(longest, self.limits.max_batch_tokens)
+            if self.ask("kvcache", kvcache.pages_for, pool, None, most) > pages:
+                longest = max(1, min(longest, self.ask("kvcache", kvcache.tokens_in, pool, pages)))
         self.limits = replace(self.limits, max_model_len=longest)
         engine = self.config.engine.model_copy(update={"max_model_len": longest})
         self.config = self.config.model_copy(update={"engine": engine})
@@ -376,6 +378,19 @@ def _check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
             why="its layout keeps every token in every layer, so memory would be counted too high",
             do="take a kvcache with window pools, or leave model.windows empty to study full attention",
         )
+    for pool in layout.pools:
+        kept = pool.window_tokens
+        if kept is None:
+            continue
+        for layer in pool.layers:
+            window = model.windows[layer] if model.windows else None
+            if window is None or window > kept:
+                raise PluginError(
+                    f"pool {pool.id!r} keeps {kept} tokens of layer {layer}",
+                    where=f"kvcache {kvcache!r}, layout()",
+                    why=f"the layer sees {'all tokens' if window is None else f'{window} tokens'}",
+                    do="mend the kvcache: give the layer a pool that keeps what it sees",
+                )
 
 
 def _check_accepted(kernel: str, kvcache: str, refused: Iterable[str]) -> None:
@@ -402,14 +417,20 @@ def _check_capacity(
                 do="report one number per pool, in the order of the layout",
             )
     for pool, have in zip(layout.pools, capacity.device_pages, strict=True):
-        need = kvcache.pages_for(pool, None, longest)
+        tokens = pool.most_tokens(longest, limits.max_batch_tokens)
+        need = kvcache.pages_for(pool, None, tokens)
         if need > have:
-            fits = kvcache.tokens_in(pool, have)
+            fits, window = kvcache.tokens_in(pool, have), pool.window_tokens
+            held = (
+                f"a window of {window} and a step of {limits.max_batch_tokens}, " if tokens < longest else ""
+            )
             raise CapabilityError(
                 "KV memory cannot hold one request of the greatest length",
                 where=f"pool {pool.id!r} of kvcache {config.kvcache.name!r} on executor {executor!r}",
-                why=f"{longest} tokens need {need} pages of {pool.page_tokens} tokens, the pool has {have}",
+                why=f"{held}{tokens} tokens need {need} pages of {pool.page_tokens} tokens, "
+                f"the pool has {have}",
                 do=f"raise executor.num_kv_pages to at least {need} (or the memory it follows from), "
+                f"{'lower engine.max_batch_tokens, ' if window else ''}"
                 f"or lower engine.max_model_len to at most {fits}",
             )
 
@@ -516,6 +537,7 @@ def _kv_info(layout: KVLayout, capacity: Capacity) -> dict[str, Any]:
             "bytes_per_page": pool.bytes_per_page,
             "codec": pool.codec,
             "key_space": pool.key_space,
+            "window_tokens": pool.window_tokens,
             "pages": pages,
             "host_pages": host_pages,
         }

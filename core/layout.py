@@ -27,8 +27,28 @@ class Pool:
     """Bytes of one page over all its layers, codec metadata included."""
     retention: Literal["full", "window", "repack"] = "full"
     window_tokens: int | None = None
-    """With ``retention="window"``: how many recent tokens stay."""
+    """With ``retention="window"``: how many recent tokens a token sees, itself included. Pages of which no
+    later token sees any are given back."""
     tier: Tier = "device"
+
+    def __post_init__(self) -> None:
+        window = self.window_tokens
+        if (self.retention == "window") != (window is not None) or (window is not None and window < 1):
+            raise ValueError(f"pool {self.id!r} has retention {self.retention!r} and window_tokens={window}")
+
+    def most_tokens(self, longest: int, step: int) -> int:
+        """Tokens whose pages one request may hold here at once.
+
+        A window pool holds what the first token of a step sees and the step's own tokens, both ends of
+        which may lie anywhere in a page.
+
+        Args:
+            longest: tokens of the request in all.
+            step: tokens of it one step may run.
+        """
+        if self.window_tokens is None:
+            return longest
+        return min(longest, self.window_tokens - 1 + step + self.page_tokens - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -116,14 +116,15 @@ class Contexts:
         """A turn has arrived: it takes over what its program kept, as far as its prompt repeats it.
 
         It starts with those tokens computed; at least one is left to run. A context on the host is adopted
-        there: the request is ``swapped`` (or still ``swapping``) and must be swapped in.
+        there: the request is ``swapped`` (or still ``swapping``) and must be swapped in. Where a pool with a
+        window has let go of what the next token of a shorter match would see, nothing is adopted.
         """
         engine, spec = self._engine, r.spec
         context = self.kept.get(spec.program) if spec.program is not None else None
         if context is None:
             return
         tokens = min(context.tokens, spec.context_tokens, r.prompt_tokens - 1)
-        if tokens < 1:
+        if tokens < 1 or not engine.ledger.sees_all(context.lease, tokens):
             return
         del self.kept[context.program]
         self._heirs[context.program] = r

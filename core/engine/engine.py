@@ -16,7 +16,7 @@ from servelab.core.engine.ledger import Ledger, Transfer
 from servelab.core.engine.state import Request
 from servelab.core.engine.validate import PlanCheck
 from servelab.core.engine.views import Expiring, ProgramView, StepView, renew_view, renew_views
-from servelab.core.errors import PluginCallError, PluginError, ServeLabError, WorkloadError
+from servelab.core.errors import LedgerError, PluginCallError, PluginError, ServeLabError, WorkloadError
 from servelab.core.events import (
     Abort,
     Arrive,
@@ -394,12 +394,18 @@ class Engine:
                 waiting=len(self.waiting),
                 running=len(self.running),
                 free_pages=self.ledger.free(),
+                unusable_pages=self._unusable(),
             )
         )
         if self.token_log:
             self._log_tokens(event, batch, emitted)
         for r, reason in done:
             self._end(r, "completed", reason)  # a hold it was part of ends here: see Lane.repeat
+
+    def _unusable(self) -> tuple[int, ...]:
+        for head in self.waiting.values():
+            return self.ledger.unusable(head)
+        return ()
 
     def _log_tokens(self, event: LaunchDone, batch: Batch, emitted: list[int]) -> None:
         for r, out, count in zip(batch.requests, event.outcomes, emitted, strict=True):
@@ -563,6 +569,11 @@ class Engine:
     # ------------------------------------------------------------- inspection
 
     @property
+    def somebody_waits(self) -> bool:
+        """Whether a request is off the running queue that more KV memory could bring there."""
+        return bool(self.waiting or self.paused or self.swapped)
+
+    @property
     def in_flight(self) -> int:
         """Launches and transfers on their way."""
         return sum(len(lane.flights) for lane in self._lanes) + len(self.transfers)
@@ -600,6 +611,11 @@ class Engine:
             bound = r.prompt_tokens + r.generated + r.expected + drafts[r.id]
             if not 0 <= r.computed + r.flying <= bound or r.slack < 0:
                 raise PluginError(f"request {r.id} counts do not add up", why=repr(r.view.freeze()))
+            if not self.ledger.sees_all(r.lease, r.computed):
+                raise LedgerError(
+                    f"request {r.id} has given up pages that its next token sees",
+                    why=f"{r.computed} tokens are computed, its tables begin with pages {r.lease.first}",
+                )
         if self.arrived != len(self.requests) + sum(self.ended.values()):
             raise PluginError(
                 f"{self.arrived} requests arrived, {len(self.requests)} are live and {self.ended} ended",

@@ -13,7 +13,7 @@ from typing import Literal
 
 from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import LedgerError, PluginCallError, ServeLabError
-from servelab.core.families.kvcache import KVCache
+from servelab.core.families.kvcache import KVCache, Scratch
 from servelab.core.layout import Capacity, KVLayout
 
 WITHDRAWN = -1
@@ -54,7 +54,7 @@ class _Tier:
         self.external: Counter[int] = Counter()
         """References held outside leases (prefix stores)."""
         self.reading: Counter[int] = Counter()
-        """Pages that launches in flight copy from: not free even when nobody refers to them any more."""
+        """Pages that launches in flight still read or write: not free even when nobody refers to them."""
 
 
 class Ledger:
@@ -73,6 +73,12 @@ class Ledger:
         self._device = [_Tier(n) for n in capacity.device_pages]
         host = capacity.host_pages or (0,) * len(self.pools)
         self._host = [_Tier(n) for n in host]
+        self.windows = [(i, p.page_tokens, w) for i, p in enumerate(self.pools) if (w := p.window_tokens)]
+        """Pools that let go of old tokens: index, tokens per page, tokens seen."""
+        watermark = getattr(kvcache, "watermark", lambda pool, pages: 0)
+        self.watermark: tuple[int, ...] = tuple(map(watermark, self.pools, capacity.device_pages))
+        """Device pages per pool that admissions leave free."""
+        self._scratch = getattr(kvcache, "scratch", None)
         self._leases: dict[int, Lease] = {}
         self._transfers = 0
         self._promises: dict[int, list[int]] = {}
@@ -103,18 +109,18 @@ class Ledger:
         if n <= r.slack:
             return [0] * len(self.pools)
         scheduled = r.computed + r.flying
-        tables, pages_for, view = r.lease.tables, self.kvcache.pages_for, r.view
+        lease, pages_for, view = r.lease, self.kvcache.pages_for, r.view
         out = []
         try:
             for i, pool in enumerate(self.pools):
-                table = tables[i]
-                need = pages_for(pool, view, scheduled + n) - len(table)
+                table = lease.tables[i]
+                need = pages_for(pool, view, scheduled + n) - lease.first[i] - len(table)
                 if need < 0:
                     need = 0
-                if self._shares and self._shared_tail(i, table, scheduled) is not None:
+                if self._shares and self._shared_tail(i, lease, scheduled) is not None:
                     need += 1
                 if not table:  # swapped out: all its pages come back
-                    need = max(need, len(r.lease.host_tables[i]))
+                    need = max(need, len(lease.host_tables[i]))
                 out.append(need)
         except Exception as exc:
             raise self._fault(exc, "pages_for") from exc
@@ -136,13 +142,30 @@ class Ledger:
                 out.append(sum(refs[p] == count for p, count in held.items()))
         return out
 
+    def scratches(self) -> list[Scratch] | None:
+        """Where the free pages of each pool are, to try a plan on; None: any free pages will do."""
+        return None if self._scratch is None else [self._scratch(i) for i in range(len(self.pools))]
+
+    def unusable(self, r: Request) -> tuple[int, ...]:
+        """Free pages, per pool, that are of no use to the request or any like it; empty: all are."""
+        if self._scratch is None:
+            return ()
+        needs = enumerate(self.missing(r, 1))
+        return tuple(self.kvcache.unusable(i, n) if n else 0 for i, n in needs)  # type: ignore[attr-defined]
+
     def withdrawing(self) -> list[int]:
         """Device pages, per pool, that leave the pool as soon as they are given up."""
         return [tier.withdraw for tier in self._device]
 
-    def _shared_tail(self, i: int, table: list[int], tokens: int) -> int | None:
-        """Index of the partly filled page that the next token is written to, if others hold it too."""
+    def sees_all(self, lease: Lease, tokens: int) -> bool:
+        """Whether everything that the token after so many sees is still stored."""
+        return all(lease.first[i] * page <= max(0, tokens + 1 - window) for i, page, window in self.windows)
+
+    def _shared_tail(self, i: int, lease: Lease, tokens: int) -> int | None:
+        """Index in the table of the partly filled page that the next token is written to, if shared."""
+        table = lease.tables[i]
         index, offset = divmod(tokens, self.pools[i].page_tokens)
+        index -= lease.first[i]
         if offset and index < len(table) and self._device[i].refs[table[index]] > 1:
             return index
         return None
@@ -151,10 +174,9 @@ class Ledger:
         scheduled = r.computed + r.flying
         capacity = None
         for i, pool in enumerate(self.pools):
-            table = r.lease.tables[i]
-            if self._shares and self._shared_tail(i, table, scheduled) is not None:
+            if self._shares and self._shared_tail(i, r.lease, scheduled) is not None:
                 return 0  # the next write must come through reserve() to copy the page first
-            tokens = self.kvcache.tokens_in(pool, len(table))
+            tokens = self.kvcache.tokens_in(pool, r.lease.first[i] + len(r.lease.tables[i]))
             capacity = tokens if capacity is None or tokens < capacity else capacity
         return (capacity or 0) - scheduled
 
@@ -187,7 +209,7 @@ class Ledger:
                 continue
             table = lease.tables[i]
             pages = self._take(i, "device", need, r)
-            if self._shares and (tail := self._shared_tail(i, table, scheduled)) is not None:
+            if self._shares and (tail := self._shared_tail(i, lease, scheduled)) is not None:
                 old = table[tail]
                 table[tail] = pages.pop()
                 self._copies.append((lease, i, old, table[tail]))
@@ -246,7 +268,8 @@ class Ledger:
         self._shares = True
         tokens = parent.computed + parent.flying
         for i, pool in enumerate(self.pools):
-            shared = parent.lease.tables[i][: self.kvcache.pages_for(pool, parent.view, tokens)]
+            first = child.lease.first[i] = parent.lease.first[i]
+            shared = parent.lease.tables[i][: self.kvcache.pages_for(pool, parent.view, tokens) - first]
             refs = self._device[i].refs
             for page in shared:
                 refs[page] += 1
@@ -263,15 +286,45 @@ class Ledger:
             )
         for i, pool in enumerate(self.pools):
             table = r.lease.tables[i]
-            keep = self.kvcache.pages_for(pool, r.view, tokens) if tokens else 0
+            keep = self.kvcache.pages_for(pool, r.view, tokens) - r.lease.first[i] if tokens else 0
             extra = table[keep:]
             del table[keep:]
-            if extra and r.lease.in_flight:  # a launch may still write there
-                self._device[i].reading.update(extra)
-                r.lease.sources += [(i, page) for page in extra]
             if extra:
-                self._drop_refs(i, "device", extra)
+                self._give_up(r.lease, i, extra)
         r.slack = self._slack(r)
+
+    def steps_to_slide(self, requests: Sequence[Request]) -> int:
+        """Decode steps until a page of these requests falls out of a window; there must be pools with one."""
+        return min(
+            (r.lease.first[i] + 1) * page + window - 1 - r.computed
+            for r in requests
+            for i, page, window in self.windows
+        )
+
+    def slide(self, r: Request) -> bool:
+        """Give up pages of window pools that no token still to come sees; True if there were any.
+
+        The next one stands at ``computed``, whatever is in flight: launches that are were planned with these
+        pages, which are free once the last of them has landed.
+        """
+        lease, any_gone = r.lease, False
+        for i, page, window in self.windows:
+            gone = (r.computed + 1 - window) // page - lease.first[i]
+            if gone > 0:
+                table = lease.tables[i]
+                pages = table[:gone]
+                del table[:gone]
+                lease.first[i] += gone
+                self._give_up(lease, i, pages)
+                any_gone = True
+        return any_gone
+
+    def _give_up(self, lease: Lease, i: int, pages: list[int]) -> None:
+        """Drop pages that are no longer in the lease's table, after the launches in flight that know them."""
+        if lease.in_flight:
+            self._device[i].reading.update(pages)
+            lease.sources += [(i, page, lease.in_flight) for page in pages]
+        self._drop_refs(i, "device", pages)
 
     def adopted(self, r: Request) -> None:
         """The request took over a lease with tokens in it; pages beyond those it reuses are given up.
@@ -299,35 +352,39 @@ class Ledger:
             return ()
         copies, self._copies = self._copies, []
         for lease, pool, source, _ in copies:
-            lease.sources.append((pool, source))
+            lease.sources.append((pool, source, lease.in_flight))
         return tuple(copy[1:] for copy in copies)
 
     def landed(self, leases: Iterable[Lease]) -> None:
         """A launch or transfer that named (and so fenced) these leases has ended."""
         for lease in leases:
             lease.in_flight -= 1
-            if not lease.in_flight:
-                if lease.sources:
-                    self._drop_sources(lease)
-                if lease.released:
-                    self._reap(lease)
+            if lease.sources:
+                self._drop_sources(lease)
+            if lease.released and not lease.in_flight:
+                self._reap(lease)
         for i, tier in enumerate(self._device):
             if tier.withdraw:  # what its launch was promised and did not use
                 self._withdraw_free(i)
 
     def _drop_sources(self, lease: Lease) -> None:
-        for pool, page in lease.sources:
+        """A launch has landed: free what no other in flight reads or writes."""
+        later = []
+        for pool, page, landings in lease.sources:
+            if landings > 1 and lease.in_flight:
+                later.append((pool, page, landings - 1))
+                continue
             tier = self._device[pool]
             tier.reading[page] -= 1
             if not tier.reading[page]:
                 del tier.reading[page]
                 if not tier.refs[page]:
                     self._free(pool, "device", [page])
-        lease.sources = []
+        lease.sources = later
 
     def _reap(self, lease: Lease) -> None:
         if self._copies:  # copies it will never make
-            lease.sources += [(i, source) for owner, i, source, _ in self._copies if owner is lease]
+            lease.sources += [(i, source, 0) for owner, i, source, _ in self._copies if owner is lease]
             self._copies = [copy for copy in self._copies if copy[0] is not lease]
         self._drop_sources(lease)
         for i in range(len(self.pools)):
@@ -468,7 +525,7 @@ class Ledger:
             if not 0 <= page < len(refs) or refs[page] != 0 or page in tier.reading:
                 state = "outside the pool"
                 if 0 <= page < len(refs):
-                    state = f"held ({refs[page]} references)" if refs[page] else "still being copied from"
+                    state = f"held ({refs[page]} references)" if refs[page] else "still read in flight"
                 raise LedgerError(
                     f"kvcache {self.name!r} chose page {page}, which is not free",
                     where=f"{tier_name} pool {self.pools[i].id!r}",
@@ -557,7 +614,7 @@ class Ledger:
                 if tier.free != free:
                     raise LedgerError(
                         f"{name} pool {self.pools[i].id!r} counts {tier.free} free pages",
-                        why=f"{free} have no reference and are not being copied from",
+                        why=f"{free} have no reference and are not read or written in flight",
                     )
                 if not 0 <= tier.promised <= tier.free:
                     raise LedgerError(
@@ -574,12 +631,25 @@ class Ledger:
                 why=f"launches were promised {promised}, {tier.total - tier.free} are held",
             )
         reading = Counter(source for _, pool, source, _ in self._copies if pool == i)
-        reading.update(page for x in self._leases.values() for pool, page in x.sources if pool == i)
+        reading.update(page for x in self._leases.values() for pool, page, _ in x.sources if pool == i)
         if reading != tier.reading:
             raise LedgerError(
-                f"pool {self.pools[i].id!r} has {dict(tier.reading)} pages being copied from",
-                why=f"copies account for {dict(reading)}",
+                f"pool {self.pools[i].id!r} has {dict(tier.reading)} pages read or written in flight",
+                why=f"copies and leases account for {dict(reading)}",
             )
+
+
+def place(scratches: Sequence[Scratch], needs: Sequence[int]) -> bool:
+    """Take pages for one request out of every scratch; False (and nothing) if one has no place for them."""
+    placed: list[Sequence[int]] = []
+    for scratch, n in zip(scratches, needs, strict=True):
+        pages = scratch.take(n) if n else ()
+        if pages is None:
+            for other, taken in zip(scratches, placed, strict=False):
+                other.give_back(taken)
+            return False
+        placed.append(pages)
+    return True
 
 
 def _runs(source: Sequence[int], destination: Sequence[int]) -> int:

@@ -13,16 +13,19 @@ class Lease:
     that names them has ended (``in_flight`` is zero).
     """
 
-    __slots__ = ("host_tables", "in_flight", "owner", "released", "sources", "tables")
+    __slots__ = ("first", "host_tables", "in_flight", "owner", "released", "sources", "tables")
 
     def __init__(self, owner: str, pools: int) -> None:
         self.owner = owner
         self.tables: list[list[int]] = [[] for _ in range(pools)]
         self.host_tables: list[list[int]] = [[] for _ in range(pools)]
+        self.first = [0] * pools
+        """Per pool, which page of the sequence its table begins with: those before fell out of the window."""
         self.in_flight = 0
         self.released = False
-        self.sources: list[tuple[int, int]] = []
-        """(pool, page) that a launch in flight copies from (copy-on-write)."""
+        self.sources: list[tuple[int, int, int]] = []
+        """(pool, page, landings): pages it has given up while launches in flight read them (the window moved
+        on, or they are copied from) or write them (trimmed), and how many landings from now the last does."""
 
 
 class Request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+from servelab.core.engine.ledger import place
 from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import PlanError
 from servelab.core.plan import Background, Hold, StepPlan, Tokens
@@ -255,8 +256,13 @@ class PlanCheck:
             given = zip(ledger.releasable(freed), ledger.withdrawing(), strict=True)
             free = [have + max(0, n - gone) for have, (n, gone) in zip(free, given, strict=True)]
         need = list(taken) if taken else [0] * len(free)
+        scratches = ledger.scratches()
+        for lease in freed:
+            for scratch, table in zip(scratches or (), lease.tables, strict=False):
+                scratch.give_back(() if lease.in_flight else table)
         for r, n in needy:
-            for i, pages in enumerate(ledger.missing(r, n)):
+            missing = ledger.missing(r, n)
+            for i, pages in enumerate(missing):
                 need[i] += pages
                 if need[i] > free[i]:
                     self.refuse(
@@ -265,6 +271,13 @@ class PlanCheck:
                         "preempt more, or use view.kv.budget() while planning",
                         r,
                     )
+            if scratches is not None and not place(scratches, missing):
+                self.refuse(
+                    f"the plan needs {tuple(missing)} adjacent KV pages for request {r.id}",
+                    "they are free, but nowhere side by side",
+                    "use view.kv.budget() while planning",
+                    r,
+                )
         for i, pages in enumerate(need):
             if pages > free[i]:
                 self.refuse(
@@ -313,6 +326,8 @@ class PlanCheck:
                     "rewrite at most computed_tokens",
                     r,
                 )
+            if item.advance == "rewrite":
+                self._still_stored(item.n, r)
             return 0
         if r.layer_cursor and not item.layers:
             self._mid_chunk(r)
@@ -328,6 +343,17 @@ class PlanCheck:
         if item.n > r.pending:
             self._wrong_count(r, item.n)
         return item.n + item.draft
+
+    def _still_stored(self, n: int, r: Request) -> None:
+        """What rewritten tokens see must be there, and must not be given up before they run."""
+        ledger = self.engine.ledger
+        if ledger.windows and (r.flying or not ledger.sees_all(r.lease, r.computed - n)):
+            self.refuse(
+                f"request {r.id} cannot rewrite {n} tokens",
+                f"{r.flying} tokens are in flight, and pools with a window let go of what earlier ones see",
+                "rewrite while computed_tokens is below every window and nothing is in flight",
+                r,
+            )
 
     def _layers(self, item: Tokens, r: Request, layers: tuple[int, int]) -> int:
         first, end = layers

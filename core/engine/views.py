@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from servelab.core.engine.contexts import Context, Contexts
 from servelab.core.engine.lane import position
-from servelab.core.engine.ledger import Ledger
+from servelab.core.engine.ledger import Ledger, place
 from servelab.core.engine.state import Request
 from servelab.core.errors import CapabilityError, ViewError
 from servelab.core.events import Batch
@@ -74,30 +74,46 @@ class LaneQueue(Queue):
         return next(iter(self), None)
 
 
+_OUTSIDE = (Phase.WAITING, Phase.SWAPPED)
+"""Phases of requests that running a token admits."""
+
+
 class KVBudget:
     """Scratch account of free pages; see ``families/scheduler.py``."""
 
-    __slots__ = ("_ledger", "_left", "_withdraw")
+    __slots__ = ("_busy", "_keep", "_ledger", "_left", "_scratches", "_withdraw")
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, busy: bool) -> None:
         self._ledger = ledger
         self._left = list(ledger.free())
         self._withdraw = ledger.withdrawing()
+        self._keep = ledger.watermark if any(ledger.watermark) else None
+        self._scratches = ledger.scratches()
+        self._busy = busy
+        """Somebody runs: the watermark holds. Else nothing would ever free the pages it waits for."""
 
     def take(self, request: RequestView, n: int) -> bool:
         r = request._r
         if n <= r.slack:
             return True
         left, need = self._left, self._ledger.missing(r, n)
+        keep = self._keep if self._busy and r.phase in _OUTSIDE else None
         for i, pages in enumerate(need):
-            if pages > left[i]:
+            if pages > (left[i] if keep is None else left[i] - keep[i]):
                 return False
+        if self._scratches is not None and not place(self._scratches, need):
+            return False
         for i, pages in enumerate(need):
             left[i] -= pages
+        self._busy = True
         return True
 
     def give_back(self, request: RequestView) -> None:
-        for i, pages in enumerate(self._ledger.releasable([request._r.lease])):
+        lease = request._r.lease
+        if self._scratches is not None and not lease.in_flight:
+            for scratch, table in zip(self._scratches, lease.tables, strict=True):
+                scratch.give_back(table)
+        for i, pages in enumerate(self._ledger.releasable([lease])):
             gone = min(pages, self._withdraw[i])
             self._withdraw[i] -= gone
             self._left[i] += pages - gone
@@ -110,11 +126,12 @@ class KVBudget:
 class KVView:
     """KV memory; see ``families/scheduler.py``."""
 
-    __slots__ = ("_contexts", "_ledger")
+    __slots__ = ("_contexts", "_ledger", "_running")
 
-    def __init__(self, ledger: Ledger, contexts: Contexts) -> None:
+    def __init__(self, ledger: Ledger, contexts: Contexts, running: Mapping[str, Request]) -> None:
         self._ledger = ledger
         self._contexts = contexts
+        self._running = running
 
     @property
     def free_pages(self) -> tuple[int, ...]:
@@ -137,6 +154,14 @@ class KVView:
         return tuple(p.page_tokens for p in self._ledger.pools)
 
     @property
+    def window_tokens(self) -> tuple[int | None, ...]:
+        return tuple(p.window_tokens for p in self._ledger.pools)
+
+    @property
+    def watermark_pages(self) -> tuple[int, ...]:
+        return self._ledger.watermark
+
+    @property
     def pinned_pages(self) -> tuple[int, ...]:
         kept = [c.pages for c in self._contexts.kept.values() if c.tier == "device"]
         return tuple(map(sum, zip(*kept, strict=True))) if kept else (0,) * len(self._ledger.pools)
@@ -145,7 +170,7 @@ class KVView:
         return tuple(self._ledger.missing(request._r, n))
 
     def budget(self) -> KVBudget:
-        return KVBudget(self._ledger)
+        return KVBudget(self._ledger, bool(self._running))
 
 
 class CostView:
@@ -208,7 +233,7 @@ class StepView:
         many = engine.limits.lanes > 1
         queues = [LaneQueue(q, self) if many else Queue(q) for q in engine.queues]
         self.waiting, self.running, self.paused, self.swapped = queues
-        self.kv = KVView(engine.ledger, engine.contexts)
+        self.kv = KVView(engine.ledger, engine.contexts, engine.running)
         self.contexts: Mapping[str, Context] = MappingProxyType(engine.contexts.kept)
         self.cost = CostView(engine)
 

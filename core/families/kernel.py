@@ -108,6 +108,9 @@ class BatchLayout:
     """View position of each segment's first token; may change from step to step while its pages do not."""
     seg_pages: Sequence[Sequence[Sequence[int]]]
     """``[pool][segment]``: page ids, or one slot id with contiguous slots."""
+    seg_gone: Sequence[Sequence[int]] = ()
+    """``[pool][segment]``: tokens at its beginning that fell out of the pool's window; its pages hold those
+    after them. Empty: everything is there."""
     seg_instance: Sequence[int] = ()
     """Instance that holds each segment (remote spans); empty: all here."""
     masks: Sequence[Mask] = ()
@@ -125,6 +128,7 @@ class BatchLayout:
             raise ValueError(f"{self.q_indptr[-1]} query tokens have {len(self.q_positions)} positions")
         segments = self.seg_indptr[-1]
         sizes = {len(self.seg_tokens), len(self.seg_offset), *(len(p) for p in self.seg_pages)}
+        sizes.update(map(len, self.seg_gone))
         if self.seg_instance:
             sizes.add(len(self.seg_instance))
         if sizes != {segments}:

@@ -33,7 +33,9 @@ class KVCache(Protocol):
     def pages_for(self, pool: Pool, request: RequestView | None, tokens: int) -> int:
         """Pages that must be held so that ``tokens`` tokens of the request are stored.
 
-        ``request`` is None in questions about any request. Non-decreasing in ``tokens``.
+        ``request`` is None in questions about any request. Non-decreasing in ``tokens``. In a pool with a
+        window too all tokens count, from the first: the ledger takes off the pages it has given back, so
+        page k must hold tokens ``k * page_tokens`` to ``(k + 1) * page_tokens - 1``.
         """
         ...
 
@@ -50,4 +52,36 @@ class KVCache(Protocol):
 
     def released(self, pool: int, tier: str, pages: Sequence[int]) -> None:
         """These pages are free again, in the order they were held."""
+        ...
+
+
+class Scratch(Protocol):
+    """A copy of a pool's free pages, to try out where things would go. Changing it changes nothing else."""
+
+    def take(self, n: int) -> Sequence[int] | None:
+        """What ``choose`` would give for one request, taken out; None: it could not."""
+        ...
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """As ``released``."""
+        ...
+
+
+class PlacingKVCache(KVCache, Protocol):
+    """A kvcache for which not every ``n`` free pages will do, such as one of contiguous ranges."""
+
+    def scratch(self, pool: int) -> Scratch:
+        """Free device pages as they are now."""
+        ...
+
+    def unusable(self, pool: int, n: int) -> int:
+        """Free device pages that are of no use to requests of ``n`` pages: external fragmentation."""
+        ...
+
+
+class CautiousKVCache(KVCache, Protocol):
+    """A kvcache that wants pages left free for requests that already run."""
+
+    def watermark(self, pool: Pool, pages: int) -> int:
+        """Device pages of a pool of ``pages`` that an admission leaves free. Asked once."""
         ...

@@ -70,7 +70,10 @@ class KVBudget(Protocol):
     """Scratch account of free KV pages while a plan is being made. Changing it changes nothing else."""
 
     def take(self, request: RequestView, n: int) -> bool:
-        """Set aside what ``n`` more tokens of it need, in every pool; False (and nothing) if short."""
+        """Set aside what ``n`` more tokens of it need, in every pool; False (and nothing) if short.
+
+        A waiting or swapped request leaves ``KVView.watermark_pages`` free, unless nobody runs.
+        """
         ...
 
     def give_back(self, request: RequestView) -> None:
@@ -96,6 +99,16 @@ class KVView(Protocol):
     def total_host_pages(self) -> tuple[int, ...]: ...
     @property
     def page_tokens(self) -> tuple[int, ...]: ...
+    @property
+    def window_tokens(self) -> tuple[int | None, ...]:
+        """How many recent tokens a pool serves; older pages come back by themselves. None: it keeps all."""
+        ...
+
+    @property
+    def watermark_pages(self) -> tuple[int, ...]:
+        """Pages to leave free when a request is admitted, as the kvcache says; budgets heed it."""
+        ...
+
     @property
     def pinned_pages(self) -> tuple[int, ...]:
         """Device pages kept for programs between turns."""

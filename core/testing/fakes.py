@@ -61,12 +61,23 @@ def toy_limits(
     )
 
 
-def toy_layout(*page_tokens: int) -> KVLayout:
-    """One pool of all layers per page size given (default: one pool, pages of 4 tokens, 8 bytes each)."""
+def toy_layout(*page_tokens: int, windows: Sequence[int | None] = ()) -> KVLayout:
+    """One pool of all layers per page size given (default: one pool, pages of 4 tokens, 8 bytes each).
+
+    ``windows`` says for the first of them how many recent tokens they keep.
+    """
+    limits = dict(enumerate(windows))
     return KVLayout(
         addressing="block_table",
         pools=tuple(
-            Pool(id=f"kv{i}", layers=tuple(range(TOY_MODEL.layers)), page_tokens=n, bytes_per_page=2 * n)
+            Pool(
+                id=f"kv{i}",
+                layers=tuple(range(TOY_MODEL.layers)),
+                page_tokens=n,
+                bytes_per_page=2 * n,
+                retention="full" if limits.get(i) is None else "window",
+                window_tokens=limits.get(i),
+            )
             for i, n in enumerate(page_tokens or (4,))
         ),
     )
@@ -305,6 +316,7 @@ class RandomPlans:
     def __init__(self, rng: Random, kinds: Iterable[str] = KINDS) -> None:
         self.rng = rng
         self.kinds = frozenset(kinds)
+        self._windows: list[int] = []
         self._chunks: dict[str, int] = {}
         """Tokens of chunks that have not passed all layers; the view shows only how far they are."""
 
@@ -313,6 +325,7 @@ class RandomPlans:
 
     def plan(self, view: StepView) -> StepPlan:
         plan, pages, rng = StepPlan(), view.kv.budget(), self.rng
+        self._windows = [w for w in view.kv.window_tokens if w is not None]
         host = list(view.kv.free_host_pages)
         busy: set[str] = set()
         for request in [*view.running, *view.paused]:
@@ -376,7 +389,10 @@ class RandomPlans:
             end = rng.randrange(cursor + 1, layers + 1)
             return Tokens(request, n, layers=(cursor, end)) if n <= left else None
         if request.computed_tokens and self._may("rewrite", 10):
-            advance: Literal["rewrite", "none"] = "rewrite" if rng.randrange(2) else "none"
+            stored = not self._windows or (
+                request.computed_tokens < min(self._windows) and not request.in_flight_tokens
+            )
+            advance: Literal["rewrite", "none"] = "rewrite" if rng.randrange(2) and stored else "none"
             return Tokens(request, rng.randrange(1, min(request.computed_tokens, left) + 1), advance=advance)
         if not pending:
             return None

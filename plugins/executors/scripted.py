@@ -18,10 +18,9 @@ from servelab.core.api import Capacity, ConfigError, Context, KVLayout, Oracle, 
 from servelab.core.engine.ledger import Transfer
 from servelab.core.engine.state import Request
 from servelab.core.events import Batch
+from servelab.plugins.executors._pages import BoundedPages, HostPages, stated_pages
 
 _NOTHING = Outcome()
-MAX_PAGES = 50_000_000
-"""More than any device has. The ledger keeps a few bytes per page: a slip of the finger would eat memory."""
 
 
 class ScriptedExecutorConfig(BaseModel):
@@ -29,18 +28,12 @@ class ScriptedExecutorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_kv_pages: int = Field(
+    num_kv_pages: BoundedPages = Field(
         512,
-        ge=1,
-        le=MAX_PAGES,
-        description="device pages of every KV pool; bounded because the engine keeps a few bytes for each",
+        description="device pages of every KV pool, or of each by its id; from 1 to 50 million, because the "
+        "engine keeps a few bytes for each",
     )
-    num_host_pages: int = Field(
-        0,
-        ge=0,
-        le=MAX_PAGES,
-        description="host pages of every KV pool, bounded as num_kv_pages; 0: no swapping",
-    )
+    num_host_pages: HostPages = Field(0, description="host pages, likewise; 0: no swapping")
     acceptance: float = Field(1.0, ge=0, le=1, description="share of each draft accepted, rounded down")
     placeholder: int = Field(0, ge=0, description="token id that stands for every output token")
     foresight: bool = Field(
@@ -68,9 +61,10 @@ class ScriptedExecutor:
 
     def capacity(self, layout: KVLayout) -> Capacity:
         c = self.config
-        pools = len(layout.pools)
-        host = (c.num_host_pages,) * pools if c.num_host_pages else ()
-        return Capacity(device_pages=(c.num_kv_pages,) * pools, host_pages=host)
+        host = stated_pages(c.num_host_pages, layout, "executor.num_host_pages") if c.num_host_pages else ()
+        return Capacity(
+            device_pages=stated_pages(c.num_kv_pages, layout, "executor.num_kv_pages"), host_pages=host
+        )
 
     def _left(self, r: Request, generated: int) -> int:
         """Output tokens still to come after ``generated``."""

@@ -8,11 +8,16 @@ a sequence holds the pages of its tokens in order and wastes at most ``page_toke
 be adjacent, so any free page serves any sequence. The core's ledger counts references; this plugin keeps
 the free lists.
 
-Symbols: N -> pages of a pool, P -> ``page_tokens``, slot(t) = table[t // P] * P + t % P.
+Layers with a sliding window have a pool of their own for each size of window, beside that of the layers
+which see everything: a sequence gives its old pages there back as the window moves on.
+
+Symbols: N -> pages of a pool, P -> ``page_tokens``, slot(t) = table[t // P - f] * P + t % P, where f is the
+first page the sequence still holds: 0 without a window.
 
 Deviations:
-1. The released engine keeps page 0 as a null page; here a table simply has no entry for dropped tokens.
-2. No watermark here: how many pages to keep free at admission is the scheduler's decision.
+1. The released engine keeps page 0 as a null page; here a table simply begins later.
+2. The watermark is 0 unless set. It is stated here and heeded by the budget that schedulers plan with, as v1
+   does: for requests not running yet, and only while others run.
 
 Faithful when: waste per sequence <= P - 1 tokens; free + held = N; reference counts equal table entries; a
 fork of 6 tokens at P = 4 that both write to copies exactly one page and leaves 3 live.
@@ -37,6 +42,13 @@ class PagedConfig(BaseModel):
     page_tokens: int = Field(
         16, ge=1, le=4096, description="tokens per page (P); 16 is the paper's and vLLM's default"
     )
+    watermark: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of a pool's pages left free when a request is admitted while others run, for "
+        "these to grow into (vLLM v0: 0.01; v1: 0)",
+    )
 
 
 class Paged:
@@ -47,18 +59,24 @@ class Paged:
         self._free: dict[tuple[int, str], list[int]] = {}
 
     def layout(self, model: ModelFacts) -> KVLayout:
+        windows = model.windows or (None,) * model.layers
+        of = {w: tuple(i for i, own in enumerate(windows) if own == w) for w in windows}
+        ordered = sorted(of, key=lambda window: window or 0)  # full layers first
+        return KVLayout(addressing="block_table", pools=tuple(self._pool(model, w, of[w]) for w in ordered))
+
+    def _pool(self, model: ModelFacts, window: int | None, layers: tuple[int, ...]) -> Pool:
         pages = self.config.page_tokens
-        return KVLayout(
-            addressing="block_table",
-            pools=(
-                Pool(
-                    id="kv",
-                    layers=tuple(range(model.layers)),
-                    page_tokens=pages,
-                    bytes_per_page=pages * model.layers * model.kv_bytes_per_token_layer,
-                ),
-            ),
+        return Pool(
+            id="kv" if window is None else f"window_{window}",
+            layers=layers,
+            page_tokens=pages,
+            bytes_per_page=pages * len(layers) * model.kv_bytes_per_token_layer,
+            retention="full" if window is None else "window",
+            window_tokens=window,
         )
+
+    def watermark(self, pool: Pool, pages: int) -> int:
+        return int(self.config.watermark * pages)
 
     def attach(self, pool: int, tier: str, num_pages: int) -> None:
         self._free[pool, tier] = list(range(num_pages - 1, -1, -1))

@@ -58,7 +58,10 @@ class ComposerConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """KV memory at one admission pass in tokens, of whichever pool is tightest."""
+    """KV memory at one admission pass in tokens, of whichever pool is tightest.
+
+    Pools with a window count only where all have one: elsewhere a request does not grow there for long.
+    """
 
     capacity: int
     used: int
@@ -73,11 +76,12 @@ class Room:
         sizes, total, free, kept = kv.page_tokens, kv.total_pages, kv.free_pages, list(kv.pinned_pages)
         for request in view.paused:
             kept = [a + b for a, b in zip(kept, request.pages, strict=True)]
+        pools = [i for i, window in enumerate(kv.window_tokens) if window is None] or range(len(sizes))
         return cls(
-            capacity=min(n * size for n, size in zip(total, sizes, strict=True)),
-            used=max((n - left) * size for n, left, size in zip(total, free, sizes, strict=True)),
-            kept=max(n * size for n, size in zip(kept, sizes, strict=True)),
-            page_tokens=max(sizes),
+            capacity=min(total[i] * sizes[i] for i in pools),
+            used=max((total[i] - free[i]) * sizes[i] for i in pools),
+            kept=max(kept[i] * sizes[i] for i in pools),
+            page_tokens=max(sizes[i] for i in pools),
         )
 
     def in_pages(self, tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ import pytest
 from servelab.core.compose import compose
 from servelab.core.config import validate
 from servelab.core.errors import CapabilityError, PluginCallError, PluginError
+from servelab.core.facts import ModelFacts
+from servelab.core.layout import KVLayout, Pool
 from servelab.core.registry import Registry
 from servelab.core.spec import PluginSpec
 from servelab.plugins.executors.scripted import ScriptedExecutor, ScriptedExecutorConfig
+from servelab.plugins.kvcache.paged import Paged, PagedConfig
 
 
 def composed(raw: dict[str, Any], registry: Registry) -> Any:
@@ -46,9 +50,56 @@ def test_lanes_that_are_priced_apart_are_stamped(raw: dict[str, Any], registry: 
 
 
 def test_windows_that_no_pool_honours_are_refused(raw: dict[str, Any], registry: Registry) -> None:
-    raw["model"] = {**raw["model"], "windows": [8] * raw["model"]["layers"]}
+    raw["model"] = {**raw["model"], "windows": [8, None]}
+    composed(raw, registry)
+    pools: tuple[Pool, ...] = ()
+
+    class Other(Paged):
+        def layout(self, model: ModelFacts) -> KVLayout:
+            return KVLayout(addressing="block_table", pools=pools)
+
+    spec = PluginSpec(name="other", factory="a:b", config="a:c", provides=frozenset({"kvcache.block_table"}))
+    registry.add("kvcache", spec, factory=Other, config=PagedConfig)
+    raw["kvcache"] = "other"
+    whole = Pool(id="all", layers=(0, 1), page_tokens=4, bytes_per_page=4)
+    pools = (whole,)
     with pytest.raises(CapabilityError, match="sliding window"):
         composed(raw, registry)
+    for window, seen in ((9, "all tokens"), (7, "8 tokens")):
+        pools = (replace(whole, retention="window", window_tokens=window),)
+        with pytest.raises(PluginError) as error:
+            composed(raw, registry)
+        assert error.value.what == f"pool 'all' keeps {window} tokens of layer {int(window == 9)}"
+        assert error.value.why == f"the layer sees {seen}"
+    pools = (
+        replace(whole, layers=(1,)),
+        replace(whole, id="w", layers=(0,), retention="window", window_tokens=8),
+    )
+    assert [pool["window_tokens"] for pool in composed(raw, registry).info["kv"]["pools"]] == [None, 8]
+
+
+def test_a_pool_with_a_window_must_hold_the_window_and_a_step(
+    raw: dict[str, Any], registry: Registry
+) -> None:
+    """512 tokens in all, of which 7 before a step, 64 in it, and 15 beside them in pages of 16."""
+    raw["model"] = {**raw["model"], "windows": [8, None]}
+    raw["scheduler"] = {"name": "vllm_v1", "max_num_batched_tokens": 64, "max_num_seqs": 4}
+    raw["engine"] = {"max_batch_tokens": 64, "max_batch_requests": 4}
+    raw["executor"] = {"name": "scripted", "num_kv_pages": {"kv": 32, "window_8": 6}}
+    assert composed(raw, registry).engine.capacity.device_pages == (32, 6)
+    raw["executor"]["num_kv_pages"] = {"kv": 32, "window_8": 5}
+    with pytest.raises(CapabilityError) as error:
+        composed(raw, registry)
+    assert error.value.where == "pool 'window_8' of kvcache 'paged' on executor 'scripted'"
+    assert error.value.why == (
+        "a window of 8 and a step of 64, 86 tokens need 6 pages of 16 tokens, the pool has 5"
+    )
+    assert "lower engine.max_batch_tokens, or lower engine.max_model_len to at most 80" in error.value.do
+    run = compose(validate(raw, registry), registry, fit_length=True)
+    assert run.config.engine.max_model_len == 80
+    raw["executor"]["num_kv_pages"] = {"kv": 20, "window_8": 6}
+    run = compose(validate(raw, registry), registry, fit_length=True)
+    assert run.config.engine.max_model_len == 320
 
 
 def _executor(**failing: str) -> type:

@@ -85,6 +85,7 @@ class EngineMachine(RuleBasedStateMachine):
         pages=st.integers(5, 20),
         host=st.sampled_from([0, 4, 10]),
         page_tokens=st.sampled_from([(1,), (4,), (3, 2)]),
+        windows=st.sampled_from([(), (), (1,), (2,), (5,), (None, 3), (None, 7), (4, 9)]),
         tokens=st.integers(3, 20),
         rows=st.integers(1, 5),
         foresight=st.booleans(),
@@ -98,6 +99,7 @@ class EngineMachine(RuleBasedStateMachine):
         pages: int,
         host: int,
         page_tokens: tuple[int, ...],
+        windows: tuple[int | None, ...],
         tokens: int,
         rows: int,
         foresight: bool,
@@ -111,7 +113,7 @@ class EngineMachine(RuleBasedStateMachine):
         truths: dict[str, Truth] = {}
         engine = make_engine(
             self.fault,
-            kvcache=ToyKV(toy_layout(*page_tokens)),
+            kvcache=ToyKV(toy_layout(*page_tokens, windows=windows)),
             pages=pages,
             host_pages=host,
             limits=self.limits,
@@ -282,8 +284,13 @@ class EngineMachine(RuleBasedStateMachine):
             if item is None or item.advance == "append":
                 draft = item.draft if item else 0
                 reach = batch.starts[i] + batch.tokens[i] + draft
-                for pool, table in zip(self.rig.engine.ledger.pools, lease.tables, strict=True):
-                    assert reach <= len(table) * pool.page_tokens, "writes beyond its pages"
+                for pool, first, table in zip(
+                    self.rig.engine.ledger.pools, lease.first, lease.tables, strict=True
+                ):
+                    assert reach <= (first + len(table)) * pool.page_tokens, "writes beyond its pages"
+            for pool, first in zip(self.rig.engine.ledger.pools, lease.first, strict=True):
+                seen = max(0, batch.starts[i] + 1 - (pool.window_tokens or 1 << 30))
+                assert first * pool.page_tokens <= seen, "reads what was given up"
 
     def integrity(self) -> None:
         self.rig.engine.check_integrity()
@@ -292,21 +299,28 @@ class EngineMachine(RuleBasedStateMachine):
         ledger = self.rig.engine.ledger
         for i in range(len(ledger.pools)):
             tables: Counter[int] = Counter()
+            fading: set[int] = set()
             for lease in ledger._leases.values():
                 tables.update(lease.tables[i])
+                fading.update(page for pool, page, _ in lease.sources if pool == i)
             assert not tables or max(tables.values()) == 1, "a page is in two tables"
+            assert not fading & set(tables), "a page given up is held again before it is free"
             tier = ledger._device[i]
             gone = tier.refs.count(WITHDRAWN)
-            assert tier.free + len(tables) + gone == self.pages
+            assert tier.free + len(tables) + len(fading) + gone == self.pages
             assert tier.promised == sum(p[i] for p in ledger._promises.values())
             kv = ledger.kvcache
             assert isinstance(kv, ToyKV)
-            assert kv.free[i, "device"] == {p for p, refs in enumerate(tier.refs) if refs == 0}
+            assert kv.free[i, "device"] == {p for p, refs in enumerate(tier.refs) if refs == 0} - fading
 
     def fences_hold(self) -> None:
         ledger = self.rig.engine.ledger
         owners = [
-            {p: id(lease) for lease in ledger._leases.values() for p in lease.tables[i]}
+            {
+                p: id(lease)
+                for lease in ledger._leases.values()
+                for p in (*lease.tables[i], *(page for pool, page, _ in lease.sources if pool == i))
+            }
             for i in range(len(ledger.pools))
         ]
         for fence in self.fences.values():
@@ -350,9 +364,14 @@ class EngineMachine(RuleBasedStateMachine):
             drafting = left < 0
             assert r.pending == left or (r.pending == 0 and (capped or drafting))
             if r.phase in (Phase.RUNNING, Phase.PAUSED):
-                sizes = zip(self.rig.engine.ledger.pools, r.lease.tables, strict=True)
-                capacity = min(len(table) * pool.page_tokens for pool, table in sizes)
-                assert r.slack == capacity - r.computed - r.flying
+                pools = zip(self.rig.engine.ledger.pools, r.lease.first, r.lease.tables, strict=True)
+                sizes = [
+                    (pool, first, (first + len(table)) * pool.page_tokens) for pool, first, table in pools
+                ]
+                assert r.slack == min(end for _, _, end in sizes) - r.computed - r.flying
+                for pool, first, _ in sizes:
+                    hidden = max(0, r.computed + 1 - (pool.window_tokens or 1 << 30))
+                    assert first == hidden // pool.page_tokens, "pages nobody sees are kept, or seen ones not"
             if r.phase in (Phase.WAITING, Phase.SWAPPED):
                 assert not any(r.lease.tables)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,14 +17,25 @@ from tests.torch.models import llama, widen
 from servelab.core.compose import Run, compose
 from servelab.core.config import validate
 from servelab.core.errors import ConfigError, PluginError, ServeLabError, WorkloadError
+from servelab.core.facts import ModelFacts
 from servelab.core.hookspecs import hookimpl
+from servelab.core.layout import KVLayout
 from servelab.core.plan import Background, StepPlan, Tokens
-from servelab.core.records import Planned, Record, RequestFinished, RequestPreempted, TokensEmitted
+from servelab.core.records import (
+    Planned,
+    Record,
+    RequestFinished,
+    RequestPreempted,
+    StepDone,
+    TokensEmitted,
+)
 from servelab.core.registry import Registry
 from servelab.core.request import Arrival, RequestSpec, Truth
 from servelab.core.sampling import SamplingParams
 from servelab.core.spec import PluginSpec
 from servelab.core.testing.fakes import RandomPlans
+from servelab.plugins.executors.checkpoint import find
+from servelab.plugins.kvcache.paged import Paged, PagedConfig
 
 PROMPTS = (5, 17, 30, 1, 12, 44, 23, 9)
 OUTPUTS = (12, 3, 20, 25, 1, 9, 16, 30)
@@ -125,7 +137,12 @@ def composed(folder: Path, prompts: list[tuple[int, ...]]) -> Iterator[Compose]:
     """A run of the tiny model; sections may be changed, ``executor`` too."""
     runs: list[Run] = []
 
-    def make(given: Given | None = None, policy: object | None = None, **sections: Any) -> tuple[Run, Keep]:
+    def make(
+        given: Given | None = None,
+        policy: object | None = None,
+        extra: Mapping[str, tuple[PluginSpec, Any, Any]] | None = None,
+        **sections: Any,
+    ) -> tuple[Run, Keep]:
         registry, keep = Registry.load(), Keep()
         traffic = given or Given(prompts, None)
         spec = PluginSpec(
@@ -135,6 +152,8 @@ def composed(folder: Path, prompts: list[tuple[int, ...]]) -> Iterator[Compose]:
         )
         registry.add("workload", spec, factory=lambda c, ctx: traffic)
         registry.add("observer", PluginSpec(name="keep", factory="t:k"), factory=lambda c, ctx: keep)
+        for kind, (plugin, factory, config) in (extra or {}).items():
+            registry.add(kind, replace(plugin, config="t:c"), factory=factory, config=config)
         if policy is not None:
             registry.add("scheduler", PluginSpec(name="mine", factory="t:s"), factory=lambda c, x: policy)
             sections["scheduler"] = "mine"
@@ -169,6 +188,15 @@ def serve(made: tuple[Run, Keep]) -> Keep:
 
 
 SCHEDULES: dict[str, Mapping[str, Any]] = {
+    "contiguous": {"kvcache": {"name": "contiguous", "page_tokens": 4}},
+    "ranges of any length": {
+        "kvcache": {"name": "contiguous_oracle", "page_tokens": 1, "placement": "best_fit"},
+        "executor": {"num_kv_pages": 150},
+    },
+    "buddies": {
+        "kvcache": {"name": "contiguous_pow2", "page_tokens": 2, "placement": "buddy"},
+        "executor": {"num_kv_pages": 100},
+    },
     "all at once": {},
     "chunks of 7": {"scheduler": {"name": "vllm_v1", "max_num_batched_tokens": 7, "max_num_seqs": 7}},
     "one by one": {"scheduler": {"name": "vllm_v1", "max_num_seqs": 1}},
@@ -429,3 +457,135 @@ def test_threads_are_set_and_reported(composed: Compose) -> None:
         assert torch.get_num_threads() == run.info["weights"]["threads"] == 1
     finally:
         torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------ sliding windows
+
+
+class Everything(Paged):
+    """As paged, with windows so long that nothing falls out of them."""
+
+    def layout(self, model: ModelFacts) -> KVLayout:
+        made = super().layout(model)
+        pools = [p if p.window_tokens is None else replace(p, window_tokens=4096) for p in made.pools]
+        return replace(made, pools=tuple(pools))
+
+
+@pytest.fixture
+def windowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """``windowed(6, None, 11)``: the tiny Llama with windows, which its files do not state."""
+    monkeypatch.setattr(find, "_agrees", lambda *_: None)
+    model = {"name": "t", "source": "path", "path": str(folder), "dtype": "float64"}
+    return lambda *windows: {**model, "windows": windows}
+
+
+SMALL = {
+    "engine": {"max_batch_tokens": 16},
+    "scheduler": {"name": "vllm_v1", "max_num_batched_tokens": 16, "max_num_seqs": 8},
+    "executor": {"num_kv_pages": {"kv": 32, "window_6": 14, "window_11": 16}},
+}
+
+
+@pytest.fixture
+def keeping(composed: Compose, windowed: Callable[..., dict[str, Any]]) -> list[tuple[int, ...]]:
+    """Greedy tokens of a model of mixed windows, one at a time, with every page kept."""
+    registry_spec = PluginSpec(name="everything", factory="t:e", provides=frozenset({"kvcache.block_table"}))
+    keep = serve(
+        composed(
+            model=windowed(6, None, 11),
+            extra={"kvcache": (registry_spec, Everything, PagedConfig)},
+            kvcache={"name": "everything", "page_tokens": 4},
+            scheduler={"name": "vllm_v1", "max_num_seqs": 1},
+        )
+    )
+    return keep.outputs()
+
+
+def test_tokens_do_not_depend_on_pages_given_back(
+    composed: Compose,
+    windowed: Callable[..., dict[str, Any]],
+    keeping: list[tuple[int, ...]],
+    greedy: list[tuple[int, ...]],
+) -> None:
+    assert keeping != greedy  # the windows do hide something
+    model = windowed(6, None, 11)
+    for name in ("all at once", "chunks of 7", "one by one", "pages of 1", "pages of 16"):
+        assert serve(composed(model=model, **SCHEDULES[name])).outputs() == keeping, name
+    few = serve(composed(model=model, **SMALL))
+    assert few.outputs() == keeping
+    assert few.count(RequestPreempted) > 0
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+@given(seed=st.integers(0, 1 << 30), pages=st.integers(26, 60))
+def test_random_plans_of_a_model_with_windows(
+    composed: Compose,
+    windowed: Callable[..., dict[str, Any]],
+    keeping: list[tuple[int, ...]],
+    seed: int,
+    pages: int,
+) -> None:
+    plans = Restless(Random(seed), {"recompute", "pause", "resume", "hold", "wake", "barrier"})
+    keep = serve(composed(policy=plans, model=windowed(6, None, 11), executor={"num_kv_pages": pages}))
+    assert keep.outputs() == keeping
+
+
+def test_tokens_of_one_window_are_those_of_transformers(
+    composed: Compose, windowed: Callable[..., dict[str, Any]], folder: Path, prompts: list[tuple[int, ...]]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    keep = serve(composed(model=windowed(7, 7, 7), executor={"num_kv_pages": 30}))
+    model = widen(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    for i, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for _ in range(OUTPUTS[i]):
+            at = torch.arange(len(ids))
+            shown = (at <= at[:, None]) & (at > at[:, None] - 7)
+            mask = torch.zeros(shown.shape, dtype=torch.float64).masked_fill(~shown, -torch.inf)
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids]), attention_mask=mask[None, None], use_cache=False).logits
+            ids.append(int(logits[0, -1].argmax()))
+        assert keep.outputs()[i] == tuple(ids[len(prompt) :])
+
+
+def test_the_scripted_executor_gets_the_same_plans_with_windows(
+    composed: Compose, windowed: Callable[..., dict[str, Any]]
+) -> None:
+    real = serve(composed(model=windowed(6, None, 11), **SMALL))
+    shape = {
+        "layers": 3,
+        "hidden": 48,
+        "heads": 6,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "ffn": 80,
+        "vocab": 97,
+        "max_position": 256,
+    }
+    model = {"name": "t", "dtype": "float64", "windows": (6, None, 11), **shape}
+    executor = {"name": "scripted", "foresight": False, **SMALL["executor"]}
+    scripted = serve(composed(model=model, **{**SMALL, "executor": executor}))
+    assert real.plans() == scripted.plans()
+    free = [
+        [record.free_pages for record in keep.records if isinstance(record, StepDone)]
+        for keep in (real, scripted)
+    ]
+    assert free[0] == free[1] and len(free[0][0]) == 3
+
+
+def test_memory_is_divided_among_pools(composed: Compose, windowed: Callable[..., dict[str, Any]]) -> None:
+    run, _ = composed(
+        model=windowed(6, None, 11),
+        engine={"max_batch_tokens": 16},
+        scheduler={"name": "vllm_v1", "max_num_batched_tokens": 16, "max_num_seqs": 8},
+        executor={"num_kv_pages": None, "kv_memory_mib": 1},
+    )
+    # a request of 96 tokens: 24 pages of the full layer, 6 and 8 of those with windows; a page is 1 KiB
+    assert run.engine.capacity.device_pages == tuple(1024 * n // 38 for n in (24, 6, 8))
+    executor: Any = run.executor
+    assert [len(executor._buffers[layer]["k"]) for layer in (1, 0, 2)] == [*run.engine.capacity.device_pages]
+    with pytest.raises(ConfigError, match="states pages for kv"):
+        composed(model=windowed(6, None, 11), executor={"num_kv_pages": {"kv": 40}})

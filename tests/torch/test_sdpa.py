@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from random import Random
 from typing import Any
@@ -66,9 +66,16 @@ class Segment:
     k: Tensor
     """``[layers, tokens, kv_heads, head_dim]``."""
     v: Tensor
+    gone: list[int] = field(default_factory=list)
+    """Per pool, tokens at its beginning whose pages were given up; empty: none."""
 
     def __len__(self) -> int:
         return self.k.shape[1]
+
+    def slot(self, pool: int, position: int, page: int) -> tuple[int, int]:
+        """Page, and place in it."""
+        index, within = divmod(position - self.offset - (self.gone[pool] if self.gone else 0), page)
+        return self.pages[pool][index], within
 
     @property
     def positions(self) -> range:
@@ -104,6 +111,7 @@ class World:
         seed: int = 0,
         head_dim: int = 8,
         pages: int = PAGES,
+        evicting: bool = False,
     ) -> None:
         layers, kv = sum(len(pool[0]) for pool in pools), 2
         self.model = ModelFacts(
@@ -122,7 +130,15 @@ class World:
         self.layout = KVLayout(
             addressing=addressing,
             pools=tuple(
-                Pool(id=f"p{i}", layers=of, page_tokens=page, bytes_per_page=page, key_space=space)  # type: ignore[arg-type]
+                Pool(
+                    id=f"p{i}",
+                    layers=of,
+                    page_tokens=page,
+                    bytes_per_page=page,
+                    key_space=space,  # type: ignore[arg-type]
+                    retention="window" if evicting and windows[of[0]] else "full",
+                    window_tokens=windows[of[0]] if evicting else None,
+                )
                 for i, (of, page, space) in enumerate(pools)
             ),
         )
@@ -160,7 +176,20 @@ class World:
                     buffer[tables[-1]] = 0
         m = self.model
         empty = torch.empty(m.layers, 0, m.kv_heads, m.head_dim, dtype=self.dtype)
-        return Segment(tables, offset, empty, empty)
+        return Segment(tables, offset, empty, empty, [0] * len(tables))
+
+    def evict(self, s: Segment) -> None:
+        """Give up the pages that its next token does not see: NaN, until somebody else gets them."""
+        for i, pool in enumerate(self.layout.pools):
+            if pool.window_tokens is not None:
+                count = (len(s) + 1 - pool.window_tokens - s.gone[i]) // pool.page_tokens
+                for _ in range(count):
+                    page = s.pages[i].pop(0)
+                    s.gone[i] += pool.page_tokens
+                    self._free[i].append(page)
+                    for layer in pool.layers:
+                        for buffer in self.buffers[layer].values():
+                            buffer[page] = torch.nan
 
     def batch(self, rows: Sequence[tuple[Sequence[Segment], Sequence[int]]], **more: Any) -> BatchLayout:
         segments = [s for of, _ in rows for s in of]
@@ -171,6 +200,9 @@ class World:
             seg_tokens=[len(s) for s in segments],
             seg_offset=[s.offset for s in segments],
             seg_pages=[[s.pages[i] for s in segments] for i in range(len(self.layout.pools))],
+            seg_gone=[[s.gone[i] for s in segments] for i in range(len(self.layout.pools))]
+            if all(s.gone for s in segments)
+            else (),
             **more,
         )
 
@@ -227,9 +259,9 @@ class World:
         token = 0
         for segments, at in step.rows:
             for position in at:
-                page, within = divmod(position - segments[-1].offset, pool.page_tokens)
+                page, within = segments[-1].slot(index, position, pool.page_tokens)
                 for name in "kv":
-                    before[name][segments[-1].pages[index][page], within] = given[name][token]
+                    before[name][page, within] = given[name][token]
                 token += 1
         for name in "kv":
             assert same(self.buffers[layer][name], before[name])
@@ -304,6 +336,40 @@ def test_windows(dtype: torch.dtype, windows: tuple[int | None, ...]) -> None:
             world.step((a, 1), (b, 1), (c, 1))
         world.step((b, 1))
         world.step((b, 9))
+
+
+@pytest.mark.parametrize("scattered", [True, False], ids=["scattered", "consecutive"])
+@pytest.mark.parametrize("space", ["post_rope", "pre_rope"])
+@pytest.mark.parametrize("page", [1, 4, 16])
+@pytest.mark.parametrize("windows", [(1, None), (3, 5), (None, 16), (7, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_pages_that_fell_out_of_a_window_are_not_read(
+    dtype: torch.dtype, windows: tuple[int | None, ...], page: int, space: str, scattered: bool
+) -> None:
+    """Chunks and decodes over what is left equal the formula over everything."""
+    pools = [((0,), page, space), ((1,), page, space)]
+    if windows == (7, 7):
+        pools = [((0, 1), page, space)]
+    world = World(dtype, pools=pools, windows=windows, evicting=True, scattered=scattered, seed=page)
+    a, b, c = (world.segment(80) for _ in range(3))
+    rows = {"a": a, "b": b, "c": c}
+    for launch in (
+        {"a": 1, "b": 21, "c": 5},
+        {"a": 17, "b": 1, "c": 9},
+        {"a": 1, "b": 1, "c": 1},
+        {"a": 1, "b": 1},
+        {"c": 1},
+        {"b": 9},
+        {"b": 1, "c": 30},
+        *[{"a": 1, "b": 1, "c": 1}] * 18,
+        {"a": 3, "c": 1},
+    ):
+        world.step(*((rows[name], n) for name, n in launch.items()))
+        for s in rows.values():
+            world.evict(s)
+    assert all(max(s.gone) > 0 for s in rows.values())
+    late = world.segment(40)  # in pages that others gave up
+    world.step((late, 30), (a, 1))
 
 
 def test_long_rows_with_a_window() -> None:
@@ -598,6 +664,8 @@ def test_layouts_it_cannot_read_are_refused_in_a_sentence_each() -> None:
         assert refused({"captures": captures}) == [
             f"pool 'p0' stores {', '.join(captures)} instead of k and v"
         ]
+    assert refused({"retention": "repack"}) == ["pool 'p0' lets tokens go (retention 'repack')"]
+    assert refused({"retention": "window", "window_tokens": 4}) == []
     assert refused({"head_group": (0,)}) == ["pool 'p0' holds some of the heads only"]
     assert refused({}, {"layers": (1,)}) == ["layer 1 is in 2 pools instead of one"]
     assert refused({"layers": (0,)}) == ["layer 1 is in 0 pools instead of one"]

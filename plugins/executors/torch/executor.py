@@ -44,6 +44,7 @@ from servelab.core.families.kernel import AttentionImpl, BatchLayout
 from servelab.core.families.quant import Quantizer
 from servelab.core.quality import Comparison
 from servelab.core.stops import stop_check
+from servelab.plugins.executors._pages import Pages, pages_in, stated_pages
 from servelab.plugins.executors.checkpoint.find import find
 from servelab.plugins.executors.torch.attention import Kernel
 from servelab.plugins.executors.torch.decoder import Decoder
@@ -65,11 +66,16 @@ class TorchExecutorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_kv_pages: int | None = Field(
-        None, ge=1, description="device pages of every KV pool; null: as many as kv_memory_mib holds"
+    num_kv_pages: Pages | None = Field(
+        None,
+        description="device pages of every KV pool, at least 1, or of each by its id; null: as many as "
+        "kv_memory_mib holds",
     )
     kv_memory_mib: int = Field(
-        192, ge=1, description="memory for KV pages of all pools together, MiB; not used with num_kv_pages"
+        192,
+        ge=1,
+        description="memory for KV pages of all pools together, MiB, divided by what a request of the "
+        "greatest length needs of each; not used with num_kv_pages",
     )
     threads: int | None = Field(
         None,
@@ -147,28 +153,29 @@ class TorchExecutor:
     def capacity(self, layout: KVLayout) -> Capacity:
         """Allocate the KV pages."""
         pages = self._pages(layout)
-        total = sum(pages * pool.bytes_per_page for pool in layout.pools)
+        counted = list(zip(pages, layout.pools, strict=True))
+        total = sum(n * pool.bytes_per_page for n, pool in counted)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if total > memory:
             raise ConfigError(
-                f"{pages} KV pages need {_gib(total)}",
+                f"{' + '.join(map(str, pages))} KV pages need {_gib(total)}",
                 where="executor.num_kv_pages",
                 why=f"this machine has {_gib(memory)} of memory",
                 do="lower executor.num_kv_pages or executor.kv_memory_mib",
             )
-        buffers = self._kv_buffers(layout, [pages] * len(layout.pools))
-        for pool in layout.pools:
+        buffers = self._kv_buffers(layout, pages)
+        for n, pool in counted:
             held = sum(t.nbytes for layer in pool.layers for t in buffers[layer].values())
-            if held != pages * pool.bytes_per_page:
+            if held != n * pool.bytes_per_page:
                 raise PluginError(
                     f"pool {pool.id!r} states {pool.bytes_per_page} bytes per page",
-                    why=f"executor 'torch' stores a page in {held // pages} bytes of {self._dtype}",
+                    why=f"executor 'torch' stores a page in {held // n} bytes of {self._dtype}",
                     do="mend the kvcache's layout()",
                 )
         self._buffers, self._layout = buffers, layout
         assert self._kernel is not None
         self._attention = self._kernel.load(layout, self._ctx.model, "cpu", buffers, self.decoder.rotary)
-        return Capacity(device_pages=(pages,) * len(layout.pools))
+        return Capacity(device_pages=pages)
 
     def _kv_buffers(self, layout: KVLayout, pages: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         """Zeroed pages of every layer's captures."""
@@ -179,11 +186,10 @@ class TorchExecutor:
                 buffers[layer] = {name: torch.zeros(shape, dtype=self._dtype) for name in pool.captures}
         return buffers
 
-    def _pages(self, layout: KVLayout) -> int:
+    def _pages(self, layout: KVLayout) -> tuple[int, ...]:
         if self.config.num_kv_pages is not None:
-            return self.config.num_kv_pages
-        together = sum(pool.bytes_per_page for pool in layout.pools)
-        return max(1, (self.config.kv_memory_mib << 20) // together)
+            return stated_pages(self.config.num_kv_pages, layout, "executor.num_kv_pages")
+        return pages_in(self.config.kv_memory_mib << 20, layout, self._ctx.limits)
 
     # --------------------------------------------------------------- launch
 
@@ -204,7 +210,7 @@ class TorchExecutor:
             ids += _tokens(r, start, n)
         if ids and not 0 <= min(ids) <= max(ids) < self._ctx.model.vocab:
             raise self._unknown_token(batch)
-        layout = batch_layout(batch, len(self._layout.pools))
+        layout = batch_layout(batch, self._layout)
         plan = self._attention.plan(layout, ())
         x = self.decoder.run(self.decoder.embed(torch.tensor(ids)), self._attention, plan)
         return self._sample(batch, layout, x)
@@ -290,8 +296,11 @@ class TorchExecutor:
         vars(self).pop("decoder", None)
 
 
-def batch_layout(batch: Batch, pools: int) -> BatchLayout:
-    """The rows of a launch as attention backends read them: one segment each, from position 0."""
+def batch_layout(batch: Batch, layout: KVLayout) -> BatchLayout:
+    """The rows of a launch as attention backends read them: one segment each, from position 0.
+
+    A table of a pool with a window begins with the first page the sequence still holds.
+    """
     q_indptr, positions, tokens = [0], list[int](), list[int]()
     for start, n in zip(batch.starts, batch.tokens, strict=True):
         q_indptr.append(q_indptr[-1] + n)
@@ -304,7 +313,11 @@ def batch_layout(batch: Batch, pools: int) -> BatchLayout:
         seg_indptr=range(rows + 1),
         seg_tokens=tokens,
         seg_offset=[0] * rows,
-        seg_pages=[[lease.tables[pool] for lease in batch.leases] for pool in range(pools)],
+        seg_pages=[[lease.tables[i] for lease in batch.leases] for i in range(len(layout.pools))],
+        seg_gone=[
+            [lease.first[i] * pool.page_tokens for lease in batch.leases]
+            for i, pool in enumerate(layout.pools)
+        ],
     )
 
 

@@ -47,7 +47,7 @@ class Sdpa:
                 reasons.append(f"pool {pool.id!r} is encoded as {pool.codec!r}, which it cannot decode")
             if pool.captures != ("k", "v"):
                 reasons.append(f"pool {pool.id!r} stores {', '.join(pool.captures)} instead of k and v")
-            if pool.retention != "full":
+            if pool.retention == "repack":
                 reasons.append(f"pool {pool.id!r} lets tokens go (retention {pool.retention!r})")
             if pool.head_group is not None:
                 reasons.append(f"pool {pool.id!r} holds some of the heads only")

@@ -64,15 +64,20 @@ class Row:
 
     @property
     def plain(self) -> bool:
-        """Its tokens are at view positions 0, 1, 2, ..."""
-        return len(self.segments) == 1 and not self.segments[0].offset
+        """Its tokens are at view positions that follow one another: ``_span``."""
+        return len(self.segments) == 1
+
+    @property
+    def _span(self) -> tuple[int, int]:
+        first = self.segments[0].offset
+        return first, first + self.tokens
 
     @property
     def run(self) -> slice | None:
         """Its slots, where they follow one another."""
         if not self.plain or not self.segments[0].consecutive:
             return None
-        slots = self.segments[0].slots(0, self.tokens)
+        slots = self.segments[0].slots(*self._span)
         return slice(slots[0], slots[0] + len(slots)) if slots else slice(0, 0)
 
     def slots(self) -> Tensor:
@@ -90,13 +95,13 @@ class Row:
     @property
     def whole(self) -> bool:
         """Its queries are all it has stored, from the first token on."""
-        at, n = self.positions, self.tokens
-        return self.plain and len(at) == n > 0 and at[0] == 0 and at[-1] == n - 1
+        at = self.positions
+        return self.plain and len(at) == self.tokens > 0 and (at[0], at[-1] + 1) == self._span
 
     @property
     def decodes(self) -> bool:
         """One query, after everything the row has stored."""
-        return self.end - self.first == 1 and self.plain and self.positions[0] == self.tokens - 1
+        return self.end - self.first == 1 and self.plain and self.positions[0] + 1 == self._span[1]
 
 
 @dataclass(slots=True)
@@ -163,10 +168,11 @@ def plan_pool(batch: BatchLayout, index: int, pool: Pool, in_slots: bool) -> Poo
 
 
 def _segment(batch: BatchLayout, index: int, s: int, page: int, in_slots: bool) -> Segment:
-    pages, tokens = batch.seg_pages[index][s], batch.seg_tokens[s]
+    gone = batch.seg_gone[index][s] if batch.seg_gone else 0
+    pages, tokens = batch.seg_pages[index][s], batch.seg_tokens[s] - gone
     used = -(-tokens // page)  # more may be reserved
     run = in_slots or (len(pages) > 0 and list(pages[:used]) == list(range(pages[0], pages[0] + used)))
-    return Segment(pages, page, tokens, batch.seg_offset[s], run)
+    return Segment(pages, page, tokens, batch.seg_offset[s] + gone, run)
 
 
 def _stored(row: Row) -> Sequence[int]:
