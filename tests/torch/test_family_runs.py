@@ -1,4 +1,4 @@
-"""Whole runs of families whose layers all see everything: greedy tokens, and every quantizer."""
+"""Whole runs of every family: greedy tokens, with room and without, and quantizers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tests.torch.models import FAMILIES, family, widen
 
 from servelab import LLM, SamplingParams
 
-PLAIN = ["mistral, no window", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 OUTPUTS = 12
 
 
@@ -21,13 +20,12 @@ def prompts() -> list[list[int]]:
     return [[rng.randrange(96) for _ in range(n)] for n in (5, 17, 30, 1)]
 
 
-@pytest.fixture(scope="module", params=PLAIN)
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tokenizers
     from tokenizers import models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    assert request.param in FAMILIES
     where = tmp_path_factory.mktemp("family")
     family(request.param, 3).save_pretrained(where)
     words = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
@@ -36,10 +34,17 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return where
 
 
-def served(folder: Path, **settings: Any) -> list[tuple[int, ...]]:
+def served(folder: Path, pages: int = 64, tokens: int = 2048, **settings: Any) -> list[tuple[int, ...]]:
+    """Outputs with ``pages`` pages of 4 tokens in each pool, and at most so many tokens a step."""
     params = SamplingParams(temperature=0, max_tokens=OUTPUTS, ignore_eos=True)
-    pages = ["executor.num_kv_pages=64", "kvcache.page_tokens=4"]
-    with LLM(folder, max_model_len=64, overrides=pages, **settings) as llm:
+    few = [
+        f"executor.num_kv_pages={pages}",
+        "kvcache.page_tokens=4",
+        f"engine.max_batch_tokens={tokens}",
+        f"scheduler.max_num_batched_tokens={tokens}",
+        "engine.checks=full",
+    ]
+    with LLM(folder, max_model_len=64, overrides=few, **settings) as llm:
         return [tuple(one.token_ids) for one in llm.generate(prompts(), params, progress=False)]
 
 
@@ -56,6 +61,7 @@ def test_greedy_tokens_are_those_of_transformers(folder: Path) -> None:
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
             expected.append(tuple(ids[len(prompt) :]))
     assert served(folder, dtype="float64") == expected
+    assert served(folder, pages=17, tokens=16, dtype="float64") == expected, "in chunks, and preempted"
 
 
 @pytest.mark.parametrize("quant", ["w8a16", "w4a8"])
