@@ -28,6 +28,8 @@ from servelab.core.records import (
     RequestPreempted,
     StepDone,
     TokensEmitted,
+    TransferEnded,
+    TransferStarted,
 )
 from servelab.core.registry import Registry
 from servelab.core.request import Arrival, RequestSpec, Truth
@@ -239,6 +241,34 @@ def test_greedy_tokens_do_not_depend_on_random_plans(
     plans = Restless(Random(seed), {"recompute", "pause", "resume", "hold", "wake", "barrier"})
     keep = serve(composed(policy=plans, executor={"num_kv_pages": pages}))
     assert keep.outputs() == greedy
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+@given(seed=st.integers(0, 1 << 30), pages=st.integers(26, 40), host=st.integers(4, 60))
+def test_greedy_tokens_survive_swaps(
+    composed: Compose, greedy: list[tuple[int, ...]], seed: int, pages: int, host: int
+) -> None:
+    """What was moved to the host and back is what was there before."""
+    plans = Restless(Random(seed), {"swap", "swap_in", "recompute", "hold", "wake"})
+    keep = serve(composed(policy=plans, executor={"num_kv_pages": pages, "num_host_pages": host}))
+    assert keep.outputs() == greedy
+
+
+def test_swaps_take_real_time_on_the_wall_clock(composed: Compose, greedy: list[tuple[int, ...]]) -> None:
+    plans = Restless(Random(3), {"swap", "swap_in", "wake"})
+    executor = {"num_kv_pages": 40, "num_host_pages": 40}
+    keep = serve(composed(policy=plans, executor=executor, clock={"name": "wall"}))
+    assert keep.outputs() == greedy
+    started, ended = keep.count(TransferStarted), keep.count(TransferEnded)
+    assert started == ended > 0
+
+
+def test_host_pages_count_as_memory(composed: Compose) -> None:
+    with pytest.raises(ConfigError, match=r"KV pages need .* GiB") as error:
+        composed(executor={"num_host_pages": 40_000_000})
+    assert "executor.num_host_pages" in str(error.value)
 
 
 def test_draws_do_not_depend_on_the_schedule(composed: Compose, prompts: list[tuple[int, ...]]) -> None:

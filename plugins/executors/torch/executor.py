@@ -44,7 +44,7 @@ from servelab.core.families.kernel import AttentionImpl, BatchLayout
 from servelab.core.families.quant import Quantizer
 from servelab.core.quality import Comparison
 from servelab.core.stops import stop_check
-from servelab.plugins.executors._pages import Pages, pages_in, stated_pages
+from servelab.plugins.executors._pages import HostPages, Pages, pages_in, stated_pages
 from servelab.plugins.executors.checkpoint.find import find
 from servelab.plugins.executors.torch.attention import Kernel
 from servelab.plugins.executors.torch.decoder import Decoder
@@ -76,6 +76,9 @@ class TorchExecutorConfig(BaseModel):
         ge=1,
         description="memory for KV pages of all pools together, MiB, divided by what a request of the "
         "greatest length needs of each; not used with num_kv_pages",
+    )
+    num_host_pages: HostPages = Field(
+        0, description="host pages, likewise, which schedulers may swap KV to; 0: no swapping"
     )
     threads: int | None = Field(
         None,
@@ -151,17 +154,20 @@ class TorchExecutor:
     # ------------------------------------------------------------ KV memory
 
     def capacity(self, layout: KVLayout) -> Capacity:
-        """Allocate the KV pages."""
-        pages = self._pages(layout)
+        """Allocate the KV pages of both tiers: on a CPU the host's are only other memory."""
+        pages, given = self._pages(layout), self.config.num_host_pages
+        host = stated_pages(given, layout, "executor.num_host_pages") if given else ()
         counted = list(zip(pages, layout.pools, strict=True))
-        total = sum(n * pool.bytes_per_page for n, pool in counted)
+        on_host = zip(host or (0,) * len(pages), layout.pools, strict=True)
+        total = sum(n * pool.bytes_per_page for n, pool in (*counted, *on_host))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if total > memory:
             raise ConfigError(
-                f"{' + '.join(map(str, pages))} KV pages need {_gib(total)}",
-                where="executor.num_kv_pages",
+                f"{' + '.join(map(str, (*pages, *host)))} KV pages need {_gib(total)}",
+                where="executor.num_kv_pages, executor.num_host_pages" if host else "executor.num_kv_pages",
                 why=f"this machine has {_gib(memory)} of memory",
-                do="lower executor.num_kv_pages or executor.kv_memory_mib",
+                do="lower executor.num_kv_pages or executor.kv_memory_mib"
+                + (", or executor.num_host_pages" if host else ""),
             )
         buffers = self._kv_buffers(layout, pages)
         for n, pool in counted:
@@ -173,9 +179,10 @@ class TorchExecutor:
                     do="mend the kvcache's layout()",
                 )
         self._buffers, self._layout = buffers, layout
+        self._host = self._kv_buffers(layout, host) if host else {}
         assert self._kernel is not None
         self._attention = self._kernel.load(layout, self._ctx.model, "cpu", buffers, self.decoder.rotary)
-        return Capacity(device_pages=pages)
+        return Capacity(device_pages=pages, host_pages=host)
 
     def _kv_buffers(self, layout: KVLayout, pages: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         """Zeroed pages of every layer's captures."""
@@ -268,8 +275,19 @@ class TorchExecutor:
                 do="choose a scheduler that plans plain tokens, or executor=scripted",
             )
 
+    @torch.inference_mode()
     def transfer(self, transfer: Transfer) -> None:
-        raise PluginError("executor 'torch' has no host tier to move pages to", do="preempt by recompute")
+        source, target = self._buffers, self._host
+        if transfer.direction == "in":
+            source, target = target, source
+        moves = zip(self._layout.pools, transfer.source, transfer.destination, strict=True)
+        for pool, pages, places in moves:
+            if not pages:
+                continue
+            old, new = torch.tensor(pages), torch.tensor(places)
+            for layer in pool.layers:
+                for name, buffer in target[layer].items():
+                    buffer[new] = source[layer][name][old]
 
     # -------------------------------------------------------------- quality
 
@@ -292,7 +310,7 @@ class TorchExecutor:
         threads, which belongs to the process.
         """
         torch.set_num_threads(self._threads)
-        self._attention, self._kernel, self._buffers = None, None, {}
+        self._attention, self._kernel, self._buffers, self._host = None, None, {}, {}
         vars(self).pop("decoder", None)
 
 
