@@ -182,7 +182,7 @@ class LinearOp(Protocol):
     """A quantized linear. It has no cost of its own: the simulator prices formats, see ``Quantizer.cost``."""
 
     nbytes: int
-    """Bytes it holds: weights, scales, zeros and tables."""
+    """Bytes it holds for its weights: codes, scales, zeros and tables; biases apart."""
 
     def prepare(self, x: Any) -> Any:
         """Quantize, rotate or tabulate ``x [tokens, k]``; done once for all linears that share the input."""

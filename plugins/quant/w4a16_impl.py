@@ -103,7 +103,7 @@ class W4A16Linear:
             codes = unpack_halves(packed).t().int()
             self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
             self._table = torch.stack([scale, scale * (0 if zero is None else 8 - zero)], 2)
-        self.nbytes = held(self._packed, scale, zero, self._table, bias)
+        self.nbytes = held(self._packed, scale, zero, self._table)
 
     def prepare(self, x: Tensor) -> Tensor:
         return x

@@ -99,7 +99,7 @@ class W4A8Linear:
     ) -> None:
         self._packed, self._scale, self._bias, self._scratch = packed, scale, bias, scratch
         self._group_scale, self._shift = group_scale[..., None], (zero * group_scale)[..., None]
-        self.nbytes = held(packed, scale, group_scale, zero, bias)
+        self.nbytes = held(packed, scale, group_scale, zero)
         half, group = packed.shape[1], 2 * packed.shape[1] // group_scale.shape[1]
         # the widest integers whose codes are of one half, and of one group
         self._eight, self._four = half % 8 == 0, group % 4 == 0

@@ -44,7 +44,7 @@ class W8A16Linear:
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
         self._codes, self._scale, self._bias, self._scratch = codes, scale, bias, scratch
-        self.nbytes = held(codes, scale, bias)
+        self.nbytes = held(codes, scale)
         # the kernel would round scales to bfloat16: it gets ones, and is exact up to its own rounding
         self._ones = torch.ones(len(codes), dtype=torch.bfloat16, device=codes.device)
 

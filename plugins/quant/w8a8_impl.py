@@ -48,7 +48,7 @@ class W8A8Linear:
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
         self._weight, self._scale, self._bias, self._scratch = codes.t(), scale, bias, scratch
-        self.nbytes = held(codes, scale, bias)
+        self.nbytes = held(codes, scale)
 
     def prepare(self, x: Tensor) -> Tokens:
         return quantize_tokens(x)

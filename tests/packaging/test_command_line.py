@@ -126,7 +126,7 @@ def test_sections_are_shown(run_py: Command, section: str, line: str) -> None:
 
 def test_show_says_where_a_model_is(run_py: Command) -> None:
     shown = " ".join(run_py("show", "model").stdout.split())
-    assert "read from the model's files. set with:" in shown  # the whole sentence
+    assert "left at null are none. set with:" in shown  # the whole sentence
     for field, about in (
         ("source none | path | wheel | hub; default none", "Where the weights are"),
         ("path str or null; default null", "With source path: a folder in Hugging Face format, or a GGUF"),

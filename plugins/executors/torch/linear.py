@@ -18,7 +18,7 @@ class DenseLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
-        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+        self.nbytes = weight.nbytes
 
     def prepare(self, x: Tensor) -> Tensor:
         """``[tokens, k]``, unchanged."""
