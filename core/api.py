@@ -38,6 +38,7 @@ from servelab.core.plan import (
 from servelab.core.records import (
     ContextEnded,
     ContextKept,
+    PagesEvicted,
     Planned,
     QualityMeasured,
     Record,
@@ -85,6 +86,7 @@ __all__ = [
     "Observer",
     "Oracle",
     "Outcome",
+    "PagesEvicted",
     "Paper",
     "Phase",
     "Pin",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from servelab.core.records import (
         ContextEnded,
         ContextKept,
+        PagesEvicted,
         Planned,
         QualityMeasured,
         Record,
@@ -181,6 +182,10 @@ class Events:
         """Kept KV was adopted by the next turn, or dropped."""
 
     @hookspec
+    def servelab_on_pages_evicted(self, record: PagesEvicted) -> None:
+        """The prefix store gave up stored KV, because its pages were needed."""
+
+    @hookspec
     def servelab_on_request_finished(self, record: RequestFinished) -> None:
         """The one terminal record of a request, whatever its end."""
 
@@ -205,6 +210,7 @@ EVENT_OF_RECORD: dict[str, str] = {
     "transfer_ended": "servelab_on_transfer_ended",
     "context_kept": "servelab_on_context_kept",
     "context_ended": "servelab_on_context_ended",
+    "evicted": "servelab_on_pages_evicted",
     "finished": "servelab_on_request_finished",
     "quality": "servelab_on_quality_measured",
     "run_finished": "servelab_on_run_finished",

@@ -249,6 +249,10 @@ class Lane:
             for r, lease in zip(batch.requests, batch.leases, strict=True):
                 if r.lease is lease and r.phase is not Phase.FINISHED:
                     engine.ledger.slide(r)
+        if engine.reuse is not None:
+            for r, lease in zip(batch.requests, batch.leases, strict=True):
+                if r.lease is lease and r.phase is not Phase.FINISHED:
+                    engine.reuse.publish(r)
         return batch, first, start_ns, emitted, done
 
     def _go_on(self, batch: Batch, steps: int, done: Done) -> None:
