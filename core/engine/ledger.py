@@ -610,10 +610,9 @@ class Ledger:
                 )
             del tier.external[page]
             tier.refs[page] = 0
-        freed = [page for page in pages if page not in tier.reading]
-        tier.free += len(freed)
+        tier.free += len(pages)
         try:
-            self.kvcache.released(i, "device", freed)
+            self.kvcache.released(i, "device", pages)
         except Exception as exc:
             raise self._fault(exc, "released") from exc
 

@@ -138,6 +138,17 @@ def test_pages_in_use_are_never_evicted() -> None:
     assert serve(r, "e", ids(14)) == 12 or any(isinstance(x, PagesEvicted) for x in r.records)
 
 
+def test_a_page_behind_one_that_is_gone_is_not_found() -> None:
+    s = store()
+    s.attach(toy_layout(4))
+    text, at = Content(length=9, ids=ids(9)), Provenance(model="toy")
+    s.commit("a", Content(length=8, ids=ids(8)), [[0, 1]], at, 0)
+    s.acquire("b", [Span(handle=1, start=4, end=8, source_start=4, pages=((1,),))], 0)
+    assert s.match(text, at, 0)[0].pages == ((0, 1),)
+    s.release("a", 0)
+    assert s.evict(0, 1, 0) == [0] and s.match(text, at, 0) == ()
+
+
 def test_drafts_never_get_a_key() -> None:
     s = store()
 
@@ -184,12 +195,17 @@ def test_what_a_scheduler_sees_is_what_is_left_to_compute_and_only_while_it_plan
             return StepPlan() if view.waiting.first() and view.now_ns < wait else super().plan(view)
 
     wait = 0
-    r = rig(Watch())
+    s = store()
+    r = rig(Watch(), prefix=s)
     serve(r, "a", ids(13))
     seen.clear()
+    asked: list[int] = []
+    match = s.match
+    s.match = lambda *args, **more: asked.append(1) or match(*args, **more)  # type: ignore[func-returns-value, method-assign]
     wait = 1 << 60
     b = r.arrive("b", 14, 1, prompt_ids=ids(14))
     assert seen[:2] == [(12, 12, 2, (4,))] * 2  # 3 pages that only the store holds, and a new one
+    assert len(asked) == 1, "once per request and plan"
     assert (b.computed, b.cached, b.pending, b.lease.tables) == (0, 0, 14, [[]])
     r.engine.check_integrity()
     wait = 0
@@ -253,7 +269,8 @@ def test_requests_admitted_together_share_and_the_last_pages_are_counted_once_ea
     assert r.free() == (6,)
 
 
-def test_preempting_one_does_not_free_what_another_of_the_plan_reuses() -> None:
+@pytest.mark.parametrize("victim_first", [True, False])
+def test_preempting_one_does_not_free_what_another_of_the_plan_reuses(victim_first: bool) -> None:
     """A budget that gave a victim's pages back must not hand them out twice."""
     taken: list[bool] = []
 
@@ -261,10 +278,13 @@ def test_preempting_one_does_not_free_what_another_of_the_plan_reuses() -> None:
         plan, pages = StepPlan(), view.kv.budget()
         victim, new = find(view, "a"), find(view, "b")
         plan.preempt(victim, "recompute", "the test says so")
-        pages.give_back(victim)
+        if victim_first:
+            pages.give_back(victim)
+            assert pages.free == (8,), "what only the store holds afterwards is free"
         taken.append(pages.take(new, new.pending_tokens))
-        left = pages.free
-        assert left == (4,)
+        if not victim_first:
+            pages.give_back(victim)
+        assert pages.free == (4,)
         plan.run(new, new.pending_tokens)
         return plan if len(taken) == 2 else StepPlan()
 
@@ -283,6 +303,49 @@ def test_preempting_one_does_not_free_what_another_of_the_plan_reuses() -> None:
     r.engine.check_integrity()
 
 
+def test_a_plan_that_counts_reused_pages_of_its_victim_as_free_is_refused() -> None:
+    def first(view: StepView) -> StepPlan:
+        plan = StepPlan()
+        plan.run(find(view, "a"), 13)
+        return plan
+
+    def greedy(view: StepView) -> StepPlan:
+        plan = StepPlan()
+        plan.preempt(find(view, "a"), "recompute", "the test says so")
+        new = find(view, "b")
+        plan.run(new, new.pending_tokens)  # 6 pages; 4 are free, and a gives back 1 that b does not use
+        return plan
+
+    r = rig(Script(first, lambda view: StepPlan(), greedy), pages=8)
+    r.arrive("a", 13, 9, prompt_ids=ids(13))
+    r.finish()
+    error = raises_in(lambda: r.arrive("b", 33, 2, prompt_ids=ids(33)))
+    assert isinstance(error, PlanError) and "needs 6 KV pages" in str(error)
+
+
+def test_rejecting_a_request_frees_nothing_of_what_it_would_have_reused() -> None:
+    def first(view: StepView) -> StepPlan:
+        plan = StepPlan()
+        plan.run(find(view, "a"), 13)
+        return plan
+
+    def reject(view: StepView) -> StepPlan:
+        plan = StepPlan()
+        new = find(view, "c")
+        plan.reject(find(view, "b"), "the test says so")
+        plan.run(new, new.pending_tokens)  # 5 pages, 4 are free
+        return plan
+
+    r = rig(Script(first), pages=8)
+    r.arrive("a", 13, 9, prompt_ids=ids(13))
+    r.finish()
+    r.arrive("b", 14, 2, prompt_ids=ids(14))
+    r.arrive("c", 20, 2, prompt_ids=ids(20, first=2))
+    r.engine._plan = reject
+    error = raises_in(r.schedule)
+    assert isinstance(error, PlanError) and "needs 5 KV pages" in str(error)
+
+
 def test_a_context_kept_between_turns_comes_before_the_store() -> None:
     class Keeper(Fcfs):
         def on_turn_end(self, request: Any) -> Pin:
@@ -298,6 +361,31 @@ def test_a_context_kept_between_turns_comes_before_the_store() -> None:
     assert r.free() == (16,)
     assert serve(r, "c", [*first, *range(5), 9, 9, 9, 0]) == 12  # the page as the second turn wrote it
     assert serve(r, "d", [*first, *range(7)]) == 12  # and as the first one did
+
+
+def test_pages_a_turn_gives_up_stay_its_own_for_the_store() -> None:
+    """The store learns that a request lets go when it lets go of all: till then nothing may be evicted."""
+
+    class Keeper(Fcfs):
+        def on_turn_end(self, request: Any) -> Pin:
+            return Pin(10**9, "tool call")
+
+    s = store()
+    r = rig(Keeper(), prefix=s)
+    first = ids(6)
+    serve(r, "a", first, 7, program="p", is_last_turn=False)  # 3 full pages
+    b = r.arrive("b", 9, 9, prompt_ids=[*first, 9, 9, 9], program="p", turn=1, context_tokens=6)
+    assert b.cached == 6 and b.lease.kept == [(0, 2), (0, 1)]  # not repeated, and copied on write
+    assert s.evictable(0) == 0
+    r.engine.check_integrity()
+    r.auto = False
+    r.finish()
+    r.engine.check_integrity()
+    assert r.engine.ledger.releasable([b.lease]) == [5]  # three in its table, two given up
+    r.abort("b")
+    r.drain()
+    r.engine.check_integrity()
+    assert r.free() == (16,)
 
 
 def test_shrinking_the_pool_takes_cached_pages_too() -> None:
