@@ -205,13 +205,14 @@ def test_what_a_scheduler_sees_is_what_is_left_to_compute_and_only_while_it_plan
     wait = 1 << 60
     b = r.arrive("b", 14, 1, prompt_ids=ids(14))
     assert seen[:2] == [(12, 12, 2, (4,))] * 2  # 3 pages that only the store holds, and a new one
-    assert len(asked) == 1, "once per request and plan"
+    r.arrive("c", 9, 1, prompt_ids=ids(9, first=2))
+    assert len(asked) == 3, "once per request and plan, whether it hits or not"
     assert (b.computed, b.cached, b.pending, b.lease.tables) == (0, 0, 14, [[]])
     r.engine.check_integrity()
     wait = 0
     r.tick()
     r.drain()
-    assert [x.cached_tokens for x in r.records if isinstance(x, RequestAdmitted)] == [0, 12]
+    assert [x.cached_tokens for x in r.records if isinstance(x, RequestAdmitted)] == [0, 12, 0]
 
 
 def test_a_preempted_request_finds_itself_again_outputs_included() -> None:
