@@ -192,6 +192,7 @@ def test_any_order_of_events_reads_the_right_kv(machine: type[ReuseMachine]) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("machine", [ReuseMachine, VllmReuseMachine])
 def test_longer_any_order_of_events_reads_the_right_kv(machine: type[ReuseMachine]) -> None:
     from hypothesis.stateful import run_state_machine_as_test
