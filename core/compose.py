@@ -385,11 +385,14 @@ def _check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
             do="take a kvcache with window pools, or leave model.windows empty to study full attention",
         )
     for pool in layout.pools:
-        for layer in pool.layers if pool.window_tokens is not None else ():
+        kept = pool.window_tokens
+        if kept is None:
+            continue
+        for layer in pool.layers:
             window = model.windows[layer] if model.windows else None
-            if window is None or window > pool.window_tokens:
+            if window is None or window > kept:
                 raise PluginError(
-                    f"pool {pool.id!r} keeps {pool.window_tokens} tokens of layer {layer}",
+                    f"pool {pool.id!r} keeps {kept} tokens of layer {layer}",
                     where=f"kvcache {kvcache!r}, layout()",
                     why=f"the layer sees {'all tokens' if window is None else f'{window} tokens'}",
                     do="mend the kvcache: give the layer a pool that keeps what it sees",

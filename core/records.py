@@ -123,6 +123,9 @@ class StepDone(Record):
     running: int
     free_pages: tuple[int, ...]
     """Per pool, free when the launch ended, before requests that finished in it give theirs back."""
+    unusable_pages: tuple[int, ...] = ()
+    """Per pool, those of them that are of no use to the request at the head of the queue, because they are
+    not side by side; empty: all are, or nobody waits."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -278,7 +281,7 @@ def from_dict(data: Mapping[str, Any]) -> Record:
     """
     values = dict(data)
     cls = RECORDS[values.pop("ev")]
-    for name in ("free_pages", "pages"):
+    for name in ("free_pages", "unusable_pages", "pages"):
         if isinstance(values.get(name), list):  # JSON has no tuples
             values[name] = tuple(values[name])
     if cls is TokensEmitted and values.get("logprobs"):  # JSON has only text as keys

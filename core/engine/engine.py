@@ -412,12 +412,18 @@ class Engine:
                 waiting=len(self.waiting),
                 running=len(self.running),
                 free_pages=self.ledger.free(),
+                unusable_pages=self._unusable(),
             )
         )
         if self.token_log:
             self._log_tokens(event, batch, emitted)
         for r, reason in done:
             self._end(r, "completed", reason)  # a hold it was part of ends here: see Lane.repeat
+
+    def _unusable(self) -> tuple[int, ...]:
+        for head in self.waiting.values():
+            return self.ledger.unusable(head)
+        return ()
 
     def _log_tokens(self, event: LaunchDone, batch: Batch, emitted: list[int]) -> None:
         for r, out, count in zip(batch.requests, event.outcomes, emitted, strict=True):
@@ -579,6 +585,11 @@ class Engine:
         )
 
     # ------------------------------------------------------------- inspection
+
+    @property
+    def somebody_waits(self) -> bool:
+        """Whether a request is off the running queue that more KV memory could bring there."""
+        return bool(self.waiting or self.paused or self.swapped)
 
     @property
     def in_flight(self) -> int:

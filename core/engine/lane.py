@@ -173,13 +173,18 @@ class Lane:
         return batch
 
     def _steps_ahead(self, batch: Batch, steps: int) -> int:
-        """How many equal steps the launch may run: until a cap, a finish, or KV memory ends."""
+        """How many equal steps the launch may run: until a cap, a finish, KV memory ends or comes back."""
+        engine = self._engine
         for r in batch.requests:
             left = r.max_new_tokens - r.generated - r.expected + 1
             if left < steps:
                 steps = left
+        if steps > 1 and engine.ledger.windows and engine.somebody_waits:
+            steps = min(steps, engine.ledger.steps_to_slide(batch.requests))
+        if steps > 1 and engine.reuse is not None and engine.waiting:
+            steps = min(steps, engine.reuse.steps_to_publish(batch.requests, steps))
         if steps > 1:
-            known = self._engine.horizon(batch, steps)
+            known = engine.horizon(batch, steps)
             if type(known) is not int or not 1 <= known <= steps:
                 raise PluginError(
                     f"the executor's horizon() answered {known!r}",
@@ -189,7 +194,7 @@ class Lane:
                 )
             steps = known
         if steps > 1:
-            steps = 1 + self._engine.ledger.promise(batch.launch, batch.requests, steps - 1)
+            steps = 1 + engine.ledger.promise(batch.launch, batch.requests, steps - 1)
         return steps
 
     def _book_special(self, item: Tokens, r: Request) -> tuple[int, bool]:
@@ -242,18 +247,35 @@ class Lane:
         self.last_end_ns = ends[-1]
         if event.more:
             self._go_on(batch, steps, done)
+            engine.ledger.landed(())  # a resize may want what it was promised and did not use
         else:
             self.flights.popleft()
             engine.ledger.landed(batch.leases)
         if engine.ledger.windows:
-            for r, lease in zip(batch.requests, batch.leases, strict=True):
-                if r.lease is lease and r.phase is not Phase.FINISHED:
-                    engine.ledger.slide(r)
+            self._slide(batch)
         if engine.reuse is not None:
-            for r, lease in zip(batch.requests, batch.leases, strict=True):
-                if r.lease is lease and r.phase is not Phase.FINISHED:
-                    engine.reuse.publish(r)
+            self._publish(batch)
         return batch, first, start_ns, emitted, done
+
+    def _slide(self, batch: Batch) -> None:
+        """Windows have moved on. Pages that came back may let somebody in: ask again, as at an event."""
+        engine, came_back = self._engine, False
+        for r, lease in zip(batch.requests, batch.leases, strict=True):
+            if r.lease is lease and r.phase is not Phase.FINISHED:
+                came_back |= engine.ledger.slide(r)
+        if came_back and engine.somebody_waits:
+            self._work = None
+
+    def _publish(self, batch: Batch) -> None:
+        """Pages have become full. Somebody who waits may find them: ask again, as at an event."""
+        engine = self._engine
+        assert engine.reuse is not None
+        new = False
+        for r, lease in zip(batch.requests, batch.leases, strict=True):
+            if r.lease is lease and r.phase is not Phase.FINISHED:
+                new |= engine.reuse.publish(r)
+        if new and engine.waiting:
+            self._work = None
 
     def _go_on(self, batch: Batch, steps: int, done: Done) -> None:
         """Book the one step of a held launch that is still running."""

@@ -329,13 +329,21 @@ class Ledger:
                 self._give_up(r.lease, i, extra)
         r.slack = self._slack(r)
 
-    def slide(self, r: Request) -> None:
-        """Give up pages of window pools that no token still to come sees.
+    def steps_to_slide(self, requests: Sequence[Request]) -> int:
+        """Decode steps until a page of these requests falls out of a window; there must be pools with one."""
+        return min(
+            (r.lease.first[i] + 1) * page + window - 1 - r.computed
+            for r in requests
+            for i, page, window in self.windows
+        )
+
+    def slide(self, r: Request) -> bool:
+        """Give up pages of window pools that no token still to come sees; True if there were any.
 
         The next one stands at ``computed``, whatever is in flight: launches that are were planned with these
         pages, which are free once the last of them has landed.
         """
-        lease = r.lease
+        lease, any_gone = r.lease, False
         for i, page, window in self.windows:
             gone = (r.computed + 1 - window) // page - lease.first[i]
             if gone > 0:
@@ -344,6 +352,8 @@ class Ledger:
                 del table[:gone]
                 lease.first[i] += gone
                 self._give_up(lease, i, pages)
+                any_gone = True
+        return any_gone
 
     def _give_up(self, lease: Lease, i: int, pages: list[int]) -> None:
         """Drop pages that are no longer in the lease's table, after the launches in flight that know them.
@@ -696,7 +706,7 @@ class Ledger:
                 if tier.free != free:
                     raise LedgerError(
                         f"{name} pool {self.pools[i].id!r} counts {tier.free} free pages",
-                        why=f"{free} have no reference and are not being copied from",
+                        why=f"{free} have no reference and are not read or written in flight",
                     )
                 left = self._left(i) if name == "device" else tier.free
                 if tier.promised < 0 or left < 0:
@@ -725,8 +735,8 @@ class Ledger:
         reading.update(page for x in self._leases.values() for pool, page, _ in x.sources if pool == i)
         if reading != tier.reading:
             raise LedgerError(
-                f"pool {self.pools[i].id!r} has {dict(tier.reading)} pages being copied from",
-                why=f"copies account for {dict(reading)}",
+                f"pool {self.pools[i].id!r} has {dict(tier.reading)} pages read or written in flight",
+                why=f"copies and leases account for {dict(reading)}",
             )
 
 

@@ -97,12 +97,15 @@ class Reuse:
 
     # -------------------------------------------------------- what is computed
 
-    def publish(self, r: Request) -> None:
-        """A launch has landed: offer the pages it filled. Drafts count only once they are accepted."""
+    def publish(self, r: Request) -> bool:
+        """A launch has landed: offer the pages it filled; True if any was taken.
+
+        Drafts count only once they are accepted.
+        """
         known = min(r.computed, r.prompt_tokens + r.generated)  # drafts accepted beyond its cap are no output
         lease, full = r.lease, known // self._page_tokens
         if full <= lease.published or r.spec.prompt_ids is None:
-            return
+            return False
         lease.published = full
         done = self._call(
             self._store.commit,
@@ -117,6 +120,13 @@ class Reuse:
         for pool, pages in enumerate(done.taken):
             for page in pages:
                 self._engine.ledger.retain(pool, page)
+        return any(done.taken)
+
+    def steps_to_publish(self, requests: Sequence[Request], steps: int) -> int:
+        """Decode steps until a page of these requests is full, at most ``steps``."""
+        size = self._page_tokens
+        known = (r for r in requests if r.spec.prompt_ids is not None)
+        return min((size - r.computed % size for r in known), default=steps)
 
     def released(self, lease: Lease) -> None:
         """Nothing names the pages of this lease any more (called by the ledger)."""

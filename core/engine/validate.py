@@ -258,8 +258,8 @@ class PlanCheck:
             free = [have + max(0, n - gone) for have, (n, gone) in zip(free, given, strict=True)]
         need = list(taken) if taken else [0] * len(free)
         scratches = ledger.scratches()
-        for lease in freed if scratches is not None else ():
-            for scratch, table in zip(scratches, lease.tables, strict=True):
+        for lease in freed:
+            for scratch, table in zip(scratches or (), lease.tables, strict=False):
                 scratch.give_back(() if lease.in_flight else table)
         for r, n in needy:
             missing = ledger.missing(r, n)

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from servelab.core.errors import ServeLabError
 from servelab.core.metrics.definitions import e2el_ns, tpot_ns, ttft_ns
+from servelab.core.metrics.memory import MemoryFacts
 from servelab.core.records import (
     Ending,
     PagesEvicted,
@@ -132,6 +133,7 @@ class EngineFacts:
         "launches",
         "max_batch_requests",
         "max_batch_tokens",
+        "memory",
         "min_free",
         "steps",
     )
@@ -154,6 +156,7 @@ class EngineFacts:
         self.min_free: tuple[int, ...] = ()
         self.free_integral: list[int] = []
         """Free pages per pool times nanoseconds, from ``first_ns`` to ``last_ns``."""
+        self.memory = MemoryFacts()
 
     def add(self, step: StepDone) -> None:
         size, steps, tokens = len(step.requests), len(step.ends_ns), sum(step.tokens)
@@ -176,6 +179,7 @@ class EngineFacts:
                 self.min_free = tuple(map(min, self.min_free, free))
         self.last_ns = max(step.t_ns, self.last_ns)
         self.last_free = free
+        self.memory.step(step)
 
     @property
     def observed_ns(self) -> int:
@@ -190,7 +194,7 @@ class Timeline:
         self.requests: dict[str, RequestFacts] = {}
         """By id, in order of arrival."""
         self.engines: dict[int, EngineFacts] = {}
-        """By index; engines that ran at least one launch."""
+        """By index; engines that admitted at least one request."""
         self.info: dict[str, Any] = {}
         """What ``RunStarted`` said about the run."""
         self.finished: RunFinished | None = None
@@ -253,6 +257,7 @@ class Timeline:
         if facts.admitted_ns is None:
             facts.admitted_ns = record.t_ns
             facts.first_cached = record.cached_tokens
+        self._engine(record).memory.admitted(record)
 
     def _evicted(self, record: PagesEvicted) -> None:
         self.evicted_pages += record.pages
@@ -261,6 +266,7 @@ class Timeline:
         self._facts(record.request, record).preemptions += 1
         self.preemptions += 1
         self.recomputed_tokens += record.lost_tokens
+        self._engine(record).memory.preempted(record)
 
     def _finished(self, record: RequestFinished) -> None:
         facts = self._facts(record.request, record)
@@ -276,6 +282,8 @@ class Timeline:
         facts.ended_ns = record.t_ns
         facts.reported_tokens = record.output_tokens
         facts.cached_tokens = record.cached_tokens
+        if record.engine in self.engines:
+            self.engines[record.engine].memory.finished(record)
 
     def _quality(self, record: QualityMeasured) -> None:
         self.quality[record.label] = record
@@ -285,10 +293,7 @@ class Timeline:
         steps = len(ends)
         if not steps:
             return
-        engine = self.engines.get(record.engine)
-        if engine is None:
-            engine = self.engines[record.engine] = EngineFacts()
-        engine.add(record)
+        self._engine(record).add(record)
         requests = self.requests
         times = array("q", ends)
         try:
@@ -305,6 +310,12 @@ class Timeline:
                     requests[name].add(times, _per_step(emitted, steps, name, record))
         except KeyError as error:
             raise _unknown(error.args[0], record) from None
+
+    def _engine(self, record: Record) -> EngineFacts:
+        engine = self.engines.get(record.engine)
+        if engine is None:
+            engine = self.engines[record.engine] = EngineFacts()
+        return engine
 
     def _facts(self, name: str, record: Record) -> RequestFacts:
         facts = self.requests.get(name)

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from servelab.core.api import ConfigError, KVLayout, Limits, Pool
 
+Stated = int | Mapping[str, int]
 
-def stated_pages(given: int | Mapping[str, int], layout: KVLayout, setting: str) -> tuple[int, ...]:
+
+def _between(least: int, most: int) -> Callable[[Stated], Stated]:
+    def check(given: Stated) -> Stated:
+        for pages in given.values() if isinstance(given, Mapping) else (given,):
+            if not least <= pages <= most:
+                raise ValueError(f"pages of a pool must be from {least:,} to {most:,}")
+        return given
+
+    return check
+
+
+MAX_PAGES = 50_000_000
+"""More than any device has. The ledger keeps a few bytes per page: a slip of the finger would eat memory."""
+Pages = Annotated[int | dict[str, int], AfterValidator(_between(1, 1 << 62))]
+BoundedPages = Annotated[int | dict[str, int], AfterValidator(_between(1, MAX_PAGES))]
+HostPages = Annotated[int | dict[str, int], AfterValidator(_between(0, MAX_PAGES))]
+
+
+def stated_pages(given: Stated, layout: KVLayout, setting: str) -> tuple[int, ...]:
     """That many in every pool, or those given for each by its id.
 
     Raises:

@@ -11,7 +11,6 @@ Tier: stable.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,14 +18,9 @@ from servelab.core.api import Capacity, ConfigError, Context, KVLayout, Oracle, 
 from servelab.core.engine.ledger import Transfer
 from servelab.core.engine.state import Request
 from servelab.core.events import Batch
-from servelab.plugins.executors._pages import stated_pages
+from servelab.plugins.executors._pages import BoundedPages, HostPages, stated_pages
 
 _NOTHING = Outcome()
-MAX_PAGES = 50_000_000
-"""More than any device has. The ledger keeps a few bytes per page: a slip of the finger would eat memory."""
-
-Pages = Annotated[int, Field(ge=1, le=MAX_PAGES)]
-HostPages = Annotated[int, Field(ge=0, le=MAX_PAGES)]
 
 
 class ScriptedExecutorConfig(BaseModel):
@@ -34,14 +28,12 @@ class ScriptedExecutorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_kv_pages: Pages | dict[str, Pages] = Field(
+    num_kv_pages: BoundedPages = Field(
         512,
         description="device pages of every KV pool, or of each by its id; from 1 to 50 million, because the "
         "engine keeps a few bytes for each",
     )
-    num_host_pages: HostPages | dict[str, HostPages] = Field(
-        0, description="host pages, likewise; 0: no swapping"
-    )
+    num_host_pages: HostPages = Field(0, description="host pages, likewise; 0: no swapping")
     acceptance: float = Field(1.0, ge=0, le=1, description="share of each draft accepted, rounded down")
     placeholder: int = Field(0, ge=0, description="token id that stands for every output token")
     foresight: bool = Field(

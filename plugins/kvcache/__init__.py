@@ -6,17 +6,39 @@ from collections.abc import Iterable
 
 from servelab.core.api import Paper, PluginSpec, hookimpl
 
+PAGED_ATTENTION = Paper(
+    title="Efficient Memory Management for Large Language Model Serving with PagedAttention",
+    year=2023,
+    id="arXiv:2309.06180",
+)
+
+
+def _contiguous(name: str, factory: str, reserves: str, *, oracle: bool = False) -> PluginSpec:
+    return PluginSpec(
+        name=name,
+        factory=f"servelab.plugins.kvcache.contiguous:{factory}",
+        config="servelab.plugins.kvcache.contiguous:ContiguousConfig",
+        summary=f"one contiguous range per request, reserved at admission: {reserves}",
+        paper=PAGED_ATTENTION,
+        deviations=(
+            "Ranges are rounded up to whole pages; with page_tokens=1 nothing is rounded.",
+            "No reservation exceeds engine.max_model_len.",
+        ),
+        provides=frozenset({"kvcache.contiguous_slot"}),
+        requires=frozenset({"workload.truth"}) if oracle else frozenset(),
+        conflicts=frozenset({"scheduler.retains", "scheduler.swap"}),
+        oracle=oracle,
+        tier="stable",
+    )
+
+
 TABLE = (
     PluginSpec(
         name="paged",
         factory="servelab.plugins.kvcache.paged:Paged",
         config="servelab.plugins.kvcache.paged:PagedConfig",
         summary="fixed pages and a block table per sequence",
-        paper=Paper(
-            title="Efficient Memory Management for Large Language Model Serving with PagedAttention",
-            year=2023,
-            id="arXiv:2309.06180",
-        ),
+        paper=PAGED_ATTENTION,
         deviations=(
             "No null page: a table begins with the first page still held.",
             "The watermark is 0 unless set, and does not hold for a request that would run alone.",
@@ -24,6 +46,11 @@ TABLE = (
         provides=frozenset({"kvcache.block_table", "kvcache.fork", "kvcache.swap"}),
         tier="stable",
     ),
+    _contiguous("contiguous", "Contiguous", "the longest there may be (Orca Max)"),
+    _contiguous(
+        "contiguous_pow2", "Pow2", "true output, rounded up to a power of two (Orca Pow2)", oracle=True
+    ),
+    _contiguous("contiguous_oracle", "TrueLengths", "what it will need (Orca Oracle)", oracle=True),
 )
 
 

@@ -302,6 +302,8 @@ class Encoder:
             if exceptions:
                 line[name] = exceptions
         line |= {"waiting": r.waiting, "running": r.running, "free_pages": r.free_pages}
+        if r.unusable_pages:
+            line["unusable_pages"] = r.unusable_pages
         return line
 
     def _planned(self, r: Planned) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def _totals(result: Mapping[str, Any]) -> Iterator[str]:
             f"{_number(extra['recomputed_tokens'])} tokens recomputed",
         ),
         ("cached tokens", _number(extra["cached_tokens"]), "tok", _reuse(extra)),
-        *(_kv_row(pool) for pool in extra["kv"]),
+        *(row for pool in extra["kv"] for row in _kv_rows(pool)),
     ]
     yield from _table(("total", "value", "unit", ""), rows, numbers_from=1, numbers_to=2)
 
@@ -317,11 +317,18 @@ def _batch(batch: Mapping[str, Any]) -> str:
     )
 
 
-def _kv_row(pool: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def _kv_rows(pool: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     note = f"peak of {_number(pool['pages'])}"
     if pool["peak_use"] is not None:
         note += f" ({_percent(pool['peak_use'])}), mean {_number(pool['mean_pages'], 1)}"
-    return (f"KV pool {pool['pool']}", _number(pool["peak_pages"]), "pages", note)
+    yield (f"KV pool {pool['pool']}", _number(pool["peak_pages"]), "pages", note)
+    stored = pool["mean_stored_tokens"]
+    if stored is not None:
+        awaited, idle, unusable = (
+            _number(pool[f"mean_{name}_tokens"], 1) for name in ("awaited", "idle", "unusable")
+        )
+        note = f"mean; {awaited} reserved for later, {idle} never used, {unusable} free but in pieces"
+        yield (f"  stored in {pool['pool']}", _number(stored, 1), "tok", note)
 
 
 def _quality(extra: Mapping[str, Any]) -> Iterator[str]:

@@ -37,7 +37,7 @@ def test_defaults_are_filled_in(raw: dict[str, Any], registry: Registry) -> None
     assert config.engine.checks == "basic"
     assert (config.observers, config.quant, config.hardware) == ((), None, None)
     settings = config.settings()
-    assert settings["kvcache"] == {"name": "paged", "page_tokens": 16}
+    assert settings["kvcache"] == {"name": "paged", "page_tokens": 16, "watermark": 0.0}
     assert json.loads(json.dumps(settings, allow_nan=False)) == settings
 
 

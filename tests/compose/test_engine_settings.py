@@ -78,6 +78,30 @@ def test_windows_that_no_pool_honours_are_refused(raw: dict[str, Any], registry:
     assert [pool["window_tokens"] for pool in composed(raw, registry).info["kv"]["pools"]] == [None, 8]
 
 
+def test_a_pool_with_a_window_must_hold_the_window_and_a_step(
+    raw: dict[str, Any], registry: Registry
+) -> None:
+    """512 tokens in all, of which 7 before a step, 64 in it, and 15 beside them in pages of 16."""
+    raw["model"] = {**raw["model"], "windows": [8, None]}
+    raw["scheduler"] = {"name": "vllm_v1", "max_num_batched_tokens": 64, "max_num_seqs": 4}
+    raw["engine"] = {"max_batch_tokens": 64, "max_batch_requests": 4}
+    raw["executor"] = {"name": "scripted", "num_kv_pages": {"kv": 32, "window_8": 6}}
+    assert composed(raw, registry).engine.capacity.device_pages == (32, 6)
+    raw["executor"]["num_kv_pages"] = {"kv": 32, "window_8": 5}
+    with pytest.raises(CapabilityError) as error:
+        composed(raw, registry)
+    assert error.value.where == "pool 'window_8' of kvcache 'paged' on executor 'scripted'"
+    assert error.value.why == (
+        "a window of 8 and a step of 64, 86 tokens need 6 pages of 16 tokens, the pool has 5"
+    )
+    assert "lower engine.max_batch_tokens, or lower engine.max_model_len to at most 80" in error.value.do
+    run = compose(validate(raw, registry), registry, fit_length=True)
+    assert run.config.engine.max_model_len == 80
+    raw["executor"]["num_kv_pages"] = {"kv": 20, "window_8": 6}
+    run = compose(validate(raw, registry), registry, fit_length=True)
+    assert run.config.engine.max_model_len == 320
+
+
 def _executor(**failing: str) -> type:
     """A scripted executor whose methods raise what they are told."""
 

@@ -27,6 +27,7 @@ from servelab.core.testing.fakes import (
     find,
     make_engine,
     raises_in,
+    step_by_step,
     toy_layout,
     toy_limits,
 )
@@ -445,22 +446,26 @@ def test_evictions_are_recorded() -> None:
     assert (evicted.pool, evicted.pages) == (0, 3)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-@pytest.mark.parametrize("foresight", [True, False])
-def test_held_and_stepped_runs_are_the_same_run(lanes: int, foresight: bool) -> None:
-    """The engine's plans do not depend on whether an executor knows the future."""
+@pytest.mark.parametrize("pages", [14, 40])
+@pytest.mark.parametrize("rows", [2, 16])
+def test_held_and_stepped_runs_are_the_same_run(pages: int, rows: int) -> None:
+    """Also where pages that fill up in the middle of a hold are what a waiting request begins with."""
 
-    def run(foresight: bool) -> list[Any]:
+    def run(hold: int, foresight: bool) -> list[Any]:
         records: list[Record] = []
         truths: dict[str, Any] = {}
         executor = ToyExecutor(truths, foresight=foresight)
         engine = make_engine(
-            Fcfs(hold=64), pages=14, prefix=store(), horizon=executor.horizon, limits=toy_limits(tokens=16)
+            Fcfs(hold=hold),
+            pages=pages,
+            prefix=store(),
+            horizon=executor.horizon,
+            limits=toy_limits(tokens=32, requests=rows),
         )
-        items = [
-            arrival(f"r{i}", n := 6 + 5 * i % 13, 3 + 7 * i % 11, at=i * 900, prompt_ids=ids(n, i % 2))
-            for i in range(14)
-        ]
+        items = []
+        for i in range(14):  # every other prompt repeats the outputs of the one before
+            text = [i // 2, *range(90, 95), *(range(9 + i) if i % 2 else ())]
+            items.append(arrival(f"r{i}", len(text), 12 + 7 * i % 11, at=i * 900, prompt_ids=text))
         VirtualDriver(
             engines=[engine],
             executors=[executor],
@@ -472,9 +477,11 @@ def test_held_and_stepped_runs_are_the_same_run(lanes: int, foresight: bool) -> 
         engine.check_integrity()
         admitted = [(x.t_ns, x.request, x.cached_tokens) for x in records if isinstance(x, RequestAdmitted)]
         assert sum(n for _, _, n in admitted) > 40
-        return [admitted, [(x.t_ns, x.request) for x in records if x.ev == "finished"]]
+        return [admitted, step_by_step(records)]
 
-    assert run(True) == run(foresight)
+    stepped = run(1, True)
+    assert run(64, True) == stepped
+    assert run(64, False) == stepped
 
 
 # ------------------------------------------------------------------ refusals

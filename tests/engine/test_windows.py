@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from servelab.core.testing.fakes import (
 )
 from servelab.plugins.executors._pages import pages_in, stated_pages
 from servelab.plugins.kvcache.paged import Paged
+from servelab.plugins.schedulers._lightllm import Room
 from servelab.plugins.schedulers.vllm_v1 import VllmV1
 
 
@@ -232,6 +234,31 @@ def test_a_long_request_goes_through_a_small_pool() -> None:
     assert not any(isinstance(x, RequestPreempted) for x in rig.records)
 
 
+class Counting(Fcfs):
+    calls = 0
+
+    def plan(self, view: Any) -> StepPlan:
+        self.calls += 1
+        return super().plan(view)
+
+
+def test_pages_that_come_back_end_a_hold_only_if_somebody_waits() -> None:
+    for waits, foresight in product((False, True), repeat=2):
+        policy = Counting(hold=100)
+        rig = windowed(
+            policy,
+            pages=(40, 40),
+            limits=toy_limits(requests=1, tokens=12),
+            horizon=lambda batch, steps, most=100 if foresight else 1: min(steps, most),
+        )
+        rig.arrive("a", 4, 60)
+        if waits:
+            rig.arrive("b", 4, 1)  # there is no room for it in the batch
+        while "a" in rig.engine.requests:
+            rig.finish()
+        assert (policy.calls > 15) == waits  # 60 tokens are 15 pages
+
+
 @pytest.mark.parametrize("vllm", [False, True])
 @pytest.mark.parametrize(("pages", "preempts"), [((200, 200), False), ((22, 30), True), ((60, 8), True)])
 def test_held_and_stepped_runs_are_the_same_run(pages: tuple[int, int], preempts: bool, vllm: bool) -> None:
@@ -329,7 +356,7 @@ def test_a_context_is_adopted_only_where_the_window_has_not_moved_on() -> None:
 
     for repeated, adopted in ((30, 30), (27, 0)):
         rig = windowed(Keeper(), pages=(40, 40))
-        rig.arrive("a", 20, 11, program="chat")
+        rig.arrive("a", 20, 11, program="chat", is_last_turn=False)
         rig.drain()
         kept = rig.engine.contexts.kept["chat"]
         assert (kept.tokens, kept.pages) == (30, (8, 2))
@@ -431,3 +458,12 @@ def test_pages_are_stated_for_all_pools_or_for_each(paged: Callable[..., Paged])
 def test_a_pool_with_a_window_says_how_long_it_is(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="window_tokens"):
         Pool(id="p", layers=(0,), page_tokens=4, bytes_per_page=4, **wrong)
+
+
+def test_forecasts_of_demand_leave_window_pools_out() -> None:
+    rig = windowed(pages=(40, 9))
+    rig.arrive("a", 24, 5)
+    room = Room.of(rig.engine._view)
+    assert (room.capacity, room.used, room.kept, room.page_tokens) == (160, 24, 0, 4)
+    alone = Rig(make_engine(kvcache=ToyKV(toy_layout(4, windows=(6,))), pages=9))
+    assert Room.of(alone.engine._view).capacity == 36

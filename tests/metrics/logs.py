@@ -50,8 +50,8 @@ def arrived(
     )
 
 
-def admitted(t: float, request: str, *, resumed: bool = False) -> RequestAdmitted:
-    return RequestAdmitted(t_ns=int(t * MS), request=request, resumed=resumed)
+def admitted(t: float, request: str, *, resumed: bool = False, cached: int = 0) -> RequestAdmitted:
+    return RequestAdmitted(t_ns=int(t * MS), request=request, resumed=resumed, cached_tokens=cached)
 
 
 def preempted(t: float, request: str, lost: int) -> RequestPreempted:

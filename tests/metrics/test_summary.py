@@ -89,6 +89,11 @@ def test_three_requests_rest() -> None:
             "mean_pages": pytest.approx(16),
             "peak_use": 0.4,
             "mean_use": pytest.approx(0.16),
+            # a 10 from 110; a 11, b 20 from 120; a 13 from 140; a 14, c 30 from 160; b 21 from 200
+            "mean_stored_tokens": pytest.approx(29.5),
+            "mean_awaited_tokens": 0,
+            "mean_idle_tokens": pytest.approx(16 * 16 - 29.5),
+            "mean_unusable_tokens": 0,
         }
     ]
     assert more["run"] == {"status": "ok", "reason": "", "partial": False, "engines": 1}

@@ -79,6 +79,7 @@ def steps(draw: st.DrawFn) -> StepDone:
         waiting=draw(counts),
         running=draw(counts),
         free_pages=tuple(draw(st.lists(counts, max_size=3))),
+        unusable_pages=tuple(draw(st.lists(counts, max_size=3))),
     )
 
 

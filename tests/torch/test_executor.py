@@ -34,6 +34,7 @@ from servelab.core.request import Arrival, RequestSpec, Truth
 from servelab.core.sampling import SamplingParams
 from servelab.core.spec import PluginSpec
 from servelab.core.testing.fakes import RandomPlans
+from servelab.plugins.executors.checkpoint import find
 from servelab.plugins.kvcache.paged import Paged, PagedConfig
 
 PROMPTS = (5, 17, 30, 1, 12, 44, 23, 9)
@@ -187,6 +188,15 @@ def serve(made: tuple[Run, Keep]) -> Keep:
 
 
 SCHEDULES: dict[str, Mapping[str, Any]] = {
+    "contiguous": {"kvcache": {"name": "contiguous", "page_tokens": 4}},
+    "ranges of any length": {
+        "kvcache": {"name": "contiguous_oracle", "page_tokens": 1, "placement": "best_fit"},
+        "executor": {"num_kv_pages": 150},
+    },
+    "buddies": {
+        "kvcache": {"name": "contiguous_pow2", "page_tokens": 2, "placement": "buddy"},
+        "executor": {"num_kv_pages": 100},
+    },
     "all at once": {},
     "chunks of 7": {"scheduler": {"name": "vllm_v1", "max_num_batched_tokens": 7, "max_num_seqs": 7}},
     "one by one": {"scheduler": {"name": "vllm_v1", "max_num_seqs": 1}},
@@ -461,8 +471,12 @@ class Everything(Paged):
         return replace(made, pools=tuple(pools))
 
 
-def windowed(folder: Path, *windows: int | None) -> dict[str, Any]:
-    return {"name": "t", "source": "path", "path": str(folder), "dtype": "float64", "windows": windows}
+@pytest.fixture
+def windowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """``windowed(6, None, 11)``: the tiny Llama with windows, which its files do not state."""
+    monkeypatch.setattr(find, "_agrees", lambda *_: None)
+    model = {"name": "t", "source": "path", "path": str(folder), "dtype": "float64"}
+    return lambda *windows: {**model, "windows": windows}
 
 
 SMALL = {
@@ -473,12 +487,12 @@ SMALL = {
 
 
 @pytest.fixture
-def keeping(composed: Compose, folder: Path) -> list[tuple[int, ...]]:
+def keeping(composed: Compose, windowed: Callable[..., dict[str, Any]]) -> list[tuple[int, ...]]:
     """Greedy tokens of a model of mixed windows, one at a time, with every page kept."""
     registry_spec = PluginSpec(name="everything", factory="t:e", provides=frozenset({"kvcache.block_table"}))
     keep = serve(
         composed(
-            model=windowed(folder, 6, None, 11),
+            model=windowed(6, None, 11),
             extra={"kvcache": (registry_spec, Everything, PagedConfig)},
             kvcache={"name": "everything", "page_tokens": 4},
             scheduler={"name": "vllm_v1", "max_num_seqs": 1},
@@ -489,12 +503,12 @@ def keeping(composed: Compose, folder: Path) -> list[tuple[int, ...]]:
 
 def test_tokens_do_not_depend_on_pages_given_back(
     composed: Compose,
-    folder: Path,
+    windowed: Callable[..., dict[str, Any]],
     keeping: list[tuple[int, ...]],
     greedy: list[tuple[int, ...]],
 ) -> None:
     assert keeping != greedy  # the windows do hide something
-    model = windowed(folder, 6, None, 11)
+    model = windowed(6, None, 11)
     for name in ("all at once", "chunks of 7", "one by one", "pages of 1", "pages of 16"):
         assert serve(composed(model=model, **SCHEDULES[name])).outputs() == keeping, name
     few = serve(composed(model=model, **SMALL))
@@ -507,21 +521,23 @@ def test_tokens_do_not_depend_on_pages_given_back(
 )
 @given(seed=st.integers(0, 1 << 30), pages=st.integers(26, 60))
 def test_random_plans_of_a_model_with_windows(
-    composed: Compose, folder: Path, keeping: list[tuple[int, ...]], seed: int, pages: int
+    composed: Compose,
+    windowed: Callable[..., dict[str, Any]],
+    keeping: list[tuple[int, ...]],
+    seed: int,
+    pages: int,
 ) -> None:
     plans = Restless(Random(seed), {"recompute", "pause", "resume", "hold", "wake", "barrier"})
-    keep = serve(
-        composed(policy=plans, model=windowed(folder, 6, None, 11), executor={"num_kv_pages": pages})
-    )
+    keep = serve(composed(policy=plans, model=windowed(6, None, 11), executor={"num_kv_pages": pages}))
     assert keep.outputs() == keeping
 
 
 def test_tokens_of_one_window_are_those_of_transformers(
-    composed: Compose, folder: Path, prompts: list[tuple[int, ...]]
+    composed: Compose, windowed: Callable[..., dict[str, Any]], folder: Path, prompts: list[tuple[int, ...]]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    keep = serve(composed(model=windowed(folder, 7, 7, 7), executor={"num_kv_pages": 30}))
+    keep = serve(composed(model=windowed(7, 7, 7), executor={"num_kv_pages": 30}))
     model = widen(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     for i, prompt in enumerate(prompts):
         ids = list(prompt)
@@ -535,8 +551,10 @@ def test_tokens_of_one_window_are_those_of_transformers(
         assert keep.outputs()[i] == tuple(ids[len(prompt) :])
 
 
-def test_the_scripted_executor_gets_the_same_plans_with_windows(composed: Compose, folder: Path) -> None:
-    real = serve(composed(model=windowed(folder, 6, None, 11), **SMALL))
+def test_the_scripted_executor_gets_the_same_plans_with_windows(
+    composed: Compose, windowed: Callable[..., dict[str, Any]]
+) -> None:
+    real = serve(composed(model=windowed(6, None, 11), **SMALL))
     shape = {
         "layers": 3,
         "hidden": 48,
@@ -558,16 +576,16 @@ def test_the_scripted_executor_gets_the_same_plans_with_windows(composed: Compos
     assert free[0] == free[1] and len(free[0][0]) == 3
 
 
-def test_memory_is_divided_among_pools(composed: Compose, folder: Path) -> None:
+def test_memory_is_divided_among_pools(composed: Compose, windowed: Callable[..., dict[str, Any]]) -> None:
     run, _ = composed(
-        model=windowed(folder, 6, None, 11),
+        model=windowed(6, None, 11),
         engine={"max_batch_tokens": 16},
         scheduler={"name": "vllm_v1", "max_num_batched_tokens": 16, "max_num_seqs": 8},
         executor={"num_kv_pages": None, "kv_memory_mib": 1},
     )
-    # a request of 96 tokens: 24 pages of the full layer, 6 and 8 of those with windows (page of a layer: 1 KiB)
+    # a request of 96 tokens: 24 pages of the full layer, 6 and 8 of those with windows; a page is 1 KiB
     assert run.engine.capacity.device_pages == tuple(1024 * n // 38 for n in (24, 6, 8))
     executor: Any = run.executor
     assert [len(executor._buffers[layer]["k"]) for layer in (1, 0, 2)] == [*run.engine.capacity.device_pages]
     with pytest.raises(ConfigError, match="states pages for kv"):
-        composed(model=windowed(folder, 6, None, 11), executor={"num_kv_pages": {"kv": 40}})
+        composed(model=windowed(6, None, 11), executor={"num_kv_pages": {"kv": 40}})

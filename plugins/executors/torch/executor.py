@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from time import perf_counter  # noqa: TID251 - how long loading took, for people
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -44,7 +44,7 @@ from servelab.core.families.kernel import AttentionImpl, BatchLayout
 from servelab.core.families.quant import Quantizer
 from servelab.core.quality import Comparison
 from servelab.core.stops import stop_check
-from servelab.plugins.executors._pages import pages_in, stated_pages
+from servelab.plugins.executors._pages import Pages, pages_in, stated_pages
 from servelab.plugins.executors.checkpoint.find import find
 from servelab.plugins.executors.torch.decoder import Decoder, DecoderConfig
 from servelab.plugins.executors.torch.linear import packs
@@ -54,7 +54,6 @@ from servelab.plugins.executors.torch.sampler import Row, sample
 from servelab.plugins.executors.torch.weights import tensors
 
 log = logging.getLogger("servelab")
-Pages = Annotated[int, Field(ge=1)]
 GREEDY = SamplingParams(temperature=0.0)
 """For requests that do not say how they want to be sampled."""
 _NOTHING = Outcome()
@@ -65,7 +64,7 @@ class TorchExecutorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_kv_pages: Pages | dict[str, Pages] | None = Field(
+    num_kv_pages: Pages | None = Field(
         None,
         description="device pages of every KV pool, at least 1, or of each by its id; null: as many as "
         "kv_memory_mib holds",

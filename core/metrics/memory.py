@@ -1,0 +1,86 @@
+"""What KV memory was used for, over time: tokens stored, and room reserved for tokens still to come."""
+
+from __future__ import annotations
+
+from servelab.core.records import RequestAdmitted, RequestFinished, RequestPreempted, StepDone
+
+
+class MemoryFacts:
+    """Token-time sums of one engine. What the end of a launch shows holds until the next end."""
+
+    def __init__(self) -> None:
+        self.stored_ns = 0
+        """Tokens stored by requests in memory, times nanoseconds."""
+        self.unusable_ns: list[int] = []
+        """Per pool, free pages that were of no use to the head of the queue, times nanoseconds."""
+        self._last_ns: int | None = None
+        self._total = 0
+        """Tokens stored at ``_last_ns``."""
+        self._unusable: tuple[int, ...] = ()
+        self._stored: dict[str, int] = {}
+        """Per request in memory."""
+        self._since: dict[str, int] = {}
+        self._begin: dict[str, int] = {}
+        """Tokens a request will enter memory with."""
+        self._leaving: set[str] = set()
+        """Gone at the end of the next launch, like the pages that the last one showed."""
+        self._out: set[str] = set()
+        """Ended or dropped: what a launch still runs for them is dropped too."""
+        self._final: dict[str, int] = {}
+        self._resident_ns: dict[str, int] = {}
+
+    def admitted(self, record: RequestAdmitted) -> None:
+        self._out.discard(record.request)
+        self._begin[record.request] = record.cached_tokens
+
+    def preempted(self, record: RequestPreempted) -> None:
+        name = record.request
+        if record.mode == "swap":
+            self._begin[name] = self._stored.get(name, 0)
+        if record.mode == "recompute":
+            self._out.add(name)
+        if record.mode != "pause" and name in self._stored:
+            self._leaving.add(name)
+
+    def finished(self, record: RequestFinished) -> None:
+        self._out.add(record.request)
+        if record.request in self._stored:
+            self._leaving.add(record.request)
+
+    def step(self, step: StepDone) -> None:
+        now = step.t_ns
+        if self._last_ns is not None:
+            span = max(0, now - self._last_ns)
+            now = self._last_ns + span
+            self.stored_ns += self._total * span
+            for pool, pages in enumerate(self._unusable):
+                self.unusable_ns[pool] += pages * span
+            for name in self._leaving:
+                self._total -= self._stored[name]
+                self._final[name] = self._stored.pop(name)
+                self._resident_ns[name] = self._resident_ns.get(name, 0) + now - self._since.pop(name)
+            self._leaving.clear()
+        self._last_ns, self._unusable = now, step.unusable_pages
+        self.unusable_ns += [0] * (len(step.unusable_pages) - len(self.unusable_ns))
+        more = len(step.ends_ns) - 1
+        stored = self._stored
+        for name, n in zip(step.requests, step.tokens, strict=True):
+            if name in self._out:
+                continue
+            n += more
+            if name not in stored:
+                self._since[name] = now
+                stored[name] = 0
+                n += self._begin.pop(name, 0)
+            stored[name] += n
+            self._total += n
+
+    @property
+    def awaited_ns(self) -> int:
+        """Tokens that requests in memory were still to store before they left it, times nanoseconds."""
+        final = {**self._final, **self._stored}
+        last = self._last_ns or 0
+        resident = dict(self._resident_ns)
+        for name, since in self._since.items():
+            resident[name] = resident.get(name, 0) + last - since
+        return sum(final[name] * ns for name, ns in resident.items()) - self.stored_ns
