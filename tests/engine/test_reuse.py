@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from servelab.core.api import Pin, StepPlan, StepView, Tokens
+from servelab.core.api import Hold, Pin, StepPlan, StepView, Tokens
 from servelab.core.context import Context, seeded
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.errors import CapabilityError, LedgerError, PlanError, PluginCallError, PluginError
@@ -482,6 +482,69 @@ def test_held_and_stepped_runs_are_the_same_run(pages: int, rows: int) -> None:
     stepped = run(1, True)
     assert run(64, True) == stepped
     assert run(64, False) == stepped
+
+
+class Picky:
+    """Lets a request in beside others only if most of it was computed before."""
+
+    def __init__(self, hold: int) -> None:
+        self.hold = hold
+
+    def plan(self, view: StepView) -> StepPlan:
+        plan = StepPlan()
+        for request in view.running:
+            plan.run(request, request.pending_tokens)
+        for request in view.waiting:
+            if request.pending_tokens <= 4 or not plan.work:
+                plan.run(request, request.pending_tokens)
+                return plan
+        if self.hold > 1 and all(request.pending_tokens == 1 for request in view.running) and plan.work:
+            plan.hold = Hold(self.hold)
+        return plan
+
+
+def test_a_hold_ends_where_a_waiting_request_finds_a_new_page() -> None:
+    def run(hold: int, foresight: bool) -> list[Any]:
+        records: list[Record] = []
+        truths: dict[str, Any] = {}
+        executor = ToyExecutor(truths, foresight=foresight)
+        engine = make_engine(Picky(hold), pages=40, prefix=store(), horizon=executor.horizon)
+        text = ids(6)
+        items = [
+            arrival("a", 6, 30, prompt_ids=text),
+            arrival("b", 19, 3, at=900, prompt_ids=[*text, *range(13)]),
+        ]
+        VirtualDriver(
+            engines=[engine],
+            executors=[executor],
+            costs=[ToyCost()],
+            workload=ListWorkload(items),
+            truths=truths,
+            emit=records.append,
+        ).run()
+        assert [x.cached_tokens for x in records if isinstance(x, RequestAdmitted)] == [0, 16]
+        return step_by_step(records)
+
+    assert run(1, True) == run(64, True) == run(64, False)
+
+
+def test_a_hold_of_requests_without_ids_is_not_cut() -> None:
+    r = rig(Fcfs(hold=64), pages=9)
+    r.arrive("a", 8, 20)
+    r.arrive("b", 32, 2)
+    r.finish()
+    assert r.engine.waiting and r.flights[0][0].steps > 4
+
+
+def test_what_a_cut_launch_was_promised_goes_to_the_resize_that_waits_for_it() -> None:
+    r = Rig(make_engine(Fcfs(hold=8), pages=4, checks="full"))
+    r.arrive("a", 7, 30)
+    r.finish()
+    assert r.flights[0][0].steps == 8 and r.free() == (0,)  # two pages are promised
+    r.engine.ledger.resize(0, -4)
+    r.finish(steps=1, more=True)
+    r.engine.check_integrity()
+    assert r.free() == (0,) and r.engine.ledger.total() == (3,)  # the step that runs took the other
 
 
 # ------------------------------------------------------------------ refusals
