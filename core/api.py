@@ -38,6 +38,7 @@ from servelab.core.plan import (
 from servelab.core.records import (
     ContextEnded,
     ContextKept,
+    PagesEvicted,
     Planned,
     QualityBegan,
     QualityMeasured,
@@ -86,6 +87,7 @@ __all__ = [
     "Observer",
     "Oracle",
     "Outcome",
+    "PagesEvicted",
     "Paper",
     "Phase",
     "Pin",

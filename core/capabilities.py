@@ -11,13 +11,18 @@ from servelab.core.spec import PluginSpec
 from servelab.core.vocabulary import find_conflicts
 
 USED = frozenset(
-    {"scheduler", "kvcache", "quant", "kernel", "cost", "workload", "executor", "task", "observer"}
+    {"scheduler", "kvcache", "prefix", "quant", "kernel", "cost", "workload", "executor", "task", "observer"}
 )
 """Kinds that a composed run uses. Selecting any other is refused, never silently ignored."""
 
 IMPLIED = {"quant": frozenset({"executor.quant"})}
 """What every plugin of a kind requires, whether or not its spec says so: else it would be without effect."""
 
+
+UNSERVED = frozenset(
+    {"prefix.approximate", "prefix.moving", "prefix.decode_fixup", "prefix.tiers", "prefix.pin"}
+)
+"""What the contracts describe and the engine does not call yet: a plugin that relies on it is refused."""
 
 SHOWN = 4
 """Remedies that a message names."""
@@ -114,6 +119,11 @@ def _unused(selected: Sequence[Selected]) -> list[str]:
         f"leave it out: {one.kind}=null"
         for one in selected
         if one.kind not in USED
+    ] + [
+        f"{one} provides {capability!r}, which this version's engine does not serve; "
+        f"choose another {one.kind}"
+        for one in selected
+        for capability in sorted(one.spec.provides & UNSERVED)
     ]
 
 

@@ -123,6 +123,11 @@ def compose(
         cost: CostModel = build.one("cost")
         scheduler = build.one("scheduler")
         observers = tuple(build("observer", choice) for choice in config.observers)
+        prefix = None
+        if config.prefix is not None:
+            _check_shareable(layout, config.prefix.name)
+            prefix = build.one("prefix")
+            build.ask("prefix", prefix.attach, layout)
         engine = Engine(
             index=0,
             scheduler=scheduler,
@@ -137,6 +142,8 @@ def compose(
             cost=cost,
             horizon=executor.horizon,
             checks=config.engine.checks,
+            prefix=prefix,
+            prefix_name=config.prefix.name if config.prefix else "",
         )
         task: Task = build.one("task")
         described = build.ask("workload", workload.describe)
@@ -391,6 +398,21 @@ def _check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
                     why=f"the layer sees {'all tokens' if window is None else f'{window} tokens'}",
                     do="mend the kvcache: give the layer a pool that keeps what it sees",
                 )
+
+
+def _check_shareable(layout: KVLayout, prefix: str) -> None:
+    """Full pages of all pools must stand for the same tokens, and stay where they are."""
+    windows = [pool.id for pool in layout.pools if pool.retention != "full"]
+    sizes = {pool.page_tokens for pool in layout.pools}
+    if windows or len(sizes) > 1:
+        raise CapabilityError(
+            f"prefix {prefix!r} cannot reuse the pages of this KV layout",
+            where="the KV layout",
+            why=f"pools that let go of old tokens: {', '.join(windows)}"
+            if windows
+            else f"its pools have pages of {', '.join(map(str, sorted(sizes)))} tokens",
+            do="run without a prefix store (prefix=null), or with a kvcache that keeps every token",
+        )
 
 
 def _check_accepted(kernel: str, kvcache: str, refused: Iterable[str]) -> None:

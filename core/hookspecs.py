@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from servelab.core.records import (
         ContextEnded,
         ContextKept,
+        PagesEvicted,
         Planned,
         QualityBegan,
         QualityMeasured,
@@ -182,6 +183,10 @@ class Events:
         """Kept KV was adopted by the next turn, or dropped."""
 
     @hookspec
+    def servelab_on_pages_evicted(self, record: PagesEvicted) -> None:
+        """The prefix store gave up stored KV, because its pages were needed."""
+
+    @hookspec
     def servelab_on_request_finished(self, record: RequestFinished) -> None:
         """The one terminal record of a request, whatever its end."""
 
@@ -210,6 +215,7 @@ EVENT_OF_RECORD: dict[str, str] = {
     "transfer_ended": "servelab_on_transfer_ended",
     "context_kept": "servelab_on_context_kept",
     "context_ended": "servelab_on_context_ended",
+    "evicted": "servelab_on_pages_evicted",
     "finished": "servelab_on_request_finished",
     "quality_began": "servelab_on_quality_began",
     "quality": "servelab_on_quality_measured",

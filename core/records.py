@@ -193,6 +193,15 @@ class ContextEnded(Record):
 
 
 @dataclass(slots=True, kw_only=True)
+class PagesEvicted(Record):
+    """The prefix store gave up stored KV, because its pages were needed."""
+
+    ev = "evicted"
+    pool: int
+    pages: int
+
+
+@dataclass(slots=True, kw_only=True)
 class RequestFinished(Record):
     """The one terminal record of a request; ``reason`` says more for people, ``outcome`` is what counts."""
 
@@ -256,6 +265,7 @@ RECORDS: dict[str, type[Record]] = {
         TransferEnded,
         ContextKept,
         ContextEnded,
+        PagesEvicted,
         RequestFinished,
         QualityBegan,
         QualityMeasured,

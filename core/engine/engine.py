@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 from servelab.core.engine.contexts import Contexts
 from servelab.core.engine.lane import Lane
 from servelab.core.engine.ledger import Ledger, Transfer
+from servelab.core.engine.reuse import Reuse
 from servelab.core.engine.state import Request
 from servelab.core.engine.validate import PlanCheck
 from servelab.core.engine.views import Expiring, ProgramView, StepView, renew_view, renew_views
@@ -37,6 +38,7 @@ from servelab.core.events import (
 from servelab.core.facts import HardwareFacts, Limits, ModelFacts
 from servelab.core.families.cost import CostModel
 from servelab.core.families.kvcache import KVCache
+from servelab.core.families.prefix import PrefixStore
 from servelab.core.families.scheduler import Scheduler
 from servelab.core.layout import Capacity, KVLayout
 from servelab.core.plan import StepPlan, Tokens
@@ -66,6 +68,7 @@ class Engine:
         horizon: the executor's ``horizon``: steps before some request of a batch finishes.
         checks: ``full`` adds epoch-checked views and an integrity check when all requests have ended.
         predictor: answers ``StepView.predict``; None: the run has none.
+        prefix: the prefix store, attached to the layout; None: nothing is reused.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Engine:
         hardware: HardwareFacts | None = None,
         checks: Literal["basic", "full"] = "basic",
         predictor: Callable[[RequestView, float], int] | None = None,
+        prefix: PrefixStore | None = None,
+        prefix_name: str = "",
     ) -> None:
         self.index = index
         self.scheduler_name = scheduler_name
@@ -106,6 +111,8 @@ class Engine:
         self.epoch = 0
         """Changes after every call of the scheduler."""
         self.ledger = Ledger(kvcache, kvcache_name, layout, capacity)
+        self.reuse = Reuse(self, prefix, prefix_name) if prefix is not None else None
+        self.ledger.reuse = self.reuse
         self.requests: dict[str, Request] = {}
         """Every live request."""
         self.waiting: OrderedDict[str, Request] = OrderedDict()
@@ -168,9 +175,7 @@ class Engine:
 
     def _plan_lane(self, lane: Lane) -> bool:
         """Ask, validate, apply, launch. False when there is nothing (more) to do now."""
-        plan = self._ask(lane)
-        self._plans += 1
-        PlanCheck(self, lane.index, self._plans).run(plan)
+        plan = self._decide(lane)
         changed = self._apply(plan)
         if changed:  # other lanes may be repeating work of requests that are gone now
             self._break_holds(keep=lane)
@@ -190,6 +195,19 @@ class Engine:
         self._log_plan(lane, plan, step, batch.steps)
         self._out.append(Launch(batch))
         return True
+
+    def _decide(self, lane: Lane) -> StepPlan:
+        """A plan that can be executed. Requests it admits hold what the prefix store has for them."""
+        self._plans += 1
+        if self.reuse is None:
+            plan = self._ask(lane)
+            PlanCheck(self, lane.index, self._plans).run(plan)
+            return plan
+        with self.reuse.planning() as taken:
+            plan = self._ask(lane)
+            PlanCheck(self, lane.index, self._plans).run(plan)
+            taken += plan.work
+        return plan
 
     def _ask(self, lane: Lane) -> StepPlan:
         self._view.lane = lane.index

@@ -181,6 +181,8 @@ class Lane:
                 steps = left
         if steps > 1 and engine.ledger.windows and engine.somebody_waits:
             steps = min(steps, engine.ledger.steps_to_slide(batch.requests))
+        if steps > 1 and engine.reuse is not None and engine.waiting:
+            steps = min(steps, engine.reuse.steps_to_publish(batch.requests, steps))
         if steps > 1:
             known = engine.horizon(batch, steps)
             if type(known) is not int or not 1 <= known <= steps:
@@ -245,11 +247,14 @@ class Lane:
         self.last_end_ns = ends[-1]
         if event.more:
             self._go_on(batch, steps, done)
+            engine.ledger.landed(())  # a resize may want what it was promised and did not use
         else:
             self.flights.popleft()
             engine.ledger.landed(batch.leases)
         if engine.ledger.windows:
             self._slide(batch)
+        if engine.reuse is not None:
+            self._publish(batch)
         return batch, first, start_ns, emitted, done
 
     def _slide(self, batch: Batch) -> None:
@@ -259,6 +264,17 @@ class Lane:
             if r.lease is lease and r.phase is not Phase.FINISHED:
                 came_back |= engine.ledger.slide(r)
         if came_back and engine.somebody_waits:
+            self._work = None
+
+    def _publish(self, batch: Batch) -> None:
+        """Pages have become full. Somebody who waits may find them: ask again, as at an event."""
+        engine = self._engine
+        assert engine.reuse is not None
+        new = False
+        for r, lease in zip(batch.requests, batch.leases, strict=True):
+            if r.lease is lease and r.phase is not Phase.FINISHED:
+                new |= engine.reuse.publish(r)
+        if new and engine.waiting:
             self._work = None
 
     def _go_on(self, batch: Batch, steps: int, done: Done) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import LedgerError, PluginCallError, ServeLabError
 from servelab.core.families.kvcache import KVCache, Scratch
 from servelab.core.layout import Capacity, KVLayout
+
+if TYPE_CHECKING:
+    from servelab.core.engine.reuse import Reuse
 
 WITHDRAWN = -1
 """Reference count of a page that a resize took out of its pool."""
@@ -79,6 +82,8 @@ class Ledger:
         self.watermark: tuple[int, ...] = tuple(map(watermark, self.pools, capacity.device_pages))
         """Device pages per pool that admissions leave free."""
         self._scratch = getattr(kvcache, "scratch", None)
+        self.reuse: Reuse | None = None
+        """The run's prefix store. Pages that it alone holds count as free; it gives them up when needed."""
         self._leases: dict[int, Lease] = {}
         self._transfers = 0
         self._promises: dict[int, list[int]] = {}
@@ -97,8 +102,15 @@ class Ledger:
         return any(t.refs for t in self._host)
 
     def free(self, tier: str = "device") -> tuple[int, ...]:
-        """Free pages per pool, promises deducted."""
+        """Free pages per pool, promises deducted, those that a prefix store would give up included."""
+        if self.reuse is not None and tier == "device":
+            return tuple(map(self._left, range(len(self.pools))))
         return tuple(t.free - t.promised for t in (self._device if tier == "device" else self._host))
+
+    def _left(self, i: int) -> int:
+        tier = self._device[i]
+        left = tier.free - tier.promised
+        return left if self.reuse is None else left + self.reuse.evictable(i)
 
     def total(self, tier: str = "device") -> tuple[int, ...]:
         """Pages per pool that are not withdrawn."""
@@ -121,21 +133,35 @@ class Ledger:
                     need += 1
                 if not table:  # swapped out: all its pages come back
                     need = max(need, len(lease.host_tables[i]))
+                if lease.hit is not None:  # once it holds these, they are free no longer
+                    need += sum(self._idle(i, page) for page in table)
                 out.append(need)
         except Exception as exc:
             raise self._fault(exc, "pages_for") from exc
         return out
 
-    def releasable(self, leases: Sequence[Lease]) -> list[int]:
+    def _idle(self, i: int, page: int) -> bool:
+        """Whether a prefix store alone holds the page."""
+        tier = self._device[i]
+        return tier.refs[page] == tier.external.get(page, 0)
+
+    def releasable(self, leases: Sequence[Lease], hits: Sequence[Lease] = ()) -> list[int]:
         """Device pages, per pool, that releasing these leases together gives up at once.
 
-        Those that a resize waits for (``withdrawing``) do not become free.
+        Those that a resize waits for (``withdrawing``) do not become free. ``hits``: leases that are about to
+        hold what they show.
         """
-        idle = [lease for lease in leases if not lease.in_flight]
+        idle = [lease for lease in leases if not lease.in_flight and lease.hit is None]
         out = []
         for i, tier in enumerate(self._device):
             refs = tier.refs
-            if len(idle) == 1:
+            if tier.external:
+                held = Counter(p for lease in idle for p in lease.tables[i])
+                held.update(p for lease in idle for pool, p in lease.kept if pool == i)
+                wanted = {p for lease in hits for p in lease.tables[i]}
+                external = tier.external
+                out.append(sum(refs[p] - external.get(p, 0) == n for p, n in held.items() if p not in wanted))
+            elif len(idle) == 1:
                 out.append(sum(refs[p] == 1 for p in idle[0].tables[i]))
             else:
                 held = Counter(p for lease in idle for p in lease.tables[i])
@@ -194,7 +220,7 @@ class Ledger:
             return
         needs = self.missing(r, n)
         for i, need in enumerate(needs):
-            left = self._device[i].free - self._device[i].promised
+            left = self._left(i)
             if need > left:
                 raise LedgerError(
                     f"request {r.id} cannot get {need} pages",
@@ -214,7 +240,10 @@ class Ledger:
                 table[tail] = pages.pop()
                 self._copies.append((lease, i, old, table[tail]))
                 self._device[i].reading[old] += 1
-                self._drop_refs(i, "device", [old])
+                if old in self._device[i].external:
+                    lease.kept.append((i, old))
+                else:
+                    self._drop_refs(i, "device", [old])
             table.extend(pages)
         r.slack = self._slack(r)
 
@@ -223,7 +252,7 @@ class Ledger:
 
         Used for the later steps of a held launch: the pages are not taken until the steps have run.
         """
-        free = [t.free - t.promised for t in self._device]
+        free = self.free()
 
         def needs(n: int) -> list[int] | None:
             total = [0] * len(free)
@@ -265,6 +294,13 @@ class Ledger:
         """
         if child.lease.tables != [[] for _ in self.pools]:
             raise LedgerError(f"fork target {child.id} already holds pages", do="fork into a new request")
+        if parent.lease.holder is not None:
+            raise LedgerError(
+                f"request {parent.id} cannot be forked",
+                where=f"fork into {child.id}",
+                why="a prefix store counts its pages as used by one request",
+                do="run forks without a prefix store (prefix=null)",
+            )
         self._shares = True
         tokens = parent.computed + parent.flying
         for i, pool in enumerate(self.pools):
@@ -320,7 +356,13 @@ class Ledger:
         return any_gone
 
     def _give_up(self, lease: Lease, i: int, pages: list[int]) -> None:
-        """Drop pages that are no longer in the lease's table, after the launches in flight that know them."""
+        """Drop pages that are no longer in the lease's table, after the launches in flight that know them.
+
+        Those that a prefix store holds too stay until the lease ends: it counts them as used till then.
+        """
+        if external := self._device[i].external:
+            lease.kept += [(i, page) for page in pages if page in external]
+            pages = [page for page in pages if page not in external]
         if lease.in_flight:
             self._device[i].reading.update(pages)
             lease.sources += [(i, page, lease.in_flight) for page in pages]
@@ -332,6 +374,7 @@ class Ledger:
         They may be shared (a prefix store), and their content is not the request's.
         """
         r.slack = 0
+        r.lease.published = 0  # the pages it will fill from here on are offered again
         if any(r.lease.tables) and not any(r.lease.host_tables):
             self.trim(r, r.computed)
 
@@ -395,6 +438,29 @@ class Ledger:
         lease.tables = [[] for _ in self.pools]
         lease.host_tables = [[] for _ in self.pools]
         del self._leases[id(lease)]
+        if lease.holder is not None:
+            self._let_go(lease)
+
+    def _let_go(self, lease: Lease) -> None:
+        """The lease uses no page of the prefix store any more, and nothing in flight does for it."""
+        for i, page in lease.kept:
+            self._drop_refs(i, "device", [page])
+        lease.kept = []
+        if self.reuse is not None:
+            self.reuse.released(lease)
+        for i, tier in enumerate(self._device):
+            if tier.withdraw:
+                self._withdraw_free(i)
+
+    def share(self, lease: Lease) -> None:
+        """A plan admits a request: it holds the pages of the prefix store that its tables show."""
+        self._shares = True
+        for i, table in enumerate(lease.tables):
+            for page in table:
+                if not self._device[i].external[page]:
+                    raise LedgerError(f"page {page} of pool {i} is not the store's, so it cannot be shared")
+                self._device[i].refs[page] += 1
+        lease.hit = None
 
     def retain(self, pool: int, page: int) -> None:
         """An outside holder (a prefix store) adds a reference to a held page.
@@ -441,7 +507,7 @@ class Ledger:
     def _withdraw_free(self, pool: int) -> None:
         """Take out free pages that nobody was promised, as far as a resize asked for it."""
         tier = self._device[pool]
-        now = min(tier.withdraw, tier.free - tier.promised)
+        now = min(tier.withdraw, self._left(pool))
         for page in self._take(pool, "device", now, None) if now else ():
             tier.refs[page] = WITHDRAWN
         tier.withdraw -= now
@@ -462,7 +528,7 @@ class Ledger:
         """Start moving a swapped request's pages back to the device."""
         lease = r.lease
         for i, table in enumerate(lease.host_tables):
-            left = self._device[i].free - self._device[i].promised
+            left = self._left(i)
             if len(table) > left:
                 raise LedgerError(
                     f"request {r.id} cannot be swapped in",
@@ -482,6 +548,8 @@ class Ledger:
             if pages:
                 self._drop_refs(i, tier, pages)
             tables[i] = []
+        if tier == "device" and lease.holder is not None:
+            self._let_go(lease)
         self.landed([lease])
         if r is not None:
             r.slack = self._slack(r) if transfer.direction == "in" else 0
@@ -509,6 +577,8 @@ class Ledger:
 
     def _take(self, i: int, tier_name: str, n: int, r: Request | None) -> list[int]:
         tier = (self._device if tier_name == "device" else self._host)[i]
+        if n > tier.free and self.reuse is not None and tier_name == "device":
+            self._evict(i, n - tier.free)
         try:
             pages = list(self.kvcache.choose(i, tier_name, n, r.view if r is not None else None))
         except Exception as exc:
@@ -535,6 +605,26 @@ class Ledger:
             refs[page] = 1
         tier.free -= n
         return pages
+
+    def _evict(self, i: int, n: int) -> None:
+        """Take pages from the prefix store; a resize that waits for pages does not get these."""
+        assert self.reuse is not None
+        tier, pages = self._device[i], self.reuse.evict(i, n)
+        for page in pages:
+            if page not in tier.external or not self._idle(i, page):
+                raise LedgerError(
+                    f"prefix store {self.reuse.name!r} evicted page {page}, which it cannot give up",
+                    where=f"device pool {self.pools[i].id!r}",
+                    why="a request uses the page, or the store does not hold it",
+                    do="evict() must name pages that only the store holds",
+                )
+            del tier.external[page]
+            tier.refs[page] = 0
+        tier.free += len(pages)
+        try:
+            self.kvcache.released(i, "device", pages)
+        except Exception as exc:
+            raise self._fault(exc, "released") from exc
 
     def _drop_refs(self, i: int, tier_name: str, pages: Sequence[int]) -> None:
         tier = (self._device if tier_name == "device" else self._host)[i]
@@ -602,6 +692,8 @@ class Ledger:
                     if len(set(table)) != len(table):
                         raise LedgerError(f"lease of {lease.owner} lists a {name} page twice", why=f"{table}")
                     held.update(table)
+                    if name == "device":
+                        held.update(page for pool, page in lease.kept if pool == i)
                 for page, refs in enumerate(tier.refs):
                     if refs != held[page] and not (refs == WITHDRAWN and not held[page]):
                         raise LedgerError(
@@ -616,16 +708,25 @@ class Ledger:
                         f"{name} pool {self.pools[i].id!r} counts {tier.free} free pages",
                         why=f"{free} have no reference and are not read or written in flight",
                     )
-                if not 0 <= tier.promised <= tier.free:
+                left = self._left(i) if name == "device" else tier.free
+                if tier.promised < 0 or left < 0:
                     raise LedgerError(
-                        f"{tier.promised} pages promised, {tier.free} free",
+                        f"{tier.promised} pages promised, {left + tier.promised} free",
                         where=f"{name} {self.pools[i].id!r}",
                     )
 
     def _check_claims(self, i: int, tier: _Tier) -> None:
         """Promises, withdrawals and pages being read agree with who made them."""
         promised = sum(promise[i] for promise in self._promises.values())
-        if promised != tier.promised or not 0 <= tier.withdraw <= tier.total - tier.free + promised:
+        if self.reuse is not None:
+            alone = sum(self._idle(i, page) for page in tier.external)
+            if alone != self.reuse.evictable(i):
+                raise LedgerError(
+                    f"prefix store {self.reuse.name!r} counts {self.reuse.evictable(i)} pages it could evict",
+                    where=f"pool {self.pools[i].id!r}",
+                    why=f"it alone holds {alone}",
+                )
+        if promised != tier.promised or not 0 <= tier.withdraw <= tier.total - self._left(i):
             raise LedgerError(
                 f"{tier.promised} pages promised, {tier.withdraw} to withdraw in pool {self.pools[i].id!r}",
                 why=f"launches were promised {promised}, {tier.total - tier.free} are held",

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 from servelab.core.plan import Tokens
 from servelab.core.request import Phase, RequestSpec, RequestView
+
+if TYPE_CHECKING:
+    from servelab.core.families.prefix import Span
 
 
 class Lease:
@@ -13,7 +19,19 @@ class Lease:
     that names them has ended (``in_flight`` is zero).
     """
 
-    __slots__ = ("first", "host_tables", "in_flight", "owner", "released", "sources", "tables")
+    __slots__ = (
+        "first",
+        "hit",
+        "holder",
+        "host_tables",
+        "in_flight",
+        "kept",
+        "owner",
+        "published",
+        "released",
+        "sources",
+        "tables",
+    )
 
     def __init__(self, owner: str, pools: int) -> None:
         self.owner = owner
@@ -26,6 +44,17 @@ class Lease:
         self.sources: list[tuple[int, int, int]] = []
         """(pool, page, landings): pages it has given up while launches in flight read them (the window moved
         on, or they are copied from) or write them (trimmed), and how many landings from now the last does."""
+
+        # with a prefix store only
+        self.hit: Sequence[Span] | None = None
+        """What the store has for a waiting request, while a plan is made. Its tables show these pages without
+        holding them."""
+        self.holder: str | None = None
+        """Its name with the store, while it uses pages that the store holds too."""
+        self.published = 0
+        """Leading full pages that were offered to the store, or came from it."""
+        self.kept: list[tuple[int, int]] = []
+        """(pool, page): gone from its tables, held until the store knows that it has let go."""
 
 
 class Request:
@@ -54,6 +83,7 @@ class Request:
         "lease",
         "mark",
         "max_new_tokens",
+        "memo",
         "one",
         "output",
         "pending",
@@ -94,6 +124,8 @@ class Request:
         self.accepted = 0
         self.token_times: list[int] = []
         self.output: list[int] = []
+        self.memo: dict[str, Any] | None = None
+        """What a prefix store derived from its tokens (hashes)."""
         self.lease = lease
         self.launches = 0
         """Launches in flight that name it, all on ``lane``."""

@@ -253,7 +253,8 @@ class PlanCheck:
         ledger = self.engine.ledger
         free = list(ledger.free())
         if freed:
-            given = zip(ledger.releasable(freed), ledger.withdrawing(), strict=True)
+            hits = [r.lease for r, _ in needy if r.lease.hit is not None]
+            given = zip(ledger.releasable(freed, hits), ledger.withdrawing(), strict=True)
             free = [have + max(0, n - gone) for have, (n, gone) in zip(free, given, strict=True)]
         need = list(taken) if taken else [0] * len(free)
         scratches = ledger.scratches()
@@ -328,6 +329,13 @@ class PlanCheck:
                 )
             if item.advance == "rewrite":
                 self._still_stored(item.n, r)
+                if self.engine.reuse is not None:
+                    self.refuse(
+                        f"request {r.id} cannot rewrite {item.n} tokens",
+                        "a prefix store may hand its pages to others, which must never change",
+                        "run without a prefix store (prefix=null)",
+                        r,
+                    )
             return 0
         if r.layer_cursor and not item.layers:
             self._mid_chunk(r)

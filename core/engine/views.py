@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from servelab.core.engine.contexts import Context, Contexts
 from servelab.core.engine.lane import position
 from servelab.core.engine.ledger import Ledger, place
-from servelab.core.engine.state import Request
+from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import CapabilityError, ViewError
 from servelab.core.events import Batch
 from servelab.core.facts import HardwareFacts, Limits, ModelFacts
@@ -20,6 +20,7 @@ from servelab.core.request import VIEW_FIELDS, Phase, RequestView
 
 if TYPE_CHECKING:
     from servelab.core.engine.engine import Engine
+    from servelab.core.engine.reuse import Reuse
 
 
 _seen = attrgetter("seen")
@@ -74,6 +75,34 @@ class LaneQueue(Queue):
         return next(iter(self), None)
 
 
+class ProbedQueue(Queue):
+    """A queue whose requests show what the prefix store has for them; looked up when they are asked for."""
+
+    __slots__ = ("_inner", "_reuse")
+
+    def __init__(self, inner: Queue, reuse: Reuse) -> None:
+        super().__init__(inner._requests)
+        self._inner = inner
+        self._reuse = reuse
+
+    def _probed(self, view: RequestView) -> RequestView:
+        self._reuse.probe(view._r)
+        return view
+
+    def __iter__(self) -> Iterator[RequestView]:
+        return map(self._probed, self._inner)
+
+    def __reversed__(self) -> Iterator[RequestView]:
+        return map(self._probed, reversed(self._inner))
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def first(self) -> RequestView | None:
+        view = self._inner.first()
+        return None if view is None else self._probed(view)
+
+
 _OUTSIDE = (Phase.WAITING, Phase.SWAPPED)
 """Phases of requests that running a token admits."""
 
@@ -81,7 +110,7 @@ _OUTSIDE = (Phase.WAITING, Phase.SWAPPED)
 class KVBudget:
     """Scratch account of free pages; see ``families/scheduler.py``."""
 
-    __slots__ = ("_busy", "_keep", "_ledger", "_left", "_scratches", "_withdraw")
+    __slots__ = ("_busy", "_given", "_hits", "_keep", "_ledger", "_left", "_scratches", "_withdraw")
 
     def __init__(self, ledger: Ledger, busy: bool) -> None:
         self._ledger = ledger
@@ -91,12 +120,18 @@ class KVBudget:
         self._scratches = ledger.scratches()
         self._busy = busy
         """Somebody runs: the watermark holds. Else nothing would ever free the pages it waits for."""
+        self._given: list[Lease] = []
+        self._hits: list[Lease] = []
+        """Requests taken that reuse pages of the prefix store: giving these back does not free them."""
 
     def take(self, request: RequestView, n: int) -> bool:
         r = request._r
         if n <= r.slack:
             return True
         left, need = self._left, self._ledger.missing(r, n)
+        if r.lease.hit is not None and self._given:
+            both = self._ledger.releasable(self._given), self._ledger.releasable(self._given, [r.lease])
+            need = [pages + all_ - rest for pages, all_, rest in zip(need, *both, strict=True)]
         keep = self._keep if self._busy and r.phase in _OUTSIDE else None
         for i, pages in enumerate(need):
             if pages > (left[i] if keep is None else left[i] - keep[i]):
@@ -106,6 +141,8 @@ class KVBudget:
         for i, pages in enumerate(need):
             left[i] -= pages
         self._busy = True
+        if r.lease.hit is not None:
+            self._hits.append(r.lease)
         return True
 
     def give_back(self, request: RequestView) -> None:
@@ -113,7 +150,8 @@ class KVBudget:
         if self._scratches is not None and not lease.in_flight:
             for scratch, table in zip(self._scratches, lease.tables, strict=True):
                 scratch.give_back(table)
-        for i, pages in enumerate(self._ledger.releasable([lease])):
+        self._given.append(lease)
+        for i, pages in enumerate(self._ledger.releasable([lease], self._hits)):
             gone = min(pages, self._withdraw[i])
             self._withdraw[i] -= gone
             self._left[i] += pages - gone
@@ -233,6 +271,8 @@ class StepView:
         many = engine.limits.lanes > 1
         queues = [LaneQueue(q, self) if many else Queue(q) for q in engine.queues]
         self.waiting, self.running, self.paused, self.swapped = queues
+        if engine.reuse is not None:
+            self.waiting = ProbedQueue(self.waiting, engine.reuse)
         self.kv = KVView(engine.ledger, engine.contexts, engine.running)
         self.contexts: Mapping[str, Context] = MappingProxyType(engine.contexts.kept)
         self.cost = CostView(engine)

@@ -19,8 +19,8 @@ state), ``prefix.events`` (tells routers what it stores).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from servelab.core.layout import KeySpace
 
@@ -57,6 +57,9 @@ class Content:
     hash_tokens: int = 0
     segments: Sequence[tuple[int, int, str]] = ()
     """``(start, end, key)`` of pieces that may be stored on their own (chunks, semantic variables)."""
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Where a store keeps what it derived from the tokens (hashes). All contents of one request share it: the
+    shorter one always begins the longer one."""
 
     def __post_init__(self) -> None:
         if (self.ids is None) == (self.hashes is None):
@@ -151,6 +154,10 @@ class PrefixStore(Protocol):
     """Called by the core around admission, commit and release. Pages are named per pool of the layout.
 
     The protocols below add methods; the core calls them where the plugin's spec names the capability.
+
+    ``request_id`` names one stay of a request on the device: it is another one after a preemption, because
+    launches in flight may still use the pages of the stay before. A store with an attribute ``share_tenants``
+    that is true is given one namespace for all tenants.
     """
 
     def attach(self, layout: KVLayout) -> None:

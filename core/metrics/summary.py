@@ -105,6 +105,8 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         "preemptions": timeline.preemptions,
         "recomputed_tokens": timeline.recomputed_tokens,
         "cached_tokens": sum(facts.cached_tokens for facts in requests),
+        "cache_hit_rate": _hit_rate(requests),
+        "evicted_pages": timeline.evicted_pages,
         **statistics_ms("queueing", queueing, options.percentiles),
         "batch": _batch(timeline.engines.values()),
         "kv": _kv(timeline),
@@ -157,6 +159,12 @@ def _latencies(completed: Sequence[RequestFacts], itl_mode: ItlMode) -> dict[str
         "itl": Distribution(gaps),
         "e2el": Distribution.of(facts.e2el_ns for facts in completed if facts.e2el_ns is not None),
     }
+
+
+def _hit_rate(requests: Iterable[RequestFacts]) -> float | None:
+    """Share of the prompts that was not computed when they were first admitted."""
+    admitted = [facts for facts in requests if facts.admitted_ns is not None]
+    return _ratio(sum(f.first_cached for f in admitted), sum(f.prompt_tokens for f in admitted))
 
 
 def _queueing(completed: Iterable[RequestFacts]) -> Distribution:

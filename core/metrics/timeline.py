@@ -14,6 +14,7 @@ from servelab.core.metrics.definitions import e2el_ns, tpot_ns, ttft_ns
 from servelab.core.metrics.memory import MemoryFacts
 from servelab.core.records import (
     Ending,
+    PagesEvicted,
     QualityMeasured,
     Record,
     RequestAdmitted,
@@ -43,6 +44,7 @@ class RequestFacts:
         "cached_tokens",
         "ended_ns",
         "engine",
+        "first_cached",
         "id",
         "outcome",
         "preemptions",
@@ -77,6 +79,9 @@ class RequestFacts:
         """Output tokens according to the terminal record."""
         self.preemptions = 0
         self.cached_tokens = 0
+        """Not computed again, when it was last admitted."""
+        self.first_cached = 0
+        """Prompt tokens not computed, when it was first admitted."""
 
     def add(self, times: array[int], size: int) -> None:
         """Append chunks of ``size`` tokens each."""
@@ -197,6 +202,8 @@ class Timeline:
         """Time of the latest record."""
         self.preemptions = 0
         self.recomputed_tokens = 0
+        self.evicted_pages = 0
+        """By the prefix store, all pools."""
         self.quality: dict[str, QualityMeasured] = {}
         """By quantizer, the latest."""
         self._feeders: dict[str, Callable[[Any], None]] = {
@@ -205,6 +212,7 @@ class Timeline:
             RequestAdmitted.ev: self._admitted,
             StepDone.ev: self._step,
             RequestPreempted.ev: self._preempted,
+            PagesEvicted.ev: self._evicted,
             RequestFinished.ev: self._finished,
             QualityMeasured.ev: self._quality,
             RunFinished.ev: self._run_finished,
@@ -248,7 +256,11 @@ class Timeline:
         facts = self._facts(record.request, record)
         if facts.admitted_ns is None:
             facts.admitted_ns = record.t_ns
+            facts.first_cached = record.cached_tokens
         self._engine(record).memory.admitted(record)
+
+    def _evicted(self, record: PagesEvicted) -> None:
+        self.evicted_pages += record.pages
 
     def _preempted(self, record: RequestPreempted) -> None:
         self._facts(record.request, record).preemptions += 1

@@ -36,6 +36,7 @@ from servelab.core.events import (
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.families.cost import CostModel
 from servelab.core.families.kvcache import KVCache
+from servelab.core.families.prefix import PrefixStore
 from servelab.core.families.scheduler import KVBudget, Scheduler, StepView
 from servelab.core.layout import Capacity, KVLayout, Pool
 from servelab.core.plan import Background, Hold, Outcome, StepPlan, Tokens
@@ -431,12 +432,15 @@ def make_engine(
     checks: Literal["basic", "full"] = "basic",
     index: int = 0,
     predictor: Callable[[RequestView, float], int] | None = None,
+    prefix: PrefixStore | None = None,
 ) -> Engine:
     """An engine of toy parts; an ``int`` of pages means that many in every pool."""
     kvcache = kvcache or ToyKV()
     layout = kvcache.layout(TOY_MODEL)
     pools = len(layout.pools)
     device = (pages,) * pools if isinstance(pages, int) else tuple(pages)
+    if prefix is not None:
+        prefix.attach(layout)
     host = ((host_pages,) * pools if host_pages else ()) if isinstance(host_pages, int) else tuple(host_pages)
     return Engine(
         index=index,
@@ -452,6 +456,8 @@ def make_engine(
         horizon=horizon,
         checks=checks,
         predictor=predictor,
+        prefix=prefix,
+        prefix_name="toystore",
     )
 
 

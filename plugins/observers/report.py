@@ -265,10 +265,17 @@ def _totals(result: Mapping[str, Any]) -> Iterator[str]:
             "",
             f"{_number(extra['recomputed_tokens'])} tokens recomputed",
         ),
-        ("cached tokens", _number(extra["cached_tokens"]), "tok", "prompt tokens not computed again"),
+        ("cached tokens", _number(extra["cached_tokens"]), "tok", _reuse(extra)),
         *(row for pool in extra["kv"] for row in _kv_rows(pool)),
     ]
     yield from _table(("total", "value", "unit", ""), rows, numbers_from=1, numbers_to=2)
+
+
+def _reuse(extra: Mapping[str, Any]) -> str:
+    if not extra["cached_tokens"]:
+        return "prompt tokens not computed again"
+    evicted = f"; {_number(extra['evicted_pages'])} pages evicted" if extra["evicted_pages"] else ""
+    return f"not computed again: {_number(100 * extra['cache_hit_rate'], 1)} % of prompt tokens{evicted}"
 
 
 def _peak(result: Mapping[str, Any]) -> str:

@@ -118,6 +118,7 @@ class EngineMachine(RuleBasedStateMachine):
             host_pages=host,
             limits=self.limits,
             checks=checks,
+            prefix=self.store(),
             horizon=lambda batch, steps: self.rig.executor.horizon(batch, steps),
         )
         self.rig = Rig(engine, truths=truths, auto=False)
@@ -131,13 +132,22 @@ class EngineMachine(RuleBasedStateMachine):
     def scheduler(self, rng: Random) -> Any:
         return RandomPlans(rng)
 
+    def store(self) -> Any:
+        """The prefix store, if any."""
+        return None
+
+    def more(self, prompt: int) -> dict[str, Any]:
+        """What else a request states."""
+        return {}
+
     # -------------------------------------------------------------------- rules
 
     @rule(prompt=st.integers(1, 16) | st.just(24), output=st.integers(1, 10), cap=st.integers(1, 12))
     def arrive(self, prompt: int, output: int, cap: int) -> None:
         live = len(self.rig.engine.requests)
         if live < 6:
-            self.rig.arrive(f"r{self.rig.engine.arrived}", prompt, output, cap=cap)
+            id = f"r{self.rig.engine.arrived}"
+            self.rig.arrive(id, prompt, output, cap=cap, **self.more(prompt))
             self.plan()
 
     def plan(self) -> None:

@@ -1,0 +1,30 @@
+"""Prefix stores, one line per technique: reuse of KV that was computed before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from servelab.core.api import PluginSpec, hookimpl
+
+TABLE = (
+    PluginSpec(
+        name="hash",
+        factory="servelab.plugins.prefix.hash:HashStore",
+        config="servelab.plugins.prefix.hash:HashConfig",
+        summary="full pages found again by a chain of hashes, least recently released evicted first",
+        deviations=(
+            "Pages are published when their launch has landed; vLLM does so when it is planned.",
+            "Pages without a hash are reused before any cached page; vLLM keeps both in one queue.",
+            "Hashes are BLAKE2b of 128 bits; vLLM's are SHA-256 of pickled tuples.",
+            "No events for routers, no reset, and prompt log-probs do not exist here.",
+        ),
+        provides=frozenset({"prefix.exact", "prefix.page_sharing", "prefix.owns_pool", "prefix.probe"}),
+        requires=frozenset({"kvcache.block_table"}),
+        tier="stable",
+    ),
+)
+
+
+@hookimpl
+def servelab_prefix_stores() -> Iterable[PluginSpec]:
+    return TABLE
