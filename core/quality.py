@@ -103,12 +103,12 @@ def measure(
     model = run.engine.model
     windows = evaluation_windows(run.tokenizer, run.config.quality, model.max_position)
     total = sum(len(window) - 1 for window in windows)
-    log.info("measuring quality of %s on %s tokens of held-out text", ", ".join(quantizers), f"{total:,}")
     dense = linear_bytes(model, None)
     stored = {label: linear_bytes(model, quantizer) for label, quantizer in quantizers.items()}
     tallies = {label: Tally() for label in quantizers}
     every = -(-len(windows) // RECORDS)
     emit(QualityBegan(t_ns=now_ns, labels=list(quantizers), total=total))
+    log.info("measuring quality of %s on %s tokens of held-out text", ", ".join(quantizers), f"{total:,}")
     for i, compared in enumerate(run.executor.compare(quantizers, windows), 1):  # type: ignore[attr-defined]
         for label, one in compared.items():
             _check(label, one)

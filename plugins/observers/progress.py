@@ -105,7 +105,6 @@ class Progress:
             self._started = record
         elif isinstance(record, QualityBegan):
             self._close(RunFinished(t_ns=record.t_ns, status="ok"))  # of the serving
-            self._quality = _Line(total=record.total, bar_format=QUALITY_LINE, **self._style())
         elif isinstance(record, QualityMeasured):
             self._compared(record)
         elif isinstance(record, RunFinished):
@@ -136,8 +135,9 @@ class Progress:
         }
 
     def _compared(self, record: QualityMeasured) -> None:
-        share = 100 * record.top1_agreement
-        self._quality.postfix = f"{record.label}: KL {record.kl_mean:.4f}, top-1 {share:.1f} %"
+        if self._quality is None:  # not before: models are loaded first, and say so
+            self._quality = _Line(total=record.total, bar_format=QUALITY_LINE, **self._style())
+        self._quality.postfix = _Compared(record)
         self._quality.update(record.tokens - self._quality.n)
 
     def _close(self, record: RunFinished) -> None:
@@ -171,6 +171,17 @@ class _Screen:
 class _Line(tqdm):  # type: ignore[type-arg]
     monitor_interval = 0
     """No thread that watches for bars that stand still."""
+
+
+class _Compared:
+    """What the line on quality says. No text: tqdm would put a comma before that."""
+
+    def __init__(self, record: QualityMeasured) -> None:
+        self._record = record
+
+    def __str__(self) -> str:
+        one = self._record
+        return f"{one.label}: KL {one.kl_mean:.4f}, top-1 {100 * one.top1_agreement:.1f} %"
 
 
 class _Figures:

@@ -29,6 +29,7 @@ class W8A16(RoundToNearest):
         return (WeightFormat(kind="int", bits=8, scales=(ScaleLevel(group=None, bits=32),)),)
 
     def load(self) -> QuantizerImpl:
-        from servelab.plugins.quant.w8a16_impl import W8A16Impl
+        from servelab.plugins.quant._rows import RowsImpl
+        from servelab.plugins.quant.w8a16_impl import W8A16Linear
 
-        return W8A16Impl(self._format)
+        return RowsImpl(self._format, W8A16Linear)

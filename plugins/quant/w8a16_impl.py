@@ -1,42 +1,16 @@
-"""The half of ``w8a16`` with tensors. See ``w8a16``."""
+"""The operation of ``w8a16``; its packing is in ``_rows``."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from servelab.core.families.quant import LinearSite, QTensor, WeightFormat
-from servelab.plugins.quant._integers import Scratch, beside, biases_beside, held, quantize_rows, rescale
+from servelab.plugins.quant._integers import Scratch, held, rescale
 
 FEW = 8
 """Tokens up to which PyTorch's kernel for int8 weights is taken, which reads them once per token. Measured on
 AMX cores, SmolLM2's shapes: as fast as packed bfloat16 for 1 token, as slow as converting the weights at 8.
 """
-
-
-class W8A16Impl:
-    def __init__(self, format: Callable[[LinearSite], WeightFormat]) -> None:
-        self._format, self._scratch = format, Scratch()
-
-    def pack(self, site: LinearSite, weight: Tensor, bias: Tensor | None, state: None) -> QTensor:
-        codes, scale = quantize_rows(weight, 127, torch.float32)
-        return QTensor(format=self._format(site), shape=(site.n, site.k), codes=(codes,), scales=(scale,))
-
-    def linear(
-        self,
-        sites: Sequence[LinearSite],
-        tensors: Sequence[QTensor],
-        biases: Sequence[Tensor | None],
-        device: str,
-    ) -> W8A16Linear:
-        return W8A16Linear(
-            beside([t.codes[0] for t in tensors], 0, device),
-            beside([t.scales[0] for t in tensors], 0, device),
-            biases_beside(biases, [site.n for site in sites], device),
-            self._scratch,
-        )
 
 
 class W8A16Linear:

@@ -31,6 +31,7 @@ class W8A8(RoundToNearest):
         return (WeightFormat(kind="int", bits=8, scales=scales, act_bits=8),)
 
     def load(self) -> QuantizerImpl:
-        from servelab.plugins.quant.w8a8_impl import W8A8Impl
+        from servelab.plugins.quant._rows import RowsImpl
+        from servelab.plugins.quant.w8a8_impl import W8A8Linear
 
-        return W8A8Impl(self._format)
+        return RowsImpl(self._format, W8A8Linear)

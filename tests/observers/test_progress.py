@@ -19,7 +19,7 @@ from tests.metrics.logs import MS, arrived, ended, finished, preempted, started,
 from tests.observers.test_jsonl import context
 
 from servelab.core.bus import Bus
-from servelab.core.records import RECORDS, Record
+from servelab.core.records import RECORDS, QualityBegan, QualityMeasured, Record
 from servelab.plugins.observers import progress as module
 from servelab.plugins.observers.progress import Progress, ProgressConfig, Silent, progress
 from servelab.plugins.observers.report import ReportConfig, ReportObserver
@@ -220,6 +220,36 @@ def test_it_is_drawn_a_few_times_a_second_however_many_steps_there_are(
         observer.servelab_on_record(step(i, [i + 1], {"a": (1, 1)}))
     assert 30 <= len(stream.states) <= 42
     observer.servelab_on_record(ended(10_000))
+
+
+def test_quality_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of the serving ends where quality begins; a task that serves nothing has none."""
+    figures = {
+        "kl_mean": 0.01234,
+        "kl_p99": 1.0,
+        "kl_max": 2.0,
+        "perplexity": 9.0,
+        "reference_perplexity": 8.0,
+    }
+    sizes = {"linear_bytes": 1, "reference_linear_bytes": 2, "windows": 1}
+    for serves in (True, False):
+        stream = Terminal()
+        monkeypatch.setattr(sys, "stderr", stream)
+        observer = progress(ProgressConfig(), context(None))
+        assert isinstance(observer, Progress)
+        observer.servelab_on_record(started())
+        if serves:
+            observer.servelab_on_record(step(0, [1], {"a": (1, 1)}))
+        observer.servelab_on_record(QualityBegan(t_ns=1, labels=["w4a8"], total=400))
+        before = "".join(stream.states)
+        assert ("requests" in before) == serves and "quality" not in before
+        measured = QualityMeasured(
+            t_ns=1, label="w4a8", tokens=100, total=400, top1_agreement=0.931, **figures, **sizes
+        )
+        observer.servelab_on_record(measured)
+        observer.servelab_on_record(ended(1))
+        last = "".join(stream.states)
+        assert "quality 100/400 tokens |" in last and "| w4a8: KL 0.0123, top-1 93.1 %" in last
 
 
 def test_a_real_terminal() -> None:
