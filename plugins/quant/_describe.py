@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -49,7 +50,7 @@ class GroupsConfig(LayersConfig):
         return value
 
 
-class RoundToNearest:
+class RoundToNearest(ABC):
     """A quantizer without calibration. A subclass says its ``formats`` and how to ``load``."""
 
     caps = QuantCaps()
@@ -57,9 +58,9 @@ class RoundToNearest:
     def __init__(self, config: LayersConfig, context: Context) -> None:
         self.config, self._name, self._model = config, context.name, context.model
 
+    @abstractmethod
     def formats(self, group: int, scale_bits: int) -> Sequence[WeightFormat]:
         """Those its operation runs, the configured one first; without groups, ``group`` means nothing."""
-        raise NotImplementedError
 
     def format(self, site: LinearSite, model: ModelFacts) -> WeightFormat | None:
         if site.role in self.config.skip or (site.role == "head" and not self.config.head):

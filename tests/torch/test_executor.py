@@ -41,6 +41,19 @@ from servelab.plugins.kvcache.paged import Paged, PagedConfig
 
 PROMPTS = (5, 17, 30, 1, 12, 44, 23, 9)
 OUTPUTS = (12, 3, 20, 25, 1, 9, 16, 30)
+SHAPE = {
+    "name": "t",
+    "layers": 3,
+    "hidden": 48,
+    "heads": 6,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "ffn": 80,
+    "vocab": 97,
+    "max_position": 256,
+    "dtype": "float64",
+}
+"""The tiny model's, for executors that have no files to read it from."""
 
 
 @pytest.fixture(scope="module")
@@ -294,22 +307,10 @@ def test_same_seed_same_plans_and_tokens_on_the_virtual_clock(
 def test_the_scripted_executor_gets_the_same_plans(composed: Compose) -> None:
     """Lengths are enforced, so the same policy under the same prices decides the same."""
     real = serve(composed(executor={"num_kv_pages": 30}))
-    tiny = {
-        "name": "t",
-        "layers": 3,
-        "hidden": 48,
-        "heads": 6,
-        "kv_heads": 2,
-        "head_dim": 8,
-        "ffn": 80,
-        "vocab": 97,
-        "max_position": 256,
-        "dtype": "float64",
-    }
     scripted = serve(
         composed(
             executor={"name": "scripted", "num_kv_pages": 30, "foresight": False},
-            model=tiny,
+            model=SHAPE,
         )
     )
     assert real.plans() == scripted.plans()

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.torch.test_executor import (  # noqa: F401 - fixtures
     PROMPTS,
+    SHAPE,
     Compose,
     Given,
     Keep,
@@ -82,23 +83,11 @@ def test_draws_are_equal_too(composed: Compose, prompts: list[tuple[int, ...]]) 
 
 def test_the_scripted_executor_gets_the_same_plans(composed: Compose) -> None:  # noqa: F811
     real = serve(composed(prefix="hash", executor={"num_kv_pages": 30}))
-    tiny = {
-        "name": real.records[0].info["model"],  # type: ignore[attr-defined]
-        "layers": 3,
-        "hidden": 48,
-        "heads": 6,
-        "kv_heads": 2,
-        "head_dim": 8,
-        "ffn": 80,
-        "vocab": 97,
-        "max_position": 256,
-        "dtype": "float64",
-    }
     scripted = serve(
         composed(
             prefix="hash",
             executor={"name": "scripted", "num_kv_pages": 30, "foresight": False},
-            model=tiny,
+            model=SHAPE,
         )
     )
     assert real.plans() == scripted.plans()
