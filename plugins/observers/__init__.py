@@ -24,8 +24,8 @@ TABLE = (
     ),
     PluginSpec(
         name="report",
-        factory="servelab.plugins.observers.report:ReportObserver",
-        config="servelab.plugins.observers.report:ReportConfig",
+        factory="servelab.plugins.observers.report.observer:ReportObserver",
+        config="servelab.plugins.observers.report.observer:ReportConfig",
         summary="run card, table of results, results.json",
         tier="stable",
     ),

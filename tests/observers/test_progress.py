@@ -22,7 +22,7 @@ from servelab.core.bus import Bus
 from servelab.core.records import RECORDS, QualityBegan, QualityMeasured, Record
 from servelab.plugins.observers import progress as module
 from servelab.plugins.observers.progress import Progress, ProgressConfig, Silent, progress
-from servelab.plugins.observers.report import ReportConfig, ReportObserver
+from servelab.plugins.observers.report.observer import ReportConfig, ReportObserver
 
 
 class Terminal(io.StringIO):

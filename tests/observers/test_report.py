@@ -15,7 +15,7 @@ from servelab.core.bus import Bus
 from servelab.core.errors import ConfigError, PluginCallError
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
 from servelab.core.records import Record
-from servelab.plugins.observers.report import ReportConfig, ReportObserver
+from servelab.plugins.observers.report.observer import ReportConfig, ReportObserver
 
 LONG = "Efficient Memory Management for Large Language Model Serving with PagedAttention (2023, 2309.06180)"
 PLUGINS: dict[str, Any] = {

@@ -1,0 +1,114 @@
+"""Report: what a run measured, on stdout and in ``results.json`` (baseline).
+
+At the end of a run: a run card (what ran), one table of latencies and one of totals, and as the last line
+where the artefacts are. ``results.json`` holds the flat object of ``vllm bench serve`` with a ``servelab``
+sub-object; ``docs/reference/metrics.md`` defines every key. A run that did not end well is marked PARTIAL,
+with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from servelab.core.api import ConfigError, Context, ServeLabError, hookimpl
+from servelab.core.metrics import SummaryOptions, Timeline, summarize
+from servelab.core.metrics.definitions import NS_PER_MS
+from servelab.core.records import Record, RunFinished
+from servelab.plugins.observers._folder import RESULTS_FILE, check_unused
+from servelab.plugins.observers.report.text import render
+
+
+class ReportConfig(BaseModel):
+    """Settings of the ``report`` observer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    percentiles: tuple[float, ...] = Field(
+        default=(50, 90, 99),
+        min_length=1,
+        max_length=6,
+        description="Percentiles of every latency, in percent (0 to 100), as columns and as keys.",
+    )
+    itl_mode: Literal["chunk", "spread"] = Field(
+        default="chunk",
+        description="ITL of a step that emits k tokens of a request: one gap (chunk, as vLLM) or k equal "
+        "shares of it (spread, as SGLang).",
+    )
+    rejections_are_misses: bool = Field(
+        default=True, description="Count rejected requests as misses of their service level objective."
+    )
+    tbt_ms: float | None = Field(
+        default=None,
+        ge=0,
+        description="Bound in ms for the share of gaps between tokens within it; none by default.",
+    )
+
+
+class ReportObserver:
+    """Keeps a timeline while the run goes on; writes once, at its end."""
+
+    def __init__(self, config: ReportConfig, ctx: Context) -> None:
+        for q in config.percentiles:
+            if not 0 <= q <= 100:
+                raise ConfigError(
+                    f"observer 'report' cannot show percentile {q}",
+                    where="percentiles",
+                    why="it is outside 0..100",
+                    do="write it in percent, e.g. 99 or 99.9",
+                )
+        self._options = SummaryOptions(
+            percentiles=config.percentiles,
+            itl_mode=config.itl_mode,
+            rejections_are_misses=config.rejections_are_misses,
+            tbt_bound_ns=None if config.tbt_ms is None else round(config.tbt_ms * NS_PER_MS),
+        )
+        if ctx.run_dir is not None:
+            check_unused(ctx.run_dir, ctx.name)
+        self._folder = ctx.run_dir
+        self._timeline = Timeline()
+
+    @hookimpl
+    def servelab_on_record(self, record: Record) -> None:
+        self._timeline.feed(record)
+
+    @hookimpl
+    def servelab_on_run_finished(self, record: RunFinished) -> None:
+        result = summarize(self._timeline, self._options)
+        result["servelab"]["info"] = self._timeline.info
+        if self._folder is not None:
+            write_results(result, self._folder / RESULTS_FILE)
+        text = "\n".join(render(result, self._options.percentiles, self._folder))
+        if sys.stdout is None:  # closed before we began, as by `>&-`
+            return
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            pass  # nobody reads any more, as in `... | head`; the files are written, the run is whole
+
+
+def write_results(result: Mapping[str, Any], path: Path) -> None:
+    """Write the result as indented JSON.
+
+    Raises:
+        ServeLabError: the file cannot be written, or the run's info holds what JSON does not know.
+    """
+    try:
+        text = json.dumps(result, indent=2, allow_nan=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except (OSError, TypeError, ValueError) as error:
+        raise ServeLabError(
+            f"{path.name} cannot be written",
+            where=str(path),
+            why=(error.strerror or str(error)) if isinstance(error, OSError) else str(error),
+            do="free space or choose another run folder"
+            if isinstance(error, OSError)
+            else "put only text, finite numbers, booleans, lists and dicts into the run's info",
+        ) from error
