@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from servelab.core.records import RequestAdmitted, RequestFinished, RequestPreempted, StepDone
+from servelab.core.records import RequestAdmitted, RequestFinished, RequestForked, RequestPreempted, StepDone
 
 
 class MemoryFacts:
@@ -32,6 +32,10 @@ class MemoryFacts:
     def admitted(self, record: RequestAdmitted) -> None:
         self._out.discard(record.request)
         self._begin[record.request] = record.cached_tokens
+
+    def forked(self, record: RequestForked) -> None:
+        """What it shares counts once, for the request that computed it."""
+        self._begin[record.request] = 0
 
     def preempted(self, record: RequestPreempted) -> None:
         name = record.request
