@@ -383,6 +383,24 @@ def test_metrics_count_a_prompt_once_and_every_output() -> None:
     assert timeline.requests["a#1"].parent == "a"
 
 
+def test_memory_counts_a_shared_prompt_once_while_anyone_holds_it() -> None:
+    """A prompt of 8 and three outputs of 2, 6 and 4: when the first ends, another counts the prompt, and the
+    second output of the three takes only its own tokens along.
+    """
+    spec = RequestSpec(id="a", prompt_tokens=8, max_new_tokens=9, n=3)
+    records: list[Any] = []
+    drive([Arrival(0, spec, Truth(2, (6, 4)))], records)
+    steps = [x for x in records if isinstance(x, StepDone)]
+    timeline, stored = Timeline(), []
+    for record in records:
+        timeline.feed(record)
+        if isinstance(record, StepDone):
+            stored.append(timeline.engines[0].memory._total)
+    # prompt; then one each of three; a has ended: two go on; a#2 after its fourth
+    assert stored == [8, 11, 12, 14, 12, 13]
+    assert [len(x.requests) for x in steps] == [1, 3, 2, 2, 1, 1]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 1 << 16),
