@@ -198,7 +198,7 @@ def test_a_copy_needs_a_page_of_its_own() -> None:
 
 
 def _copied_in_flight() -> tuple[Ledger, Any, Any, Any, int]:
-    """Three samples share a tail page; the second copies it in a launch that has not landed, the third is gone.
+    """Three samples share a tail page; the second copies it in a launch in flight, the third is gone.
 
     The ledger, the samples and the page.
     """
