@@ -153,13 +153,21 @@ def run(raw: dict[str, Any]) -> float | None:
 
     from servelab.core.compose import compose
     from servelab.core.config import validate
+    from servelab.core.folder import begin
     from servelab.core.registry import Registry
 
     registry = Registry.load()
     for broken in registry.broken:
         log.warning("plugin package not loaded: %s", broken)
     config = validate(raw, registry)
-    composed = compose(config, registry, run_dir=Path(HydraConfig.get().runtime.output_dir))
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    composed = compose(config, registry, run_dir=folder)
+    try:
+        begin(folder, composed.config, hydra.overrides.task)
+    except BaseException:
+        composed.executor.close()
+        raise
     return composed.task.run(composed)
 
 

@@ -60,14 +60,23 @@ def test_three_requests_goodput() -> None:
     assert (more["slo_good"], more["slo_judged"]) == (2, 3)
     assert more["slo_attainment"] == pytest.approx(2 / 3)
     assert more["slo_attainment_by_metric"] == {"ttft": 1.0, "tpot": pytest.approx(2 / 3)}
-    assert more["slo_attainment_by_class"] == {"online": pytest.approx(2 / 3)}
+    assert more["slo_by_class"] == {
+        "online": {
+            "good": 2,
+            "judged": 3,
+            "attainment": pytest.approx(2 / 3),
+            "attainment_by_metric": {"ttft": 1.0, "tpot": pytest.approx(2 / 3)},
+            "request_goodput": pytest.approx(2 / 0.21),
+            "token_goodput": pytest.approx(6 / 0.21),
+        }
+    }
 
 
 def test_three_requests_rest() -> None:
     more = summary(three_requests())["servelab"]
     assert more["samples"] == {"ttft": 3, "tpot": 2, "itl": 6, "e2el": 3, "queueing": 3}
     assert more["length_capped_requests"] == 1
-    assert (more["preemptions"], more["recomputed_tokens"], more["cached_tokens"]) == (1, 20, 4)
+    assert (more["preemptions"], more["recomputed_tokens"], more["prefix_hit_tokens"]) == (1, 20, 4)
     # queueing: a 50, b 100, c 40
     assert more["median_queueing_ms"] == 50
     # 7 steps in 6 launches; requests per step 1 2 1 1 2 1 1, tokens 10 21 1 1 31 21 1
@@ -81,7 +90,7 @@ def test_three_requests_rest() -> None:
     }
     # used at launch ends: 10 from 110, 40 from 120, 20 from 140, 0 from 160, 30 from 200 to 210
     # (10 * 10 + 40 * 20 + 20 * 20 + 0 * 40 + 30 * 10) / 100 = 16
-    assert more["kv"] == [
+    assert more["kv_pages"] == [
         {
             "pool": "full",
             "pages": 100,
@@ -140,7 +149,7 @@ def test_without_objectives_there_is_no_goodput() -> None:
     assert (
         s["request_goodput"] is more["token_goodput"] is more["slo_attainment"] is more["slo_judged"] is None
     )
-    assert more["slo_attainment_by_metric"] == more["slo_attainment_by_class"] == {}
+    assert more["slo_attainment_by_metric"] == more["slo_by_class"] == {}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +237,7 @@ def test_nothing_measured_is_none_and_never_zero() -> None:
     assert s["duration"] == 0
     for key in ("request_throughput", "output_throughput", "mean_ttft_ms", "p99_itl_ms", "std_tpot_ms"):
         assert s[key] is None, key
-    assert s["servelab"]["kv"][0]["peak_pages"] is None
+    assert s["servelab"]["kv_pages"][0]["peak_pages"] is None
 
 
 def test_percentile_keys() -> None:
@@ -256,8 +265,8 @@ def test_several_engines_keep_their_own_pages() -> None:
     ]
     more = summary(records)["servelab"]
     assert more["run"]["engines"] == 2
-    assert more["kv"][0]["peak_pages"] == 50
-    assert more["kv"][0]["mean_pages"] == pytest.approx((30 * 30 + 50 * 20) / 50)
+    assert more["kv_pages"][0]["peak_pages"] == 50
+    assert more["kv_pages"][0]["mean_pages"] == pytest.approx((30 * 30 + 50 * 20) / 50)
 
 
 def test_a_log_cut_off_in_the_middle_still_has_figures() -> None:

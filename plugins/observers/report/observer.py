@@ -80,7 +80,6 @@ class ReportObserver:
     @hookimpl
     def servelab_on_run_finished(self, record: RunFinished) -> None:
         result = summarize(self._timeline, self._options)
-        result["servelab"]["info"] = self._timeline.info
         if self._folder is not None:
             write_results(result, self._folder / RESULTS_FILE)
         text = "\n".join(render(result, self._options.percentiles, self._folder))
