@@ -16,7 +16,7 @@ from tests.metrics.logs import (
 
 from servelab.core.errors import ConfigError
 from servelab.core.metrics import LogError, SummaryOptions, Timeline, summarize
-from servelab.core.records import Record
+from servelab.core.records import Record, RequestArrived
 
 
 def summary(records: list[Record], **options: Any) -> dict[str, Any]:
@@ -167,6 +167,61 @@ def test_attainment_by_fate(ttft: float, misses: bool, good: int, judged: int) -
     more = summary(outcomes(ttft=ttft), rejections_are_misses=misses)["servelab"]
     assert (more["slo_good"], more["slo_judged"]) == (good, judged)
     assert more["slo_attainment_by_metric"]["ttft"] == good / judged
+
+
+def gaps(tbt: float, fate: str) -> dict[str, Any]:
+    """Tokens at 10, 20 and 50, so gaps of 10 and 30; the log ends at 70."""
+    first = arrived(0, "a")
+    first.slo_tbt_ns = int(tbt * MS)
+    steps = [step(t - 1, [t], {"a": (1, 1)}) for t in (10, 20, 50)]
+    ends: list[Record] = [] if fate == "open" else [finished(70 if fate == "cancelled" else 50, "a", 3, fate)]
+    more: dict[str, Any] = summary([started(), first, *steps, *ends, ended(70)])["servelab"]
+    return more
+
+
+@pytest.mark.parametrize(
+    ("tbt", "fate", "good", "judged"),
+    [
+        (30, "completed", 1, 1),  # inclusive
+        (29.9, "completed", 0, 1),
+        (29.9, "cancelled", 0, 1),  # one gap had been too long
+        (30, "open", 0, 0),  # 20 since its last token: nothing is broken, nothing met
+        (21, "open", 0, 1),
+        (30, "aborted", 0, 1),
+    ],
+)
+def test_every_gap_of_a_request_is_bounded(tbt: float, fate: str, good: int, judged: int) -> None:
+    more = gaps(tbt, fate)
+    assert (more["slo_good"], more["slo_judged"]) == (good, judged)
+    assert more["slo_attainment_by_metric"] == {"tbt": good / judged if judged else None}
+
+
+def test_waiting_for_the_next_token_breaks_the_bound_on_gaps() -> None:
+    first = arrived(0, "a")
+    first.slo_tbt_ns = 40 * MS
+    records = [started(), first, step(9, [10], {"a": (10, 1)})]
+    assert summary([*records, ended(50)])["servelab"]["slo_judged"] == 0  # 40: still within
+    assert summary([*records, ended(51)])["servelab"]["slo_judged"] == 1
+    assert summary([started(), first, ended(99)])["servelab"]["slo_judged"] == 0  # no token, no gap
+
+
+def test_goodput_by_class() -> None:
+    # a (online) good with 5 tokens; b (offline) misses TPOT; c (offline) good with 1 token
+    records = three_requests()
+    for record in records:
+        if isinstance(record, RequestArrived) and record.request in "bc":
+            record.request_class = "offline"
+    classes = summary(records)["servelab"]["slo_by_class"]
+    assert list(classes) == ["offline", "online"]
+    assert classes["offline"] == {
+        "good": 1,
+        "judged": 2,
+        "attainment": 0.5,
+        "attainment_by_metric": {"ttft": 1.0, "tpot": 0.5},
+        "request_goodput": pytest.approx(1 / 0.21),
+        "token_goodput": pytest.approx(1 / 0.21),
+    }
+    assert (classes["online"]["good"], classes["online"]["token_goodput"]) == (1, pytest.approx(5 / 0.21))
 
 
 def test_a_request_cut_off_by_the_end_of_the_run_is_unfinished() -> None:

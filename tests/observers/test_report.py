@@ -91,7 +91,7 @@ def test_report_of_three_requests(tmp_path: Path, capsys: pytest.CaptureFixture[
         "stamps oracle: scheduler fcfs",
         "machine A CPU; 8 cores, 2.5 usable; 16.0 GiB, 4.0 GiB usable; 2 x A GPU; Linux 6.1",
         "software servelab 0.1.0 (commit 0123456789ab, with changes), Python 3.11.7, torch 2.9",
-        "cost 12.3 s of real time, at most 100.0 MiB of memory",
+        "took 12.3 s of real time, at most 100.0 MiB of memory",
         "kv pool full: 100 pages of 16 tokens, 4,096 bytes each",
         "scheduler fcfs 0.1.0 baseline budget=2048",
         "observer report - - -",

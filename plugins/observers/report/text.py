@@ -72,7 +72,7 @@ def _head(extra: Mapping[str, Any]) -> Iterator[str]:
         "stamps": _words(extra["stamps"]) or "none",
         "machine": _machine(info.get("machine") or {}),
         "software": _software(info),
-        "cost": _cost(extra),
+        "took": _took(extra),
     }
     for name, value in facts.items():
         if value is not None:
@@ -111,7 +111,7 @@ def _software(info: Mapping[str, Any]) -> str | None:
     return ", ".join([*parts, *(f"{name} {libraries[name]}" for name in SHOWN if name in libraries)])
 
 
-def _cost(extra: Mapping[str, Any]) -> str | None:
+def _took(extra: Mapping[str, Any]) -> str | None:
     if extra["wall_s"] is None:
         return None
     return f"{extra['wall_s']:,.3g} s of real time, at most {_mib(extra['peak_rss_bytes'])} MiB of memory"
