@@ -1,0 +1,1 @@
+"""Subcommands of ``servelab``: a command is a module with ``main(argv)``."""
