@@ -1,1 +1,0 @@
-"""Subcommands of ``servelab``: a command is a module with ``main(argv)``."""
