@@ -15,11 +15,10 @@ from typing import Any
 
 from servelab.core.api import ConfigError, ServeLabError
 from servelab.core.metrics import Timeline
+from servelab.core.run_folder import RunFolder
 from servelab.plugins.commands._aiperf import aiperf
 from servelab.plugins.commands._guidellm import guidellm
-from servelab.plugins.observers.jsonl import read_log
 
-EVENTS_FILE = "events.jsonl"
 DIALECTS: dict[str, Callable[[Timeline], dict[str, Any]]] = {"aiperf": aiperf, "guidellm": guidellm}
 
 
@@ -27,14 +26,15 @@ def main(argv: Sequence[str]) -> None:
     """Run the command.
 
     Raises:
-        ConfigError: no run in the folder, or the output file is there already.
+        RunFolderError: there is no run in the folder, or it has no event log.
+        ConfigError: the output file is there already.
         ServeLabError: the output file cannot be written.
         LogError: the log is damaged.
     """
     parser = argparse.ArgumentParser(
         prog="servelab export", description="A run under the names of other tools."
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("run", metavar="RUN", help="folder of the run; last for the newest")
     parser.add_argument("--to", required=True, choices=sorted(DIALECTS), help="whose names")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where to; stdout by default")
     chosen = parser.parse_args(argv)
@@ -45,21 +45,13 @@ def main(argv: Sequence[str]) -> None:
         _write(chosen.out, text)
 
 
-def export(run: Path, to: str) -> dict[str, Any]:
+def export(run: str | Path, to: str) -> dict[str, Any]:
     """The run in a folder, in the names of ``aiperf`` or ``guidellm``.
 
     Raises:
-        ConfigError: there is no run in the folder.
+        RunFolderError: there is no run in the folder, or it has no event log.
     """
-    log = run / EVENTS_FILE
-    if not log.is_file():
-        raise ConfigError(
-            f"{run} holds no run that can be exported",
-            where=str(log),
-            why="there is no such file" if run.is_dir() else "there is no such folder",
-            do="name the folder in the last line of a run's report; the run needs the observer jsonl",
-        )
-    return DIALECTS[to](Timeline().feed_all(read_log(log, allow_truncated=True)))
+    return DIALECTS[to](Timeline().feed_all(RunFolder.find(run).events()))
 
 
 def _write(path: Path, text: str) -> None:
