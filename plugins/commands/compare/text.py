@@ -78,16 +78,14 @@ def _figures(runs: Sequence[RunFacts], everything: bool) -> Iterator[str]:
         others = range(start, min(start + BLOCK, len(runs)))
         head = ["figure", "unit", names[0]]
         for i in others:
-            head += [names[i], f"{names[i]}-{names[0]}", f"{names[i]}/{names[0]}", ""]
-        if len(others) > 1:  # no room for differences
-            head = [
-                "figure",
-                "unit",
-                names[0],
-                *(x for i in others for x in (names[i], f"{names[i]}/{names[0]}", "")),
-            ]
-        head.append("samples")
-        yield from _aligned(head, [_row(key, runs, others) for key in keys])
+            ratio = f"{names[i]}/{names[0]}"
+            head += [names[i], f"{names[i]}-{names[0]}", ratio, ""] if pair else [names[i], ratio, ""]
+        rows = [_row(key, runs, others, pair) for key in keys]
+        if pair:
+            head.append("samples")
+        else:
+            rows += _sample_rows(runs, others)
+        yield from _aligned(head, rows)
         yield ""
     yield from _wrap(
         "  + better, - worse than A; ~ within 1 %, = equal; no mark: neither way is better", "  "
@@ -95,20 +93,29 @@ def _figures(runs: Sequence[RunFacts], everything: bool) -> Iterator[str]:
     yield ""
 
 
-def _row(key: str, runs: Sequence[RunFacts], others: range) -> list[str]:
+def _row(key: str, runs: Sequence[RunFacts], others: range, pair: bool) -> list[str]:
     about = measure(key)
     base = runs[0].figures.get(key)
     cells = [key.removeprefix("servelab."), about.unit, _number(base)]
     for i in others:
         value = runs[i].figures.get(key)
         cells.append(_number(value))
-        if len(others) == 1:
+        if pair:
             cells.append(_signed(base, value))
         cells += [_ratio(base, value), MARKS[verdict(key, base, value)]]
-    counts = [runs[i].samples.get(about.samples) for i in (0, *others)] if about.samples else []
-    same = len(set(counts)) == 1
-    cells.append("" if not counts else _count(counts[0]) if same else " / ".join(map(_count, counts)))
+    if pair:
+        counts = [_number(run.samples[about.samples]) for run in runs if about.samples in run.samples]
+        cells.append(" / ".join(dict.fromkeys(counts)))
     return cells
+
+
+def _sample_rows(runs: Sequence[RunFacts], others: range) -> Iterator[list[str]]:
+    """How much is behind each latency."""
+    for name in runs[0].samples:
+        row = [f"samples of {name}", "", _number(runs[0].samples[name])]
+        for i in others:
+            row += [_number(runs[i].samples.get(name)), "", ""]
+        yield row
 
 
 def verdict(key: str, base: float | None, value: float | None) -> str:
@@ -150,10 +157,6 @@ def _signed(base: float | None, value: float | None) -> str:
 
 def _ratio(base: float | None, value: float | None) -> str:
     return "-" if not base or value is None else f"{value / base:.3f}"
-
-
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
