@@ -15,6 +15,10 @@ TABLE = {
         "servelab.plugins.commands.compare.command:main",
         "runs side by side: what was set differently, and what came out",
     ),
+    "export": (
+        "servelab.plugins.commands.export:main",
+        "a run in the names, and by the rules, of GuideLLM or AIPerf",
+    ),
 }
 
 

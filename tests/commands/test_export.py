@@ -16,6 +16,8 @@ from tests.metrics.schema import result_of
 from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.metrics import Distribution, Timeline
 from servelab.core.records import Record
+from servelab.core.run_folder import RunFolderError
+from servelab.plugins.commands import TABLE
 from servelab.plugins.commands._aiperf import aiperf
 from servelab.plugins.commands._guidellm import (
     PERCENTILES,
@@ -283,13 +285,12 @@ def test_a_file_that_is_there_stays(run: Path) -> None:
         main([str(run), "--to", "aiperf", "--out", str(run / "nowhere" / "x.json")])
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no run") as told:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(RunFolderError, match="there is no run"):
         export(tmp_path, "aiperf")
-    assert told.value.why == "there is no such file"
-    with pytest.raises(ConfigError) as told:
-        export(tmp_path / "x", "aiperf")
-    assert told.value.why == "there is no such folder"
+    (tmp_path / "results.json").write_bytes((run / "results.json").read_bytes())
+    with pytest.raises(RunFolderError, match=r"the run has no events\.jsonl"):
+        export(tmp_path, "aiperf")
 
 
 def test_a_run_that_was_killed_is_exported_too(run: Path, tmp_path: Path) -> None:
@@ -297,6 +298,10 @@ def test_a_run_that_was_killed_is_exported_too(run: Path, tmp_path: Path) -> Non
     (tmp_path / "events.jsonl").write_text("".join(lines[:-6]) + lines[-6][:10])
     found = export(tmp_path, "aiperf")
     assert 0 < found["request_count"]["avg"] < 24 and found["was_cancelled"]
+
+
+def test_the_command_line_knows_it() -> None:
+    assert TABLE["export"][0] == f"{main.__module__}:{main.__name__}"
 
 
 @pytest.mark.parametrize("argv", [["x"], ["x", "--to", "vllm"], ["--to", "aiperf"]])
