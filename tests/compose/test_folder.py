@@ -8,13 +8,16 @@ import re
 import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from servelab.core import cli
 from servelab.core.compose import compose
 from servelab.core.config import RunConfig, validate
 from servelab.core.environment import _usable_cores, checkout, environment
@@ -22,6 +25,7 @@ from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.folder import CONFIG_FILE, DEFAULTS, ENV_FILE, ENV_SCHEMA, begin, config_text
 from servelab.core.registry import Registry
 from servelab.core.usage import Usage
+from servelab.plugins.executors.scripted import ScriptedExecutor
 
 
 def read_back(text: str) -> dict[str, Any]:
@@ -115,6 +119,21 @@ def test_a_folder_that_cannot_be_written_is_explained(config: RunConfig, tmp_pat
     with pytest.raises(ServeLabError, match=r"resolved_config\.yaml cannot be written") as told:
         begin(tmp_path / "file", config, [])
     assert told.value.why and told.value.do and str(tmp_path) in str(told.value.where)
+
+
+def test_the_executor_is_let_go_where_the_folder_is_refused(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ENV_FILE).write_text("{}")
+    hydra = SimpleNamespace(
+        runtime=SimpleNamespace(output_dir=str(tmp_path)), overrides=SimpleNamespace(task=["seed=1"])
+    )
+    monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
+    closed: list[object] = []
+    monkeypatch.setattr(ScriptedExecutor, "close", lambda self: closed.append(self))
+    with pytest.raises(ConfigError, match="over another run"):
+        cli.run({**raw, "observers": []})
+    assert len(closed) == 1
 
 
 # ------------------------------------------------------------------ checkouts

@@ -115,6 +115,7 @@ def test_the_runs_are_what_they_are_called() -> None:
     assert real("prefix")["servelab"]["prefix_hit_tokens"] > 0
     assert set(real("slo")["servelab"]["slo_by_class"]) == {"offline", "online", "own"}
     assert real("all at once")["request_rate"] == "inf"
+    assert real("plain")["servelab"]["notes"] == []  # no bounds at all: nothing to tell
 
 
 # ------------------------------------------------------------------ strictness
@@ -234,6 +235,8 @@ def test_every_property_is_described_and_every_number_has_a_unit() -> None:
         flat = {kind for one in types for kind in ([one] if isinstance(one, str) else one)}
         if flat & {"number", "integer"} and path not in UNITLESS:
             assert schema.get("unit"), path
+        if schema.get("unit") == "share":
+            assert (schema["minimum"], schema["maximum"]) == (0, 1), path
 
 
 UNITLESS = {"burstiness", "servelab.schema_version", "servelab.seed", "servelab.info.schema"}
