@@ -16,6 +16,8 @@ def vllm_identity(timeline: Timeline) -> dict[str, Any]:
     info = timeline.info
     workload = (info.get("settings") or {}).get("workload") or {}
     planned = (info.get("workload") or {}).get("requests")
+    if timeline.compared and not timeline.requests:
+        planned = 0  # nothing was to be served, as in `task=quality`
     return {
         "date": timeline.finished.date if timeline.finished else None,
         "endpoint_type": BACKEND,

@@ -293,6 +293,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, run: Path) -> None:
         export(tmp_path, "aiperf")
 
 
+def test_a_run_that_served_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("")  # killed at once
+    with pytest.raises(ServeLabError, match="there is nothing to export"):
+        export(tmp_path, "guidellm")
+
+
 def test_a_run_that_was_killed_is_exported_too(run: Path, tmp_path: Path) -> None:
     lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "events.jsonl").write_text("".join(lines[:-6]) + lines[-6][:10])

@@ -104,6 +104,7 @@ def test_results_of_runs_are_valid(name: str) -> None:
 
 def test_results_of_the_quality_task_are_valid() -> None:
     assert problems(quality()) == []
+    assert (quality()["num_prompts"], real("plain")["num_prompts"]) == (0, 24)  # of the same workload
 
 
 def test_the_runs_are_what_they_are_called() -> None:
