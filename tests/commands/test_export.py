@@ -234,6 +234,10 @@ def test_aiperf_counts_completed_requests_only() -> None:
     found = aiperf(Timeline().feed_all(fates()))
     assert (found["request_count"]["avg"], found["error_request_count"]["avg"]) == (1, 3)
     assert (found["request_latency"]["count"], found["benchmark_duration"]["avg"]) == (1, 0.02)
+    assert {"error_details": {"type": "rejected", "message": "queue full"}, "count": 1} in found[
+        "error_summary"
+    ]
+    assert len(found["error_summary"]) == 3
     assert found["was_cancelled"]
 
 
