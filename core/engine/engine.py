@@ -393,6 +393,7 @@ class Engine:
                 slo_tpot_ns=slo.tpot_ns if slo else None,
                 slo_e2el_ns=slo.e2el_ns if slo else None,
                 parent=parent,
+                slo_tbt_ns=slo.tbt_ns if slo else None,
             )
         )
         return r

@@ -9,12 +9,13 @@ from array import array
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
-from servelab.core.errors import ServeLabError
-from servelab.core.metrics.definitions import e2el_ns, tpot_ns, ttft_ns
+from servelab.core.errors import LogError
+from servelab.core.metrics.definitions import e2el_ns, itl_chunk_ns, tpot_ns, ttft_ns
 from servelab.core.metrics.memory import MemoryFacts
 from servelab.core.records import (
     Ending,
     PagesEvicted,
+    QualityBegan,
     QualityMeasured,
     Record,
     RequestAdmitted,
@@ -29,10 +30,6 @@ from servelab.core.records import (
 
 STATES: tuple[Ending, ...] = get_args(Ending)
 """How requests end; one whose terminal record is missing counts as ``unfinished``."""
-
-
-class LogError(ServeLabError):
-    """A log that is damaged, incomplete at its beginning, or contradicts itself."""
 
 
 class RequestFacts:
@@ -66,7 +63,12 @@ class RequestFacts:
         self.parent = arrived.parent
         """The request that computes its prompt, if it is a further sample of one."""
         self.request_class = arrived.request_class
-        slo = {"ttft": arrived.slo_ttft_ns, "tpot": arrived.slo_tpot_ns, "e2el": arrived.slo_e2el_ns}
+        slo = {
+            "ttft": arrived.slo_ttft_ns,
+            "tpot": arrived.slo_tpot_ns,
+            "e2el": arrived.slo_e2el_ns,
+            "tbt": arrived.slo_tbt_ns,
+        }
         self.bounds: dict[str, int] = {metric: bound for metric, bound in slo.items() if bound is not None}
         """Stated bounds by metric."""
         self.admitted_ns: int | None = None
@@ -117,6 +119,11 @@ class RequestFacts:
     @property
     def tpot_ns(self) -> float:
         return tpot_ns(self.times[0], self.times[-1], self.output_tokens) if self.times else 0.0
+
+    @property
+    def tbt_ns(self) -> int:
+        """Longest gap between chunks; 0 with fewer than two."""
+        return max(itl_chunk_ns(self.times), default=0)
 
     @property
     def e2el_ns(self) -> int | None:
@@ -208,6 +215,8 @@ class Timeline:
         self.recomputed_tokens = 0
         self.evicted_pages = 0
         """By the prefix store, all pools."""
+        self.compared = False
+        """Whether quantized models were compared, or about to be."""
         self.quality: dict[str, QualityMeasured] = {}
         """By quantizer, the latest."""
         self._feeders: dict[str, Callable[[Any], None]] = {
@@ -219,6 +228,7 @@ class Timeline:
             RequestPreempted.ev: self._preempted,
             PagesEvicted.ev: self._evicted,
             RequestFinished.ev: self._finished,
+            QualityBegan.ev: self._quality_began,
             QualityMeasured.ev: self._quality,
             RunFinished.ev: self._run_finished,
         }
@@ -293,6 +303,9 @@ class Timeline:
         facts.cached_tokens = record.cached_tokens
         if record.engine in self.engines:
             self.engines[record.engine].memory.finished(record)
+
+    def _quality_began(self, record: QualityBegan) -> None:
+        self.compared = True
 
     def _quality(self, record: QualityMeasured) -> None:
         self.quality[record.label] = record

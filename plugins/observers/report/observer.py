@@ -46,7 +46,8 @@ class ReportConfig(BaseModel):
     tbt_ms: float | None = Field(
         default=None,
         ge=0,
-        description="Bound in ms for the share of gaps between tokens within it; none by default.",
+        description="Bound in ms for the share of gaps between tokens within it; by default slo.tbt_ms, if "
+        "the run states one.",
     )
 
 
@@ -80,7 +81,6 @@ class ReportObserver:
     @hookimpl
     def servelab_on_run_finished(self, record: RunFinished) -> None:
         result = summarize(self._timeline, self._options)
-        result["servelab"]["info"] = self._timeline.info
         if self._folder is not None:
             write_results(result, self._folder / RESULTS_FILE)
         text = "\n".join(render(result, self._options.percentiles, self._folder))
