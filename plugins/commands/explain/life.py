@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import Literal
 
 from servelab.core.metrics import RequestFacts
+from servelab.core.metrics.phases import Phase
 from servelab.core.records import RequestArrived
 from servelab.plugins.commands.explain.reasons import Reasons
-
-Phase = Literal[
-    "queued", "prefill", "decode", "preempted", "recompute", "swap out", "swapped", "swap in", "paused"
-]
-WAITING: frozenset[Phase] = frozenset({"queued", "preempted", "swapped", "paused"})
-"""Phases that end by a decision of the scheduler, so that plans say why they last."""
 
 
 @dataclass(slots=True)

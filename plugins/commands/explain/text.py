@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from servelab.core.metrics.goodput import judge, overall
-from servelab.plugins.commands.explain.life import WAITING, Gap, Life, Phase, Preemption, Stretch
+from servelab.core.metrics.phases import WAITING, Phase
+from servelab.plugins.commands.explain.life import Gap, Life, Preemption, Stretch
 from servelab.plugins.commands.explain.reasons import Reason
 from servelab.plugins.commands.explain.words import (
     SHOWN,
@@ -335,7 +336,7 @@ def _pace(life: Life) -> Iterator[str]:
     if not life.gaps:
         return
     median = statistics.median(life.gaps)
-    text = f"In all {count(len(life.gaps), 'gap')} between tokens, {duration(median)} at the median"
+    text = f"{count(len(life.gaps), 'gap')} between its tokens: {duration(median)} at the median"
     text += f", TPOT {duration(life.facts.tpot_ns)}"
     slow = [gap for gap in life.slowest if gap.ns >= SLOW * median] if median else []
     if not slow:
