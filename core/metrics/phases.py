@@ -149,8 +149,9 @@ class Phases:
                 continue
             one = self.live[r.engine][name]
             if one.phase == "paused":
-                if r.start_ns < one.since_ns:
-                    continue  # it was paused while this launch ran
+                if r.start_ns < one.since_ns:  # it was paused while this launch ran, which still counts
+                    one.active = "decode" if emitted else one.active
+                    continue
                 changes.append(self._enter(r, name, one, one.active, r.start_ns))
             if emitted and one.phase != "decode":
                 changes.append(self._enter(r, name, one, "decode", r.ends_ns[0]))

@@ -58,6 +58,8 @@ class Stretch:
     reasons: Reasons = field(default_factory=Reasons)
     tokens: int = 0
     """Output tokens that came in it."""
+    preemption: Preemption | None = None
+    """What it began with."""
 
     @property
     def ns(self) -> int:

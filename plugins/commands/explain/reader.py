@@ -212,6 +212,7 @@ class _Events:
         if self._gap is not None:
             self._gap.preempted += 1
         self._enter(life, changes[0])
+        life.stretches[-1].preemption = life.preemptions[-1]
 
     def _transfer_started(self, r: TransferStarted) -> None:
         changes = self._follow(r)
@@ -265,13 +266,11 @@ class _Events:
         self._surroundings(life.stretches[-1], r)
         if changes and changes[0].phase != "decode":  # it had been paused
             self._enter(life, changes.pop(0))
-        if self._name not in r.requests or life.stretches[-1].phase not in ON_DEVICE:
-            # not in it, or taken off while this launch ran: what came for it was dropped
-            if self._gap is not None:
-                self._happened(self._gap, r, steps)
-            return
-        place = r.requests.index(self._name)
-        self._ran(life, r, r.tokens[place], r.emitted[place], changes)
+        if self._name in r.requests:
+            place = r.requests.index(self._name)
+            self._ran(life, r, r.tokens[place], r.emitted[place], changes)
+        elif self._gap is not None:
+            self._happened(self._gap, r, steps)
 
     def _surroundings(self, stretch: Stretch, r: StepDone) -> None:
         if stretch.running is None:
@@ -284,7 +283,7 @@ class _Events:
 
     def _ran(self, life: Life, r: StepDone, tokens: int, emitted: int, changes: list[Change]) -> None:
         ends, steps, batch = r.ends_ns, len(r.ends_ns), len(r.requests)
-        if life.stretches[-1].phase != "decode":
+        if life.stretches[-1].phase in ("prefill", "recompute"):
             life.stretches[-1].chunks.append(Chunk(r.start_ns, ends[0], tokens, batch))
         for change in changes:
             self._enter(life, change)
@@ -332,7 +331,7 @@ def _exact(info: dict[str, Any]) -> bool:
 def _read_plans(life: Life, plans: Iterable[Planned]) -> None:
     name, engine = life.arrived.request, life.arrived.engine
     starts = [stretch.start_ns for stretch in life.stretches]
-    preemptions = {p.t_ns: p for p in life.preemptions}
+    preemptions = list(life.preemptions)  # in order, those whose plan is not found yet
     moves = {move.start_ns: move for move in life.moves if move.direction == "in"}
     life.plans_end_ns = 0
     for plan in plans:
@@ -344,9 +343,11 @@ def _read_plans(life: Life, plans: Iterable[Planned]) -> None:
         t_ns = plan.t_ns
         tokens = next((n for one, n in plan.work if one == name), None)
         victim = any(one == name for one, _, _ in plan.preempted)
-        if victim and t_ns in preemptions:
+        while preemptions and preemptions[0].t_ns < t_ns:
+            preemptions.pop(0)
+        if victim and preemptions and preemptions[0].t_ns == t_ns:
             others = [one for one, _, _ in plan.preempted if one != name]
-            preemptions[t_ns].plan = PreemptingPlan(plan.step, list(plan.work), others)
+            preemptions.pop(0).plan = PreemptingPlan(plan.step, list(plan.work), others)
         for one, reason in plan.swapped_in:
             if one == name and t_ns in moves:
                 moves[t_ns].reason = reason

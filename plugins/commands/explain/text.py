@@ -41,6 +41,10 @@ SIGNS: dict[Phase, str] = {
 }
 
 
+BACK: dict[Phase, str] = {"swap in": "Back on the device", "paused": "Resumed"}
+"""Phase -> how what follows begins, for requests that kept their KV."""
+
+
 def tell(life: Life, folder: str) -> Iterator[str]:
     """The lines of the whole story."""
     yield from _head(life, folder)
@@ -150,27 +154,25 @@ def _arrival(life: Life) -> Iterator[str]:
 
 def _stretch(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     phase = stretch.phase
-    if phase in ("preempted", "swap out", "paused"):
-        yield from _preemption(life, stretch)
+    if stretch.preemption is not None:
+        yield from _preemption(life, stretch.preemption)
     if phase in WAITING:
         if phase == "swapped":
             yield from _at(life, stretch.start_ns, f"{_moved(life, 'out', stretch.start_ns)} on the host.")
         yield from _waiting(life, stretch)
     elif phase in ("prefill", "recompute"):
-        yield from _prefill(life, stretch)
+        yield from _prefill(life, index, stretch)
     elif phase == "decode":
         yield from _decode(life, index, stretch)
     elif phase == "swap in":
         move = next(m for m in life.moves if m.direction == "in" and m.start_ns == stretch.start_ns)
         why = f': "{move.reason}"' if move.reason else ""
-        yield from _at(life, stretch.start_ns, f"Its {number(move.pages)} pages began to come back{why}.")
+        yield from _at(
+            life, stretch.start_ns, f"Its KV, {count(move.pages, 'page')}, began to come back{why}."
+        )
 
 
-def _preemption(life: Life, stretch: Stretch) -> Iterator[str]:
-    found = [p for p in life.preemptions if p.t_ns == stretch.start_ns]
-    if not found:
-        return
-    p = found[-1]
+def _preemption(life: Life, p: Preemption) -> Iterator[str]:
     by = f" by the plan of step {p.plan.step}" if p.plan else ""
     out = sum(s.tokens for s in life.stretches if s.end_ns <= p.t_ns)
     text = f'Preempted{by}, mode {p.mode}: "{p.reason}". '
@@ -194,7 +196,7 @@ def _behalf(life: Life, p: Preemption) -> Iterator[str]:
         text = f"That plan went on with {listed(list(work))}."
         if admitted:
             text += (
-                " Of them it admitted "
+                " It admitted "
                 + joined([f"{name} ({count(work[name], 'token')})" for name in admitted])
                 + "."
             )
@@ -276,9 +278,10 @@ def _meanwhile(life: Life, stretch: Stretch) -> Iterator[str]:
     parts = []
     if stretch.running is not None:
         low, high = stretch.running.low, stretch.running.high
-        parts.append(f"{span(low, high)} requests were running")
+        parts.append(f"{span(low, high)} {'request was' if high == 1 else 'requests were'} running")
         for index, free in enumerate(stretch.free_pages):
-            parts.append(f"{span(free.low, free.high)} {_pool(life, index)} were free")
+            were = "was" if free.high == 1 else "were"
+            parts.append(f"{span(free.low, free.high)} {_pool(life, index)} {were} free")
     text = f"Meanwhile {joined(parts)} at the ends of launches." if parts else ""
     if stretch.admitted:
         text += f" Admitted meanwhile: {listed(list(dict.fromkeys(stretch.admitted)))}."
@@ -290,11 +293,15 @@ def _meanwhile(life: Life, stretch: Stretch) -> Iterator[str]:
         yield from _below(text.strip())
 
 
-def _prefill(life: Life, stretch: Stretch) -> Iterator[str]:
+def _prefill(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     plan = life.admitting_steps.get(stretch.start_ns)
-    again = " again" if stretch.phase == "recompute" else ""
-    text = f"Admitted{again}"
-    text += f" by the plan of step {plan[0]}." if plan else "."
+    again = stretch.phase == "recompute"
+    before = life.stretches[index - 1].phase
+    if before in BACK:
+        text = f"{BACK[before]}."
+    else:
+        text = "Admitted again" if again else "Admitted"
+        text += f" by the plan of step {plan[0]}." if plan else "."
     if stretch.cached_tokens:
         text += f" {count(stretch.cached_tokens, 'token')} of KV came from the prefix store."
     chunks = stretch.chunks
@@ -323,8 +330,7 @@ def _decode(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
         if stretch.tokens > 1:
             text += f" {count(stretch.tokens - 1, 'further token')} in {duration(stretch.ns)}."
     else:
-        begin = {"swap in": "Back on the device", "paused": "Resumed", "recompute": "Tokens again"}
-        text = f"{begin.get(life.stretches[index - 1].phase, 'Decoding')}: "
+        text = f"{BACK.get(life.stretches[index - 1].phase, 'Tokens again')}: "
         text += f"{count(stretch.tokens, 'token')} in {duration(stretch.ns)}."
     yield from _at(life, stretch.start_ns, text)
     last = max(i for i, s in enumerate(life.stretches) if s.phase == "decode")
@@ -336,16 +342,13 @@ def _pace(life: Life) -> Iterator[str]:
     if not life.gaps:
         return
     median = statistics.median(life.gaps)
-    text = f"{count(len(life.gaps), 'gap')} between its tokens: {duration(median)} at the median"
-    text += f", TPOT {duration(life.facts.tpot_ns)}"
-    slow = [gap for gap in life.slowest if gap.ns >= SLOW * median] if median else []
-    if not slow:
-        yield from _below(f"{text}; none was {SLOW:g} times the median.")
-        return
-    yield from _below(f"{text}. The slowest:")
+    text = f"{count(len(life.gaps), 'gap')} between its tokens, {duration(median)} at the median; "
+    text += f"TPOT {duration(life.facts.tpot_ns)}."
+    slow = [gap for gap in life.slowest if gap.ns >= SLOW * median or gap.preempted]
+    yield from _below(text + (" The slowest:" if slow else f" None was {SLOW:g} times the median."))
     for gap in slow:
-        times = f"{gap.ns / median:.1f} times the median"
-        lead = f"{duration(gap.ns):>10} ({times}, from {_since(life, gap.start_ns)}): "
+        times = f"{gap.ns / median:.1f} times the median, " if median and gap.ns != median else ""
+        lead = f"{duration(gap.ns):>10} ({times}from {_since(life, gap.start_ns)}): "
         yield from wrapped(" " * MARGIN + lead + _inside(gap), " " * (MARGIN + 14))
 
 
@@ -436,8 +439,8 @@ def _moved(life: Life, direction: str, until_ns: int) -> str:
     for move in life.moves:
         if move.direction != direction or move.end_ns != until_ns:
             continue
-        return f"Its {number(move.pages)} pages are, after {duration(until_ns - move.start_ns)},"
-    return "Its pages are"
+        return f"Its KV, {count(move.pages, 'page')}, is, after {duration(until_ns - move.start_ns)},"
+    return "Its KV is"
 
 
 def _people(names: Sequence[str], one: str, many: str) -> str:
