@@ -27,7 +27,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name: str, **how: Any) -> Path:
-        serve(folder / name, observers=REPORT, **{"workload": {"request_rate": 2000, "num_requests": 8}, **how})
+        serve(
+            folder / name, observers=REPORT, **{"workload": {"request_rate": 2000, "num_requests": 8}, **how}
+        )
         return folder / name
 
     return {
