@@ -192,6 +192,7 @@ def test_a_run_that_was_killed_leaves_a_readable_file(tmp_path: Path) -> None:
     assert not text.endswith("]\n")
     found = json.loads(text + "]")
     assert found[-1]["name"] == "queued" and found[-1]["ts"] == 2_000_000
+    observer.servelab_on_run_finished(ended(2000))
 
 
 def test_an_empty_run(tmp_path: Path) -> None:
