@@ -175,6 +175,14 @@ def test_quality_has_a_slice_of_its_own(tmp_path: Path) -> None:
     assert [e["args"] for e in of(events, name="mean KL, nats")] == [{"w4": 0.25}]
 
 
+def test_a_transfer_under_way_ends_with_the_run(tmp_path: Path) -> None:
+    move = TransferStarted(t_ns=39 * MS, transfer=26, request="b", direction="out", pages=2, bytes=64)
+    events = trace(tmp_path, [*three()[:-1], move, ended(41)])
+    assert [(e["ph"], e["ts"], e["id"], e["name"]) for e in of(events, cat="transfer")] == [
+        ("b", 39000, "0x1a", "swap out b"), ("e", 41000, "0x1a", "swap out b"),
+    ]  # fmt: skip
+
+
 def test_tracks_are_bounded_and_that_is_said(tmp_path: Path) -> None:
     events = trace(tmp_path / "two", three(), max_requests=2)
     assert {e["name"] for e in of(events, ph="b", cat="request") if e["name"] in "abc"} == {"a", "b"}
