@@ -349,6 +349,15 @@ def test_a_client_that_gives_up_in_the_queue(swapped: RunFolder, capsys: Out) ->
     assert "Cancelled: the client gave up" in out and "0 output tokens, 0 preemptions." in out
 
 
+def test_a_long_life_keeps_to_its_columns(tmp_path: Path, capsys: Out) -> None:
+    day = 86_400_000.0
+    write(tmp_path, [started(), arrived(0, "a"), finished(day, "a", 0, "cancelled", "tired"), ended(day)])
+    main([str(tmp_path), "a"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "+86,400.0 s Cancelled: tired before it ever ran. 0 output tokens, 0 preemptions."
+    assert any("life       1440 min 0.0 s: 100.0 % queued" in line for line in lines)
+
+
 def test_a_rejected_request(tmp_path: Path, capsys: Out) -> None:
     why = "prompt of 99 tokens leaves no room for output"
     write(tmp_path, [started(), arrived(1, "a"), finished(1, "a", 0, "rejected", why), ended(1)])

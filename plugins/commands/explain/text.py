@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
+from servelab.core.metrics.definitions import NS_PER_S
 from servelab.core.metrics.goodput import judge, overall
 from servelab.core.metrics.phases import WAITING, Phase
 from servelab.plugins.commands.explain.life import Gap, Life, Preemption, Stretch
@@ -407,7 +408,8 @@ def _silences(life: Life) -> Iterator[str]:
 
 
 def _since(life: Life, t_ns: int) -> str:
-    return f"+{duration(t_ns - life.arrived.t_ns)}"
+    ns = t_ns - life.arrived.t_ns
+    return f"+{duration(ns)}" if ns < 60 * NS_PER_S else f"+{ns / NS_PER_S:,.1f} s"  # fits the margin
 
 
 def _at(life: Life, t_ns: int, text: str) -> list[str]:
