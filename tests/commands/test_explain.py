@@ -100,8 +100,8 @@ b of RUN: completed (stop)
 +18.00 ms   Admitted by the plan of step 3. 20 tokens of its prompt ran in one step of 10.00 ms, in
             a batch of 2.
 +28.00 ms   First token: TTFT 28.00 ms.
-+28.00 ms   Preempted by the plan of step 4, mode recompute: "full". 20 tokens of its KV were lost;
-            1 output token had come.
++28.00 ms   Preempted by the plan of step 4, mode recompute: "full". The KV of 20 tokens was lost; 1
+            output token had come.
             That plan went on with a. Counting tokens, a began a new page of 16 in it.
             Waited 11.00 ms to be admitted again, 18.3 % of its life.
             What 1 plan said in that time:

@@ -166,18 +166,17 @@ def _stretch(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     elif phase == "decode":
         yield from _decode(life, index, stretch)
     elif phase == "swap in":
-        move = next(m for m in life.moves if m.direction == "in" and m.start_ns == stretch.start_ns)
+        move = [m for m in life.moves if m.direction == "in" and m.start_ns <= stretch.start_ns][-1]
         why = f': "{move.reason}"' if move.reason else ""
-        yield from _at(
-            life, stretch.start_ns, f"Its KV, {count(move.pages, 'page')}, began to come back{why}."
-        )
+        text = f"Its KV, {count(move.pages, 'page')}, began to come back{why}."
+        yield from _at(life, stretch.start_ns, text)
 
 
 def _preemption(life: Life, p: Preemption) -> Iterator[str]:
     by = f" by the plan of step {p.plan.step}" if p.plan else ""
     out = sum(s.tokens for s in life.stretches if s.end_ns <= p.t_ns)
     text = f'Preempted{by}, mode {p.mode}: "{p.reason}". '
-    text += f"{count(p.lost_tokens, 'token')} of its KV were lost" if p.lost_tokens else "No KV was lost"
+    text += f"The KV of {count(p.lost_tokens, 'token')} was lost" if p.lost_tokens else "No KV was lost"
     text += f"; {count(out, 'output token')} had come."
     yield from _at(life, p.t_ns, text)
     yield from _behalf(life, p)
@@ -195,17 +194,10 @@ def _behalf(life: Life, p: Preemption) -> Iterator[str]:
         yield from _below("That plan ran nobody.")
     else:
         text = f"That plan went on with {listed(list(work))}."
-        if admitted:
-            text += (
-                " It admitted "
-                + joined([f"{name} ({count(work[name], 'token')})" for name in admitted])
-                + "."
-            )
-        if chunks:
-            text += " A chunk of prompt ran for " + joined(
-                [f"{n} ({count(work[n], 'token')})" for n in chunks]
-            )
-            text += "."
+        for begin, names in (("It admitted", admitted), ("A chunk of prompt ran for", chunks)):
+            if names:
+                shown = [f"{name} ({count(work[name], 'token')})" for name in names]
+                text += f" {begin} {joined(shown)}."
         yield from _below(text + _grown(life, p, work))
     if p.plan.victims:
         yield from _below(f"It preempted {listed(p.plan.victims)} as well.")
@@ -228,17 +220,16 @@ def _grown(life: Life, p: Preemption, work: dict[str, int]) -> str:
 
 
 def _waiting(life: Life, stretch: Stretch) -> Iterator[str]:
-    total = life.end_ns - life.arrived.t_ns
+    if not stretch.ns and stretch.phase == "queued" and life.facts.admitted_ns is not None:
+        return  # taken at once
     what = {
         "queued": "Waited {} to be admitted",
         "preempted": "Waited {} to be admitted again",
         "swapped": "Waited {} on the host",
         "paused": "Paused for {}, its pages kept",
     }[stretch.phase]
-    text = what.format(duration(stretch.ns)) + f", {percent(stretch.ns, total)} of its life."
-    if not stretch.ns and stretch.phase == "queued" and life.facts.admitted_ns is not None:
-        return  # taken at once
-    yield from _below(text)
+    share = percent(stretch.ns, life.end_ns - life.arrived.t_ns)
+    yield from _below(f"{what.format(duration(stretch.ns))}, {share} of its life.")
     yield from _said(life, stretch)
     yield from _meanwhile(life, stretch)
 
