@@ -46,6 +46,7 @@ from servelab.core.records import (
     RequestAdmitted,
     RequestArrived,
     RequestFinished,
+    RequestForked,
     RequestPreempted,
     RunFinished,
     RunStarted,
@@ -54,7 +55,7 @@ from servelab.core.records import (
     TransferEnded,
     TransferStarted,
 )
-from servelab.core.request import SLO, Arrival, Cancel, Phase, RequestSpec, RequestView, Truth
+from servelab.core.request import SLO, Arrival, Cancel, Phase, RequestSpec, RequestView, Truth, sample_id
 from servelab.core.sampling import SamplingParams
 from servelab.core.spec import HOOK_API, Paper, PluginSpec
 from servelab.core.text import Tokenizer
@@ -105,6 +106,7 @@ __all__ = [
     "RequestAdmitted",
     "RequestArrived",
     "RequestFinished",
+    "RequestForked",
     "RequestPreempted",
     "RequestSpec",
     "RequestView",
@@ -130,4 +132,5 @@ __all__ = [
     "Workload",
     "WorkloadError",
     "hookimpl",
+    "sample_id",
 ]

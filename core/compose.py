@@ -144,6 +144,7 @@ def compose(
             checks=config.engine.checks,
             prefix=prefix,
             prefix_name=config.prefix.name if config.prefix else "",
+            shares=any("kvcache.fork" in one.spec.provides for one in selected),
         )
         task: Task = build.one("task")
         described = build.ask("workload", workload.describe)

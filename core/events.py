@@ -8,7 +8,7 @@ once all other events of that instant have been handled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from servelab.core.plan import Background, Outcome, Tokens
@@ -126,6 +126,9 @@ class Batch:
     background: tuple[Background, ...] = ()
     copies: tuple[tuple[int, int, int], ...] = ()
     """(pool, source page, destination page) to copy before the first step (copy-on-write)."""
+    forks: dict[int, list[Request]] = field(default_factory=dict)
+    """Index -> further samples of the prompt that ends here: each needs a first token too
+    (``Outcome.forks``). Such a launch has one step."""
 
     def num_tokens(self) -> int:
         """Tokens of the first step, drafts included."""

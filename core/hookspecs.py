@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RequestAdmitted,
         RequestArrived,
         RequestFinished,
+        RequestForked,
         RequestPreempted,
         RunFinished,
         RunStarted,
@@ -160,6 +161,10 @@ class Events:
         """A waiting request was scheduled, first or again."""
 
     @hookspec
+    def servelab_on_request_forked(self, record: RequestForked) -> None:
+        """A further sample of a prompt starts: its first token was drawn with the prompt's."""
+
+    @hookspec
     def servelab_after_plan(self, record: Planned) -> None:
         """A plan was accepted; it starts now. Empty plans that change nothing are not reported."""
 
@@ -216,6 +221,7 @@ EVENT_OF_RECORD: dict[str, str] = {
     "run_started": "servelab_on_run_started",
     "arrived": "servelab_on_request_arrived",
     "admitted": "servelab_on_request_admitted",
+    "forked": "servelab_on_request_forked",
     "planned": "servelab_after_plan",
     "step": "servelab_after_step",
     "tokens": "servelab_on_tokens_emitted",

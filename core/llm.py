@@ -22,7 +22,7 @@ from typing import Any, Self, SupportsIndex, cast
 from servelab.core.client import Box, Client, Event
 from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.records import RequestAdmitted, RequestArrived, RequestFinished, TokensEmitted
-from servelab.core.request import RequestSpec
+from servelab.core.request import RequestSpec, sample_id
 from servelab.core.sampling import SamplingParams
 from servelab.core.stops import visible_text
 from servelab.core.stream_text import StreamText
@@ -80,6 +80,13 @@ class Completion:
     """Per output token, if asked for: token id -> log-probability, the drawn token first."""
     preemptions: int
     timings: Timings
+    siblings: tuple[Completion, ...] = ()
+    """The other outputs of its prompt, if ``SamplingParams.n`` asked for several."""
+
+    @property
+    def samples(self) -> tuple[Completion, ...]:
+        """All outputs of its prompt, itself first."""
+        return (self, *self.siblings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +99,8 @@ class Chunk:
     """New output ids."""
     completion: Completion | None = None
     """With the last chunk: the whole."""
+    sample: int = 0
+    """Which of the prompt's outputs it belongs to, if ``SamplingParams.n`` asked for several."""
 
 
 class LLM:
@@ -180,7 +189,9 @@ class LLM:
         *,
         progress: bool | None = None,
     ) -> list[Completion]:
-        """Complete prompts, batched by the engine; in their order.
+        """Complete prompts, batched by the engine; one completion for each, in their order.
+
+        With ``SamplingParams(n=...)`` it is the prompt's first output; the others are its ``siblings``.
 
         Args:
             prompts: one or many, each a text or token ids. None: an empty list comes back.
@@ -199,11 +210,11 @@ class LLM:
             boxes = [self._client.send(spec) for _, spec in specs]
             with _bar(len(specs), show) as tick:
                 for (text, spec), box in zip(specs, boxes, strict=True):
-                    done.append(self._completion(text, spec, list(self._events(box))))
+                    done.append(self._samples(text, spec, list(self._events(box, spec.n))))
                     tick()
         finally:
             for _, spec in specs[len(done) :]:  # Ctrl-C, an error: what still runs is given up
-                self._client.forget(spec.id)
+                self._client.forget(spec)
         return done
 
     def chat(
@@ -227,6 +238,8 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk]:
         """Complete one prompt, piece by piece: texts and ids of the chunks add up to those of the whole.
 
+        With ``SamplingParams(n=...)`` the chunks of all outputs come as they are made, see ``Chunk.sample``.
+
         The request starts with the first ``next``. Closing the iterator early gives it up. For a
         conversation: ``stream(llm.tokenizer.chat(messages))``.
         """
@@ -234,26 +247,28 @@ class LLM:
         return self._stream(text, spec)
 
     def _stream(self, text: str | None, spec: RequestSpec) -> Generator[Chunk]:
-        shown, events = "", list[Event]()
-        growing = StreamText(self.tokenizer.decode, spec.sampling, self.tokenizer.stop_ids)
+        numbers = {sample_id(spec.id, k): k for k in range(spec.n)}
+        shown, events = [""] * spec.n, [list[Event]() for _ in numbers]
+        growing = [StreamText(self.tokenizer.decode, spec.sampling, self.tokenizer.stop_ids) for _ in numbers]
         try:
-            for event in self._events(self._client.send(spec, live=True)):
-                events.append(event)
+            for event in self._events(self._client.send(spec, live=True), spec.n):
+                k = numbers[event.request]
+                events[k].append(event)
                 if isinstance(event, TokensEmitted):
-                    new = growing.add(event.tokens)
-                    shown += new
-                    yield Chunk(text=new, token_ids=tuple(event.tokens))
-            whole = self._completion(text, spec, events)
-            yield Chunk(text=whole.text[len(shown) :], token_ids=(), completion=whole)
+                    new = growing[k].add(event.tokens)
+                    shown[k] += new
+                    yield Chunk(text=new, token_ids=tuple(event.tokens), sample=k)
+                elif isinstance(event, RequestFinished):
+                    whole = self._completion(text, spec, event.request, events[k])
+                    yield Chunk(text=whole.text[len(shown[k]) :], token_ids=(), completion=whole, sample=k)
         finally:
-            self._client.forget(spec.id)
+            self._client.forget(spec)
 
-    def _events(self, box: Box) -> Iterator[Event]:
-        while True:
+    def _events(self, box: Box, samples: int) -> Iterator[Event]:
+        while samples:
             event = self._client.receive(box)
             yield event
-            if isinstance(event, RequestFinished):
-                return
+            samples -= isinstance(event, RequestFinished)
 
     # -------------------------------------------------------------- requests
 
@@ -312,17 +327,32 @@ class LLM:
             )
         most = room if params.max_tokens is None else min(params.max_tokens, room)
         return RequestSpec(
-            id="", prompt_tokens=len(ids), max_new_tokens=most, prompt_ids=ids, sampling=params
+            id="",
+            prompt_tokens=len(ids),
+            max_new_tokens=most,
+            prompt_ids=ids,
+            sampling=params,
+            n=params.n,
         )
 
-    def _completion(self, text: str | None, spec: RequestSpec, events: Sequence[Event]) -> Completion:
-        """The whole from the records of a request."""
+    def _samples(self, text: str | None, spec: RequestSpec, events: Sequence[Event]) -> Completion:
+        """The outputs of a prompt from its records."""
+        first, *others = (
+            self._completion(text, spec, id, [e for e in events if e.request == id])
+            for id in (sample_id(spec.id, k) for k in range(spec.n))
+        )
+        return replace(first, siblings=tuple(others)) if others else first
+
+    def _completion(
+        self, text: str | None, spec: RequestSpec, request: str, events: Sequence[Event]
+    ) -> Completion:
+        """One output from its records."""
         arrived = next(e.t_ns for e in events if isinstance(e, RequestArrived))
         admitted = next((e.t_ns for e in events if isinstance(e, RequestAdmitted)), None)
         emitted = [e for e in events if isinstance(e, TokensEmitted)]
         end = cast("RequestFinished", events[-1])
         if end.outcome == "failed":
-            raise ServeLabError(f"request {spec.id} could not be served", where="the engine", why=end.reason)
+            raise ServeLabError(f"request {request} could not be served", where="the engine", why=end.reason)
         ids = [token for e in emitted for token in e.tokens]
         times = tuple((e.t_ns - arrived) / 1e9 for e in emitted for _ in e.tokens)
         visible, stopped = "", None
@@ -332,7 +362,7 @@ class LLM:
             )
         asked = spec.sampling.logprobs is not None
         return Completion(
-            request_id=spec.id,
+            request_id=request,
             prompt=text,
             prompt_token_ids=tuple(spec.prompt_ids or ()),
             token_ids=tuple(ids),

@@ -193,3 +193,5 @@ class Outcome:
     stash_bytes: int = 0
     logprobs: tuple[dict[int, float], ...] | None = None
     """Per output token, if the request asked for them: token id -> log-probability, the drawn one first."""
+    forks: tuple[Outcome, ...] = ()
+    """Where ``Batch.forks`` asks for them: the first token of each further sample, from the same logits."""

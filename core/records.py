@@ -64,6 +64,21 @@ class RequestArrived(Record):
     slo_ttft_ns: int | None = None
     slo_tpot_ns: int | None = None
     slo_e2el_ns: int | None = None
+    parent: str | None = None
+    """The request that computes its prompt, if it is a further sample of one."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestForked(Record):
+    """A prompt is computed, and a further sample of it has its first output token, drawn in the same step."""
+
+    ev = "forked"
+    request: str
+    parent: str
+    shared_tokens: int
+    """Tokens of the prompt whose KV it shares; 0: it waits, and computes the prompt itself."""
+    reason: str = ""
+    """Why it shares nothing."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -257,6 +272,7 @@ RECORDS: dict[str, type[Record]] = {
         RunStarted,
         RequestArrived,
         RequestAdmitted,
+        RequestForked,
         Planned,
         StepDone,
         TokensEmitted,

@@ -20,6 +20,8 @@ class Phase(StrEnum):
 
     WAITING = "waiting"
     COMPILING = "compiling"
+    FORKING = "forking"
+    """A further sample of a prompt that another request computes; no policy sees it before that is done."""
     RUNNING = "running"
     PAUSED = "paused"
     SWAPPING = "swapping"
@@ -65,6 +67,11 @@ class RequestSpec:
     slo: SLO | None = None
     sampling: Any = None
     """Sampling parameters, understood by the executor."""
+    n: int = 1
+    """Outputs drawn from the prompt. Each is a request of its own (``sample_id``): the first computes the
+    prompt, the others fork from it."""
+    sample: int = 0
+    """Which of them this is; the core sets it."""
     features: Mapping[str, Any] = field(default_factory=dict)
     """What special plugins need (category, block hashes, grammar id, ...), by documented key."""
 
@@ -74,6 +81,19 @@ class Truth:
     """What will really happen to a request. Kept apart, readable by executors and declared oracles."""
 
     output_tokens: int
+    further: tuple[int, ...] = ()
+    """The same of the further samples of its prompt; empty: all are as long as the first."""
+
+    def of(self, sample: int) -> Truth:
+        """What will happen to one of the samples."""
+        if not self.further:
+            return self
+        return Truth(self.further[sample - 1] if sample else self.output_tokens)
+
+
+def sample_id(id: str, sample: int) -> str:
+    """Id of one of the outputs drawn from the prompt of request ``id``: ``r7``, ``r7#1``, ``r7#2``, ..."""
+    return f"{id}#{sample}" if sample else id
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +160,9 @@ class RequestView:
     layer_cursor: int = _live("_r.layer_cursor", "Layers its current chunk has passed (layered prefill).")
     cached_tokens: int = _live("_r.cached", "Prompt tokens reused from a prefix store.")
     preemptions: int = _live("_r.preemptions", "Times it was preempted.")
+    forks: int = _live(
+        "_r.num_forks", "Further samples of its prompt, which start to run when the prompt is computed."
+    )
     drafted_tokens: int = _live("_r.drafted", "Draft tokens verified so far.")
     accepted_tokens: int = _live("_r.accepted", "Draft tokens accepted so far.")
     next_token: Tokens = _live(

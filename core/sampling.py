@@ -36,6 +36,9 @@ class SamplingParams:
     """Subtracted from the logits of tokens that are in the output."""
     frequency_penalty: float = 0.0
     """Subtracted as many times as the token is in the output."""
+    n: int = 1
+    """Outputs drawn from the prompt, each a request of its own that shares the prompt's KV; with ``seed``,
+    output k draws as a request of seed + k would. 1 if greedy, as all would be equal."""
     seed: int | None = None
     """Draws depend on this, 64 bits, and on the position in the output only; None: derived from run and
     request."""
@@ -84,6 +87,8 @@ class SamplingParams:
             ),
             ("presence_penalty", _number(self.presence_penalty, -2, 2), "-2 to 2"),
             ("frequency_penalty", _number(self.frequency_penalty, -2, 2), "-2 to 2"),
+            ("n", _whole(self.n, 1), "1 or more"),
+            ("n", self.n == 1 or self.temperature != 0, "1 with temperature=0, whose outputs are equal"),
             ("seed", self.seed is None or _whole(self.seed, 0, 2**64 - 1), "0 to 2**64 - 1, or None"),
             ("max_tokens", self.max_tokens is None or _whole(self.max_tokens, 1), "1 or more, or None"),
             ("min_tokens", _whole(self.min_tokens, 0, most), "0 or more and at most max_tokens"),

@@ -43,6 +43,7 @@ CAPABILITIES: dict[str, str] = {
     "prefix.pin": "Keeps entries out of eviction until a deadline.",
     "prefix.tiers": "Keeps entries on tiers below the device.",
     "prefix.probe": "Can match without changing its state.",
+    "prefix.fork": "Counts users of pages that several samples of one prompt share.",
     "prefix.events": "Reports what it stores and removes.",
     "semantic.answers": "Answers requests from stored answers.",
     "semantic.augments": "Adds stored examples to prompts.",

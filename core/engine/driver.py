@@ -35,7 +35,7 @@ from servelab.core.families.cost import CostModel
 from servelab.core.families.executor import Executor
 from servelab.core.families.workload import Workload
 from servelab.core.records import Record, RequestFinished
-from servelab.core.request import Arrival, Cancel, RequestSpec, Truth
+from servelab.core.request import Arrival, Cancel, RequestSpec, Truth, sample_id
 
 _SCHEDULE = Schedule()
 _TIMER = Timer()
@@ -217,7 +217,10 @@ class Driver:
         elif isinstance(what, Arrival):
             self._arrive(what, now)
         elif isinstance(what, Cancel):
-            self._deliver(self._home.get(what.request_id, 0), Abort(what.request_id), now)
+            home = self._home.get(what.request_id)
+            # that sample has ended, others of its prompt may live: engines ignore ids they do not know
+            for index in range(len(self.engines)) if home is None else (home,):
+                self._deliver(index, Abort(what.request_id), now)
         elif isinstance(what, StartTransfer):
             self._guard(f"executor of engine {index}", self.executors[index].transfer, what.transfer)
             self._deliver(index, TransferDone(what.transfer.id), now)
@@ -364,7 +367,8 @@ class Driver:
         """Dispatch an arrival; books its truth, and its home so that a cancellation finds it."""
         spec = item.spec
         if item.truth is not None:
-            self.truths[spec.id] = item.truth
+            for k in range(spec.n):
+                self.truths[sample_id(spec.id, k)] = item.truth.of(k)
         index = self._guard("dispatch", self._dispatch, spec)
         if type(index) is not int or not 0 <= index < len(self.engines):
             raise PluginError(
@@ -373,7 +377,7 @@ class Driver:
                 do="answer with an index of the engines given to the driver",
             )
         if len(self.engines) > 1:
-            self._home[spec.id] = index
+            self._home |= dict.fromkeys((sample_id(spec.id, k) for k in range(spec.n)), index)
         self._deliver(index, Arrive(spec), now)
 
     def _finished(self, record: RequestFinished) -> None:

@@ -14,6 +14,7 @@ from servelab.core.engine.contexts import Contexts
 from servelab.core.engine.lane import Lane
 from servelab.core.engine.ledger import Ledger, Transfer
 from servelab.core.engine.reuse import Reuse
+from servelab.core.engine.samples import Samples
 from servelab.core.engine.state import Request
 from servelab.core.engine.validate import PlanCheck
 from servelab.core.engine.views import Expiring, ProgramView, StepView, renew_view, renew_views
@@ -55,7 +56,7 @@ from servelab.core.records import (
     TransferEnded,
     TransferStarted,
 )
-from servelab.core.request import Phase, RequestView
+from servelab.core.request import Phase, RequestSpec, RequestView, sample_id
 
 T = TypeVar("T")
 
@@ -69,6 +70,7 @@ class Engine:
         checks: ``full`` adds epoch-checked views and an integrity check when all requests have ended.
         predictor: answers ``StepView.predict``; None: the run has none.
         prefix: the prefix store, attached to the layout; None: nothing is reused.
+        shares: requests may share pages and copy them on write (``kvcache.fork``).
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Engine:
         predictor: Callable[[RequestView, float], int] | None = None,
         prefix: PrefixStore | None = None,
         prefix_name: str = "",
+        shares: bool = False,
     ) -> None:
         self.index = index
         self.scheduler_name = scheduler_name
@@ -123,6 +126,7 @@ class Engine:
         self.programs: dict[str, ProgramView] = {}
         self.transfers: dict[int, Transfer] = {}
         self.contexts = Contexts(self, getattr(scheduler, "on_turn_end", None))
+        self.samples = Samples(self, shares=shares and (prefix is None or hasattr(prefix, "fork")))
         self.arrived = 0
         self.ended: dict[Ending, int] = dict.fromkeys(get_args(Ending), 0)
         """Terminal records given, by outcome."""
@@ -264,6 +268,7 @@ class Engine:
         source = self.running if r.phase is Phase.RUNNING else self.paused
         if mode == "recompute":
             del source[r.id]
+            self.samples.requeued(r)
             self.ledger.release(r.lease)
             lost = r.forget_progress(self.ledger.open(r.id))
             r.phase = Phase.WAITING
@@ -293,6 +298,8 @@ class Engine:
         else:
             del self.waiting[r.id]
             self._admitted(r)
+            if r.forks:
+                self.samples.admitted(r)
         r.phase = Phase.RUNNING
         self.running[r.id] = r
 
@@ -321,7 +328,7 @@ class Engine:
 
     def _arrive(self, event: Arrive) -> None:
         spec = event.spec
-        if spec.id in self.requests:
+        if any(sample_id(spec.id, k) in self.requests for k in range(spec.n)):
             raise WorkloadError(
                 f"request id {spec.id!r} arrived twice",
                 where=f"t={self.now_ns} ns",
@@ -334,18 +341,41 @@ class Engine:
                 why="both must be at least 1",
                 do="mend the workload",
             )
+        if spec.n < 1:
+            raise WorkloadError(
+                f"request {spec.id!r} asks for {spec.n} outputs",
+                why="n must be at least 1",
+                do="mend the workload",
+            )
         self._break_holds()
-        room = self.limits.max_model_len - spec.prompt_tokens
-        r = Request(spec, self.now_ns, min(spec.max_new_tokens, max(room, 1)), self.ledger.open(spec.id))
-        r.home = self
-        self.requests[r.id] = r
+        r = self._welcome(spec)
         self.waiting[r.id] = r
-        self.arrived += 1
         if spec.program is not None:
             program = self.programs.setdefault(spec.program, ProgramView(spec.program, self.now_ns))
             program.turns += 1
             program.live += 1
             r.program_arrival_ns = program.arrival_ns
+        if spec.n > 1:
+            self.samples.arrived(r, [self._welcome(one, r.id) for one in self.samples.specs(spec)])
+        if self._lost is not None:
+            self._end(r, "failed", self._lost)
+        elif spec.prompt_tokens >= self.limits.max_model_len:
+            self._end(
+                r,
+                "rejected",
+                f"prompt of {spec.prompt_tokens} tokens leaves no room for output: max_model_len is "
+                f"{self.limits.max_model_len}",
+            )
+        else:
+            self.contexts.adopt(r)
+
+    def _welcome(self, spec: RequestSpec, parent: str | None = None) -> Request:
+        """A live request, in no queue yet; its arrival is told."""
+        room = self.limits.max_model_len - spec.prompt_tokens
+        r = Request(spec, self.now_ns, min(spec.max_new_tokens, max(room, 1)), self.ledger.open(spec.id))
+        r.home = self
+        self.requests[r.id] = r
+        self.arrived += 1
         slo = spec.slo
         self.emit(
             RequestArrived(
@@ -362,25 +392,16 @@ class Engine:
                 slo_ttft_ns=slo.ttft_ns if slo else None,
                 slo_tpot_ns=slo.tpot_ns if slo else None,
                 slo_e2el_ns=slo.e2el_ns if slo else None,
+                parent=parent,
             )
         )
-        if self._lost is not None:
-            self._end(r, "failed", self._lost)
-        elif room < 1:
-            self._end(
-                r,
-                "rejected",
-                f"prompt of {spec.prompt_tokens} tokens leaves no room for output: max_model_len is "
-                f"{self.limits.max_model_len}",
-            )
-        else:
-            self.contexts.adopt(r)
+        return r
 
     def _abort(self, event: Abort) -> None:
-        r = self.requests.get(event.request_id)
-        if r is not None:
+        for r in self.samples.of(event.request_id):
             self._break_holds()
-            self._end(r, "cancelled", event.reason)
+            if r.home is self:  # it did not end with another sample
+                self._end(r, "cancelled", event.reason)
 
     def _tick(self, _: Timer | ToolDone) -> None:
         self._break_holds()
@@ -417,6 +438,8 @@ class Engine:
         )
         if self.token_log:
             self._log_tokens(event, batch, emitted)
+        if batch.forks:
+            done += self.samples.landed(batch, event)
         for r, reason in done:
             self._end(r, "completed", reason)  # a hold it was part of ends here: see Lane.repeat
 
@@ -514,7 +537,8 @@ class Engine:
 
     def _end_all(self, outcome: Ending, reason: str) -> None:
         for r in list(self.requests.values()):
-            self._end(r, outcome, reason)
+            if r.home is self:  # it did not end with another
+                self._end(r, outcome, reason)
 
     def _end(self, r: Request, outcome: Ending, reason: str) -> None:
         """The one terminal event of a request; its pages return when nothing in flight names them."""
@@ -523,7 +547,7 @@ class Engine:
         for queue in self.queues:
             queue.pop(r.id, None)
         del self.requests[r.id]
-        r.home = None
+        r.home, was = None, r.phase
         r.phase = Phase.FINISHED
         if retain is None:
             self.ledger.release(r.lease)
@@ -550,6 +574,8 @@ class Engine:
         )
         if retain is not None:
             self.contexts.keep(r, retain)
+        for orphan in self.samples.ended(r, was):
+            self._end(orphan, outcome, reason)
 
     def command(self, command: Command) -> None:
         """Send a command with the answer to the current event."""
@@ -624,7 +650,7 @@ class Engine:
         for r in self.requests.values():
             homes = [p for q, p in zip(self.queues, phases, strict=True) if r.id in q]
             in_transit = r.phase in (Phase.SWAPPING, Phase.LOADING) and r.id in moving
-            if homes != ([] if in_transit else [r.phase]):
+            if homes != ([] if in_transit or r.phase is Phase.FORKING else [r.phase]):
                 raise PluginError(f"request {r.id} is {r.phase} but queued as {homes}")
             bound = r.prompt_tokens + r.generated + r.expected + drafts[r.id]
             if not 0 <= r.computed + r.flying <= bound or r.slack < 0:
@@ -634,6 +660,7 @@ class Engine:
                     f"request {r.id} has given up pages that its next token sees",
                     why=f"{r.computed} tokens are computed, its tables begin with pages {r.lease.first}",
                 )
+        self.samples.check_integrity()
         if self.arrived != len(self.requests) + sum(self.ended.values()):
             raise PluginError(
                 f"{self.arrived} requests arrived, {len(self.requests)} are live and {self.ended} ended",

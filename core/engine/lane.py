@@ -110,6 +110,7 @@ class Lane:
         starts: list[int] = []
         samples: list[bool] = []
         extras: dict[int, Tokens] = {}
+        forks: dict[int, list[Request]] = {}
         background: tuple[Background, ...] = ()
         leases: list[Lease] = []
         running, reserve, index = Phase.RUNNING, engine.ledger.reserve, self.index
@@ -140,6 +141,8 @@ class Lane:
                 start, sample = self._book_special(item, r)
                 starts.append(start)
                 samples.append(sample)
+            if r.forks and samples[-1] and r.generated + r.expected == 1:
+                forks[len(requests)] = list(r.forks)
             r.launches += 1
             r.lane = index
             lease = r.lease
@@ -161,6 +164,7 @@ class Lane:
             extras,
             background,
             engine.ledger.take_copies(),
+            forks,
         )
         if self._work is not None:
             if (
@@ -175,6 +179,8 @@ class Lane:
     def _steps_ahead(self, batch: Batch, steps: int) -> int:
         """How many equal steps the launch may run: until a cap, a finish, KV memory ends or comes back."""
         engine = self._engine
+        if batch.forks:  # their first tokens come at its end
+            return 1
         for r in batch.requests:
             left = r.max_new_tokens - r.generated - r.expected + 1
             if left < steps:

@@ -160,12 +160,16 @@ class Ledger:
                 held.update(p for lease in idle for pool, p in lease.kept if pool == i)
                 wanted = {p for lease in hits for p in lease.tables[i]}
                 external = tier.external
-                out.append(sum(refs[p] - external.get(p, 0) == n for p, n in held.items() if p not in wanted))
-            elif len(idle) == 1:
+                given = (p for p, n in held.items() if refs[p] - external.get(p, 0) == n)
+                out.append(sum(p not in wanted and (p not in tier.reading or p in external) for p in given))
+            elif len(idle) == 1 and not tier.reading:
                 out.append(sum(refs[p] == 1 for p in idle[0].tables[i]))
             else:
                 held = Counter(p for lease in idle for p in lease.tables[i])
-                out.append(sum(refs[p] == count for p, count in held.items()))
+                reading = (
+                    tier.reading
+                )  # another sample's launch copies from it: not free before that has landed
+                out.append(sum(refs[p] == count and p not in reading for p, count in held.items()))
         return out
 
     def scratches(self) -> list[Scratch] | None:
@@ -288,24 +292,17 @@ class Ledger:
                 tier.promised -= n
 
     def fork(self, parent: Request, child: Request) -> None:
-        """The child shares the pages of the parent's tokens; who first writes to a shared page copies it.
+        """The child shares the pages of its ``computed`` tokens, which the parent has too.
 
-        Pages the parent holds beyond its tokens stay its own.
+        Who first writes to a shared page copies it. Pages the parent holds beyond these tokens stay its own.
         """
         if child.lease.tables != [[] for _ in self.pools]:
             raise LedgerError(f"fork target {child.id} already holds pages", do="fork into a new request")
-        if parent.lease.holder is not None:
-            raise LedgerError(
-                f"request {parent.id} cannot be forked",
-                where=f"fork into {child.id}",
-                why="a prefix store counts its pages as used by one request",
-                do="run forks without a prefix store (prefix=null)",
-            )
         self._shares = True
-        tokens = parent.computed + parent.flying
+        tokens = child.computed
         for i, pool in enumerate(self.pools):
             first = child.lease.first[i] = parent.lease.first[i]
-            shared = parent.lease.tables[i][: self.kvcache.pages_for(pool, parent.view, tokens) - first]
+            shared = parent.lease.tables[i][: self.kvcache.pages_for(pool, child.view, tokens) - first]
             refs = self._device[i].refs
             for page in shared:
                 refs[page] += 1
@@ -461,6 +458,19 @@ class Ledger:
                     raise LedgerError(f"page {page} of pool {i} is not the store's, so it cannot be shared")
                 self._device[i].refs[page] += 1
         lease.hit = None
+
+    def leading_own(self, lease: Lease, start: int, end: int) -> int:
+        """End of the pages from ``start`` on, ``end`` at most, that a prefix store may have: no other sample
+        of the prompt holds one of them unstored, or copies from it.
+
+        One that ran ahead of a fork may have filled the page that the others are still to copy.
+        """
+        for k in range(start, end) if self._shares else ():
+            for i, table in enumerate(lease.tables):
+                page, tier = table[k], self._device[i]
+                if page in tier.reading or (tier.refs[page] > 1 and page not in tier.external):
+                    return k
+        return end
 
     def retain(self, pool: int, page: int) -> None:
         """An outside holder (a prefix store) adds a reference to a held page.

@@ -106,6 +106,9 @@ class Reuse:
         lease, full = r.lease, known // self._page_tokens
         if full <= lease.published or r.spec.prompt_ids is None:
             return False
+        full = self._engine.ledger.leading_own(lease, lease.published, full)
+        if full == lease.published:
+            return False
         lease.published = full
         done = self._call(
             self._store.commit,
@@ -121,6 +124,14 @@ class Reuse:
             for page in pages:
                 self._engine.ledger.retain(pool, page)
         return any(done.taken)
+
+    def forked(self, parent: Request, child: Request) -> None:
+        """The child shares pages of the parent; those that the store has too are used by both now."""
+        lease = child.lease
+        lease.published = parent.lease.published
+        if parent.lease.holder is not None:
+            fork = self._store.fork  # type: ignore[attr-defined]
+            self._call(fork, self._holder(lease), lease.tables, self._engine.now_ns)
 
     def steps_to_publish(self, requests: Sequence[Request], steps: int) -> int:
         """Decode steps until a page of these requests is full, at most ``steps``."""

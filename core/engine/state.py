@@ -73,6 +73,7 @@ class Request:
         "drafted",
         "expected",
         "flying",
+        "forks",
         "generated",
         "home",
         "id",
@@ -124,6 +125,8 @@ class Request:
         self.accepted = 0
         self.token_times: list[int] = []
         self.output: list[int] = []
+        self.forks: list[Request] = []
+        """Further samples of its prompt that start when it is computed."""
         self.memo: dict[str, Any] | None = None
         """What a prefix store derived from its tokens (hashes)."""
         self.lease = lease
@@ -136,6 +139,10 @@ class Request:
         self.seen = self.view
         """What schedulers are shown: the view, or with ``checks=full`` one that expires with the call."""
         self.one = Tokens(self.view, 1)
+
+    @property
+    def num_forks(self) -> int:
+        return len(self.forks)
 
     def forget_progress(self, lease: Lease) -> int:
         """Back to nothing computed, output so far kept (recompute). Returns the tokens lost."""

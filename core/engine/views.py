@@ -286,6 +286,10 @@ class StepView:
         return self._engine.step
 
     @property
+    def forking(self) -> int:
+        return self._engine.samples.forking
+
+    @property
     def limits(self) -> Limits:
         return self._engine.limits
 

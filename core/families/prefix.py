@@ -13,7 +13,8 @@ several requests), ``prefix.owns_pool`` (decides eviction in the device pools), 
 at other positions), ``prefix.approximate`` (returns spans that need a fix-up), ``prefix.decode_fixup``
 (recomputes tokens while decoding), ``prefix.provenance`` (keys entries by eviction policy and exactness),
 ``prefix.pin``, ``prefix.tiers`` (keeps entries off the device), ``prefix.probe`` (matches without changing
-state), ``prefix.events`` (tells routers what it stores).
+state), ``prefix.fork`` (counts users of pages that samples of one prompt share), ``prefix.events`` (tells
+routers what it stores).
 """
 
 from __future__ import annotations
@@ -198,6 +199,16 @@ class PrefixStore(Protocol):
 
     def evict(self, pool: int, n: int, now_ns: int) -> Sequence[int]:
         """Drop ``n`` pages, the least valuable first; asked only for ``n <= evictable(pool)``."""
+        ...
+
+
+class ForkingStore(PrefixStore, Protocol):
+    """With ``prefix.fork``: without it, further samples of a prompt (``n > 1``) compute it themselves."""
+
+    def fork(self, request_id: str, pages: Sequence[Sequence[int]], now_ns: int) -> None:
+        """A new request shares these pages of another one, per pool: it uses those that are stored, as if it
+        had acquired them.
+        """
         ...
 
 

@@ -198,6 +198,13 @@ class StepView(Protocol):
         ...
 
     @property
+    def forking(self) -> int:
+        """Further samples of prompts that are being computed: they join ``running`` when these are done,
+        without a plan. So admitting a request takes ``1 + request.forks`` places.
+        """
+        ...
+
+    @property
     def paused(self) -> Queue: ...
     @property
     def swapped(self) -> Queue:

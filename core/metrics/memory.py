@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from servelab.core.records import RequestAdmitted, RequestFinished, RequestPreempted, StepDone
+from servelab.core.records import RequestAdmitted, RequestFinished, RequestForked, RequestPreempted, StepDone
 
 
 class MemoryFacts:
@@ -26,6 +26,10 @@ class MemoryFacts:
         """Gone at the end of the next launch, like the pages that the last one showed."""
         self._out: set[str] = set()
         """Ended or dropped: what a launch still runs for them is dropped too."""
+        self._shared: dict[str, int] = {}
+        """By sample, tokens of the prompt that it shares and another counts."""
+        self._sharing: dict[str, list[str]] = {}
+        """By who counts a prompt, the samples that share it."""
         self._final: dict[str, int] = {}
         self._resident_ns: dict[str, int] = {}
 
@@ -33,17 +37,27 @@ class MemoryFacts:
         self._out.discard(record.request)
         self._begin[record.request] = record.cached_tokens
 
+    def forked(self, record: RequestForked) -> None:
+        """What it shares counts once: for who computed it, then for a sample that stays longer."""
+        if record.shared_tokens:
+            self._begin[record.request] = 0
+            self._shared[record.request] = record.shared_tokens
+            self._sharing.setdefault(record.parent, []).append(record.request)
+
     def preempted(self, record: RequestPreempted) -> None:
         name = record.request
         if record.mode == "swap":
             self._begin[name] = self._stored.get(name, 0)
         if record.mode == "recompute":
             self._out.add(name)
-        if record.mode != "pause" and name in self._stored:
-            self._leaving.add(name)
+        if record.mode != "pause":
+            self._shared.pop(name, None)
+            if name in self._stored:
+                self._leaving.add(name)
 
     def finished(self, record: RequestFinished) -> None:
         self._out.add(record.request)
+        self._shared.pop(record.request, None)
         if record.request in self._stored:
             self._leaving.add(record.request)
 
@@ -59,6 +73,7 @@ class MemoryFacts:
                 self._total -= self._stored[name]
                 self._final[name] = self._stored.pop(name)
                 self._resident_ns[name] = self._resident_ns.get(name, 0) + now - self._since.pop(name)
+                self._hand_over(name)
             self._leaving.clear()
         self._last_ns, self._unusable = now, step.unusable_pages
         self.unusable_ns += [0] * (len(step.unusable_pages) - len(self.unusable_ns))
@@ -74,6 +89,21 @@ class MemoryFacts:
                 n += self._begin.pop(name, 0)
             stored[name] += n
             self._total += n
+
+    def _hand_over(self, name: str) -> None:
+        """Who counted a prompt has gone: a sample that still shares it counts it now."""
+        left = [other for other in self._sharing.pop(name, ()) if other in self._shared]
+        if not left:
+            return
+        heir, *others = left
+        tokens = self._shared.pop(heir)
+        if others:
+            self._sharing[heir] = others
+        if heir in self._stored:
+            self._stored[heir] += tokens
+            self._total += tokens
+        else:
+            self._begin[heir] = tokens
 
     @property
     def awaited_ns(self) -> int:

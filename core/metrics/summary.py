@@ -69,7 +69,7 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         _check(facts)
     states = Counter(facts.state for facts in requests)
     duration_s = _duration_ns(timeline) / NS_PER_S
-    inputs = sum(facts.prompt_tokens for facts in completed)
+    inputs = sum(facts.prompt_tokens for facts in completed if facts.parent is None)
     outputs = sum(facts.output_tokens for facts in completed)
     goodput = judge_all(requests, timeline.last_ns, rejections_are_misses=options.rejections_are_misses)
     latencies = _latencies(completed, options.itl_mode)
@@ -163,7 +163,7 @@ def _latencies(completed: Sequence[RequestFacts], itl_mode: ItlMode) -> dict[str
 
 def _hit_rate(requests: Iterable[RequestFacts]) -> float | None:
     """Share of the prompts that was not computed when they were first admitted."""
-    admitted = [facts for facts in requests if facts.admitted_ns is not None]
+    admitted = [facts for facts in requests if facts.admitted_ns is not None and facts.parent is None]
     return _ratio(sum(f.first_cached for f in admitted), sum(f.prompt_tokens for f in admitted))
 
 

@@ -20,6 +20,7 @@ from servelab.core.records import (
     RequestAdmitted,
     RequestArrived,
     RequestFinished,
+    RequestForked,
     RequestPreempted,
     RunFinished,
     RunStarted,
@@ -43,6 +44,7 @@ class RequestFacts:
         "first_cached",
         "id",
         "outcome",
+        "parent",
         "preemptions",
         "prompt_tokens",
         "reason",
@@ -57,6 +59,8 @@ class RequestFacts:
         self.engine = arrived.engine
         self.arrival_ns = arrived.t_ns
         self.prompt_tokens = arrived.prompt_tokens
+        self.parent = arrived.parent
+        """The request that computes its prompt, if it is a further sample of one."""
         self.request_class = arrived.request_class
         slo = {"ttft": arrived.slo_ttft_ns, "tpot": arrived.slo_tpot_ns, "e2el": arrived.slo_e2el_ns}
         self.bounds: dict[str, int] = {metric: bound for metric, bound in slo.items() if bound is not None}
@@ -206,6 +210,7 @@ class Timeline:
             RunStarted.ev: self._run_started,
             RequestArrived.ev: self._arrived,
             RequestAdmitted.ev: self._admitted,
+            RequestForked.ev: self._forked,
             StepDone.ev: self._step,
             RequestPreempted.ev: self._preempted,
             PagesEvicted.ev: self._evicted,
@@ -254,6 +259,10 @@ class Timeline:
             facts.admitted_ns = record.t_ns
             facts.first_cached = record.cached_tokens
         self._engine(record).memory.admitted(record)
+
+    def _forked(self, record: RequestForked) -> None:
+        self._facts(record.request, record).add(array("q", [record.t_ns]), 1)
+        self._engine(record).memory.forked(record)
 
     def _evicted(self, record: PagesEvicted) -> None:
         self.evicted_pages += record.pages

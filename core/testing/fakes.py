@@ -41,7 +41,7 @@ from servelab.core.families.scheduler import KVBudget, Scheduler, StepView
 from servelab.core.layout import Capacity, KVLayout, Pool
 from servelab.core.plan import Background, Hold, Outcome, StepPlan, Tokens
 from servelab.core.records import Record, RequestFinished, RequestPreempted, StepDone
-from servelab.core.request import Arrival, Cancel, Phase, RequestSpec, RequestView, Truth
+from servelab.core.request import Arrival, Cancel, Phase, RequestSpec, RequestView, Truth, sample_id
 
 TOY_MODEL = ModelFacts(
     name="toy", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=256, max_position=4096
@@ -137,7 +137,10 @@ class ToyCost:
 
 
 class ToyExecutor:
-    """Ends each request at its true length; accepts ``accept`` draft tokens of each draft."""
+    """Ends each request at its true length; accepts ``accept`` draft tokens of each draft.
+
+    Output tokens are 0, 1, 2, ...; those of sample k of a prompt 1000 k higher.
+    """
 
     simulated = True
 
@@ -181,8 +184,14 @@ class ToyExecutor:
             wish = self.accept if accept is None else accept
             accepted = max(0, min(wish, batch.extras[i].draft, truth - r.generated - 1))
             count = 1 + accepted
-        ids = tuple(range(r.generated, r.generated + count))
-        return Outcome(ids, accepted=accepted, finish="stop" if r.generated + count >= truth else None)
+        first = 1000 * r.spec.sample + r.generated
+        ids = tuple(range(first, first + count))
+        forks = tuple(
+            Outcome((1000 * other.spec.sample,), finish="stop" if self._truth(other) <= 1 else None)
+            for other in batch.forks.get(i, ())
+        )
+        end = "stop" if r.generated + count >= truth else None
+        return Outcome(ids, accepted=accepted, finish=end, forks=forks)
 
     def transfer(self, transfer: Transfer) -> None:
         self.transferred.append(transfer.id)
@@ -433,6 +442,7 @@ def make_engine(
     index: int = 0,
     predictor: Callable[[RequestView, float], int] | None = None,
     prefix: PrefixStore | None = None,
+    shares: bool = False,
 ) -> Engine:
     """An engine of toy parts; an ``int`` of pages means that many in every pool."""
     kvcache = kvcache or ToyKV()
@@ -458,6 +468,7 @@ def make_engine(
         predictor=predictor,
         prefix=prefix,
         prefix_name="toystore",
+        shares=shares,
     )
 
 
@@ -509,7 +520,8 @@ class Rig:
 
     def arrive(self, id: str, prompt: int = 4, output: int = 3, *, cap: int = 100, **spec: Any) -> Request:
         """A request arrives; returns the engine's own record of it."""
-        self.truths[id] = Truth(output)
+        for k in range(spec.get("n", 1)):
+            self.truths[sample_id(id, k)] = Truth(output)
         self.send(Arrive(RequestSpec(id=id, prompt_tokens=prompt, max_new_tokens=cap, **spec)))
         r = self.engine.requests.get(id)
         self._then()

@@ -11,6 +11,7 @@ Tier: stable.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -91,6 +92,10 @@ class ScriptedExecutor:
                     steps = left
         return max(steps, 1)
 
+    def _first(self, r: Request) -> Outcome:
+        """The first token of a further sample."""
+        return self._one[self._left(r, 0) <= 1]
+
     def launch(self, batch: Batch, steps: int) -> Sequence[Outcome]:
         token = self.config.placeholder
         plain = self._one if steps == 1 else {end: _outcome(token, steps, end) for end in (False, True)}
@@ -106,6 +111,8 @@ class ScriptedExecutor:
                 out.append(_outcome(token, 1 + accepted, left <= 1 + accepted, accepted))
             else:
                 out.append(plain[left <= steps])
+        for i, others in batch.forks.items():
+            out[i] = replace(out[i], forks=tuple(map(self._first, others)))
         return out
 
     def transfer(self, transfer: Transfer) -> None:

@@ -18,7 +18,9 @@ TABLE = (
             "Hashes are BLAKE2b of 128 bits; vLLM's are SHA-256 of pickled tuples.",
             "No events for routers, no reset, and prompt log-probs do not exist here.",
         ),
-        provides=frozenset({"prefix.exact", "prefix.page_sharing", "prefix.owns_pool", "prefix.probe"}),
+        provides=frozenset(
+            {"prefix.exact", "prefix.fork", "prefix.owns_pool", "prefix.page_sharing", "prefix.probe"}
+        ),
         requires=frozenset({"kvcache.block_table"}),
         tier="stable",
     ),

@@ -101,6 +101,14 @@ class HashStore:
                 self._users[page] += 1
                 held.append(page)
 
+    def fork(self, request_id: str, pages: Sequence[Sequence[int]], now_ns: int) -> None:
+        (table,) = pages
+        held = self._held.setdefault(request_id, [])
+        for page in table:
+            if page in self._keys:
+                self._users[page] += 1
+                held.append(page)
+
     def commit(
         self,
         request_id: str,

@@ -145,7 +145,7 @@ class LightLLM(ABC):
         work, take = plan.work, pages.take
         last = len(running)  # running[:last] still run
         for index, request in enumerate(running):
-            if index >= last:
+            if index >= min(last, self._config.max_num_seqs):  # samples of one prompt may be more
                 break
             while request.slack_tokens < 1 and index < last and not take(request, 1):
                 last -= 1
@@ -160,10 +160,10 @@ class LightLLM(ABC):
         left = config.max_num_batched_tokens - len(plan.work)
         alone = not running and not len(view.paused)
         judge: Judge | None = None
-        admitted = 0
+        admitted, seats = 0, len(running) + view.forking
         for request in view.waiting:
             n = request.pending_tokens
-            if len(running) + admitted >= config.max_num_seqs:
+            if seats and seats + request.forks >= config.max_num_seqs:
                 plan.defer(request, f"max_num_seqs {config.max_num_seqs} reached")
                 break
             if admitted == config.max_new_per_pass:
@@ -187,6 +187,7 @@ class LightLLM(ABC):
             plan.run(request, n)
             left -= n
             admitted += 1
+            seats += 1 + request.forks
         return admitted
 
 

@@ -46,7 +46,8 @@ class Conservative(LightLLM):
 
     def admission(self, running: list[RequestView], room: Room) -> Judge:
         def worst(request: RequestView) -> int:
-            return room.in_pages(request.prompt_tokens + request.max_new_tokens)
+            each = room.in_pages(request.prompt_tokens + request.max_new_tokens)
+            return each * (1 + request.forks)
 
         promised = sum(map(worst, running))
         bound = self.config.overcommit * room.capacity - room.kept

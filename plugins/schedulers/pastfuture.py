@@ -28,6 +28,7 @@ Deviations:
    do not: their lengths would be too short.
 6. Any number of requests per pass (artifact's server: one; its toy study: no limit). No aborts for the SLA.
 7. A prompt longer than the token budget runs in chunks; LightLLM runs it whole.
+8. Each of several samples of one prompt counts with the whole prompt, though they share its pages.
 
 Faithful when: M*{(10, 5), (20, 2), (8, 3)} = 44, and M* equals brute force; with H = the true constant length
 the plans are the oracle's; a cold start admits no more than conservative; KV use is conservative < pastfuture
@@ -96,9 +97,10 @@ class PastFuture(LightLLM):
         for request in running:
             produced = request.generated_tokens
             a = request.prompt_tokens + produced + partial
-            lengths = past.draw_longer(produced, request.max_new_tokens, n)
-            for scenario, length in zip(demands, lengths, strict=True):
-                scenario.append((a, length - produced))
+            for _ in range(1 + request.forks):
+                lengths = past.draw_longer(produced, request.max_new_tokens, n)
+                for scenario, length in zip(demands, lengths, strict=True):
+                    scenario.append((a, length - produced))
         futures = [FuturePeak(scenario) for scenario in demands]
         bound = room.capacity * (1 - config.reserve) - room.kept
 
@@ -106,8 +108,9 @@ class PastFuture(LightLLM):
             produced, cap, peak = request.generated_tokens, request.max_new_tokens, 0
             a = request.prompt_tokens + produced + partial
             for future in futures:
-                length = past.draw_longer(produced, cap, 1)[0] if produced else past.draw(cap)
-                future.add(a, length - produced)
+                for _ in range(1 + request.forks):
+                    length = past.draw_longer(produced, cap, 1)[0] if produced else past.draw(cap)
+                    future.add(a, length - produced)
                 peak = max(peak, future.peak())
             if peak < bound:
                 return None

@@ -14,6 +14,7 @@ Deviations:
    paper's.
 3. Lengths are cut at max_new_tokens.
 4. A prompt longer than the token budget runs in chunks; LightLLM runs it whole.
+5. Each of several samples of one prompt counts with the whole prompt, though they share its pages.
 
 Faithful when: nobody is ever evicted; M* as in ``pastfuture``; nobody overtakes the head.
 
@@ -22,7 +23,10 @@ Tier: prototype.
 
 from __future__ import annotations
 
-from servelab.core.api import ConfigError, Context, RequestView, WorkloadError
+from collections.abc import Iterator
+from itertools import chain
+
+from servelab.core.api import ConfigError, Context, RequestView, WorkloadError, sample_id
 from servelab.plugins.schedulers._future_peak import FuturePeak
 from servelab.plugins.schedulers._lightllm import ComposerConfig, Judge, LightLLM, Room
 
@@ -48,22 +52,24 @@ class PFOracle(LightLLM):
     def admission(self, running: list[RequestView], room: Room) -> Judge:
         partial, bound = room.page_tokens - 1, room.capacity - room.kept
 
-        def demand(request: RequestView) -> tuple[int, int]:
+        def demands(request: RequestView) -> Iterator[tuple[int, int]]:
             produced = request.generated_tokens
-            return request.prompt_tokens + produced + partial, self._length(request) - produced
+            for k in range(1 + request.forks):
+                yield request.prompt_tokens + produced + partial, self._length(request, k) - produced
 
-        future = FuturePeak(map(demand, running))
+        future = FuturePeak(chain.from_iterable(map(demands, running)))
 
         def judge(request: RequestView) -> str | None:
-            future.add(*demand(request))
+            for demand in demands(request):
+                future.add(*demand)
             peak = future.peak()
             return None if peak < bound else f"true peak {peak} of {bound} KV tokens"
 
         return judge
 
-    def _length(self, request: RequestView) -> int:
+    def _length(self, request: RequestView, sample: int) -> int:
         try:
-            truth = self._truth(request.id).output_tokens
+            truth = self._truth(sample_id(request.id, sample)).output_tokens
         except KeyError:
             raise WorkloadError(
                 f"request {request.id} has no true output length",

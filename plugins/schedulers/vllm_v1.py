@@ -106,7 +106,7 @@ class VllmV1:
             plan.preempt(victim, "recompute", "out of KV pages; youngest running request")
 
         if not victims and not short:
-            admitted = self._admit(view, plan, len(running), budget, pages)
+            admitted = self._admit(view, plan, len(running) + view.forking, budget, pages)
             steady = steady and not admitted
         if steady and not victims and not short and work and config.hold_steps > 1:
             # nothing changes until an event, a finish or a full pool: the core ends the hold then
@@ -141,7 +141,7 @@ class VllmV1:
         longest = config.long_prefill_token_threshold or budget
         admitted = False
         for request in view.waiting:
-            if running >= config.max_num_seqs:
+            if running and running + request.forks >= config.max_num_seqs:
                 plan.defer(request, f"max_num_seqs {config.max_num_seqs} reached")
                 break
             n = min(request.pending_tokens, longest, budget)
@@ -153,6 +153,6 @@ class VllmV1:
                 break
             plan.run(request, n)
             budget -= n
-            running += 1
+            running += 1 + request.forks
             admitted = True
         return admitted

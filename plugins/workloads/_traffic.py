@@ -41,6 +41,14 @@ class Traffic(BaseModel):
         description="Let the rate change from request to request; needs request_rate=inf, as in vLLM.",
     )
 
+    samples: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="Outputs drawn from each prompt, the client's n; they share its KV. Their true lengths "
+        "are drawn one by one.",
+    )
+
     @model_validator(mode="after")
     def _one_rate(self) -> Self:
         if self.process != "gamma" and self.burstiness != 1.0:

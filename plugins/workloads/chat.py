@@ -148,6 +148,11 @@ class ChatConfig(Traffic):
                 f"every request would be cut: max_new_tokens is at most {self.max_new_tokens.highest}, "
                 f"output_length at least {self.output_length.lowest}: raise the first or lower the second"
             )
+        if self.samples > 1 and not self.sampling.temperature:
+            raise ValueError(
+                f"the {self.samples} samples of a prompt would be equal: set sampling.temperature above 0, "
+                "or samples to 1"
+            )
         return self
 
 
@@ -179,6 +184,9 @@ class Chat:
         self._wanted = self._column("prompt", config.prompt_length)
         self._caps = self._column("cap", config.max_new_tokens)
         self._outputs = self._column("output", config.output_length) if config.enforce_lengths else None
+        others = range(1, config.samples if config.enforce_lengths else 1)
+        self._further = [self._column(f"output/{k}", config.output_length) for k in others]
+        """True lengths of the further samples of each prompt."""
         self._passages: list[Passage] = []
         self._prompts: list[tuple[int, ...]] = []
         self._repeated = 0
@@ -195,8 +203,12 @@ class Chat:
                 max_new_tokens=cap,
                 prompt_ids=ids,
                 sampling=SamplingParams(**chosen, max_tokens=cap, ignore_eos=self._config.enforce_lengths),
+                n=self._config.samples,
             )
-            yield Arrival(time_ns, spec, Truth(self._outputs[i]) if self._outputs else None)
+            truth = None
+            if self._outputs:
+                truth = Truth(self._outputs[i], tuple(each[i] for each in self._further))
+            yield Arrival(time_ns, spec, truth)
 
     def react(self, finished: RequestFinished) -> Iterable[Arrival | Cancel]:
         """Nothing: the loop is open."""
@@ -205,16 +217,16 @@ class Chat:
     def describe(self) -> dict[str, Any]:
         """Sample statistics, corpus and every setting, ready for JSON. See the workload's page for keys."""
         lengths = [len(ids) for ids in self._prompts]
-        outputs = self._outputs or []
+        columns = [self._outputs, *self._further] if self._outputs else []
         off = [abs(p.tokens - wanted) for p, wanted in zip(self._passages, self._wanted, strict=True)]
         return {
             **arrival_statistics(self._times),
             "prompt_tokens": statistics(lengths),
             "passage_tokens": statistics([passage.tokens for passage in self._passages]),
             "passage_off_by": sum(off) / len(off),
-            "output_tokens": statistics(outputs),
+            "output_tokens": statistics([o for each in columns for o in each]),
             "max_new_tokens": statistics(self._caps),
-            "length_capped": sum(o > c for o, c in zip(outputs, self._caps, strict=False)),
+            "length_capped": sum(o > c for each in columns for o, c in zip(each, self._caps, strict=True)),
             "shared_prefix_share": _shared(self._prompts) / sum(lengths),
             "turns": 1,
             "cancellations": 0,
@@ -300,7 +312,8 @@ class Chat:
     def _check_lengths(self, limit: int, max_position: int) -> None:
         """What a request really takes is its prompt and the output it is allowed."""
         for i, (ids, cap) in enumerate(zip(self._prompts, self._caps, strict=True)):
-            output = min(self._outputs[i], cap) if self._outputs else cap
+            columns = [self._outputs, *self._further] if self._outputs else []
+            output = min(max(each[i] for each in columns), cap) if columns else cap
             if len(ids) + output <= limit:
                 continue
             if limit < max_position:

@@ -160,6 +160,8 @@ class Synthetic:
         drawn = self._column("prompt", config.prompt_length)
         self._prompts = array("q", [config.prefix_tokens + length for length in drawn])
         self._outputs = self._column("output", config.output_length)
+        self._further = [self._column(f"output/{k}", config.output_length) for k in range(1, config.samples)]
+        """True lengths of the further samples of each prompt."""
         self._caps = self._column("cap", config.max_new_tokens)
         choose, pick = chooser([c.weight for c in self._classes]), self._stream("class").random
         self._class_of = array("q", [choose(pick()) for _ in range(n)])
@@ -170,7 +172,7 @@ class Synthetic:
 
     def arrivals(self) -> Iterator[Arrival | Cancel]:
         """Requests and cancellations in time order; at the same time, cancellations first."""
-        slos = [c.slo() for c in self._classes]
+        config, slos = self._config, [c.slo() for c in self._classes]
         prompt_ids = self._prompt_ids()
         pending = [(self._times[i] + self._patience_ms[i] * NS_PER_MS, i) for i in self._cancels]
         heapify(pending)
@@ -188,8 +190,9 @@ class Synthetic:
                 request_class=request_class.name,
                 priority=request_class.priority,
                 slo=slos[which],
+                n=config.samples,
             )
-            yield Arrival(time_ns, spec, Truth(self._outputs[i]))
+            yield Arrival(time_ns, spec, Truth(self._outputs[i], tuple(each[i] for each in self._further)))
         while pending:
             yield _cancel(heappop(pending))
 
@@ -200,12 +203,13 @@ class Synthetic:
     def describe(self) -> dict[str, Any]:
         """Sample statistics and every setting, ready for JSON. See the workload's page for the keys."""
         config, prompt_total = self._config, sum(self._prompts)
+        outputs = [self._outputs, *self._further]
         return {
             **arrival_statistics(self._times),
             "prompt_tokens": statistics(self._prompts),
-            "output_tokens": statistics(self._outputs),
+            "output_tokens": statistics([o for each in outputs for o in each]),
             "max_new_tokens": statistics(self._caps),
-            "length_capped": sum(o > c for o, c in zip(self._outputs, self._caps, strict=True)),
+            "length_capped": sum(o > c for each in outputs for o, c in zip(each, self._caps, strict=True)),
             "shared_prefix_share": config.prefix_tokens * (len(self._prompts) - 1) / prompt_total,
             "turns": 1,
             "cancellations": len(self._cancels),
@@ -241,7 +245,8 @@ class Synthetic:
     def _check_lengths(self, limit: int, max_position: int) -> None:
         """What a request really takes is its prompt and the output it is allowed."""
         config = self._config
-        for i, (prompt, output, cap) in enumerate(zip(self._prompts, self._outputs, self._caps, strict=True)):
+        outputs = map(max, zip(self._outputs, *self._further, strict=True))
+        for i, (prompt, output, cap) in enumerate(zip(self._prompts, outputs, self._caps, strict=True)):
             served = min(output, cap)
             if prompt + served <= limit:
                 continue

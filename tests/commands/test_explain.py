@@ -282,10 +282,14 @@ def check(run: RunFolder, life: Life) -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
-    seed=st.integers(0, 1000), lanes=st.integers(1, 2), flights=st.integers(1, 2), pages=st.integers(12, 20)
+    seed=st.integers(0, 1000),
+    lanes=st.integers(1, 2),
+    flights=st.integers(1, 2),
+    pages=st.integers(12, 20),
+    samples=st.integers(1, 2),
 )
 def test_any_legal_plans(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, lanes: int, flights: int, pages: int
+    tmp_path_factory: pytest.TempPathFactory, seed: int, lanes: int, flights: int, pages: int, samples: int
 ) -> None:
     run = serve(
         tmp_path_factory.mktemp("run"),
@@ -294,6 +298,7 @@ def test_any_legal_plans(
         executor={"num_kv_pages": pages, "num_host_pages": 30},
         workload={
             "request_rate": 300,
+            "samples": samples,
             "cancel_fraction": 0.2,
             "patience_ms": {"law": "constant", "value": 60},
         },
@@ -338,6 +343,38 @@ def test_swapping_is_told(swapped: RunFolder, capsys: Out) -> None:
         'Its KV, 3 pages, began to come back: "pages are free again".',
         "Back on the device: 1 token",
         "Cancelled: the client gave up. 2 output tokens, 1 preemption.",
+    ):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("kvcache", "parts"),
+    [
+        ("paged", ["It shares the KV of 9 tokens with r1. 7 further tokens in"]),
+        (
+            "contiguous",
+            [
+                "drawn when r1 had computed the prompt. It cannot share that: the kvcache or",
+                "10 tokens, its prompt and its output so far, ran",
+            ],
+        ),
+    ],
+)
+def test_a_further_sample_of_a_prompt(tmp_path: Path, capsys: Out, kvcache: str, parts: list[str]) -> None:
+    run = serve(
+        tmp_path,
+        seed=3,
+        kvcache={"name": kvcache},
+        executor={"num_kv_pages": 64},
+        workload={"num_requests": 2, "samples": 2, "request_rate": 500},
+    )
+    check(run, life_of(run, "r1#1"))
+    main([str(tmp_path), "r1#1"])
+    out = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "a further sample of the prompt of r1",
+        "Admitted with r1, which computes the prompt.",
+        *parts,
     ):
         assert part in out
 

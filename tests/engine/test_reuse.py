@@ -550,15 +550,6 @@ def test_what_a_cut_launch_was_promised_goes_to_the_resize_that_waits_for_it() -
 # ------------------------------------------------------------------ refusals
 
 
-def test_a_fork_of_a_request_that_shares_with_the_store_is_refused() -> None:
-    r = rig()
-    a = r.arrive("a", 9, 9, prompt_ids=ids(9))
-    r.finish()
-    child = r.arrive("b", 9, 9)
-    error = raises_in(lambda: r.engine.ledger.fork(a, child))
-    assert isinstance(error, LedgerError) and "cannot be forked" in str(error)
-
-
 def test_rewriting_is_refused() -> None:
     def rewrite(view: StepView) -> StepPlan:
         plan = StepPlan()

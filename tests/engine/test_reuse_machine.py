@@ -14,7 +14,7 @@ from tests.engine.test_machine import LONG, SHORT, EngineMachine, Pages, VllmMac
 from servelab.core.context import Context, seeded
 from servelab.core.engine.ledger import WITHDRAWN
 from servelab.core.engine.state import Request
-from servelab.core.records import RequestAdmitted
+from servelab.core.records import RequestAdmitted, RequestForked
 from servelab.core.request import Phase
 from servelab.core.testing.fakes import TOY_MODEL, RandomPlans, ToyKV, toy_limits
 from servelab.plugins.prefix.hash import HashConfig, HashStore
@@ -41,6 +41,8 @@ class ReuseMachine(EngineMachine):
     )
     def start(self, **drawn: Any) -> None:
         self.shadow: dict[tuple[str, int, int], tuple[int, ...]] = {}
+        self.copied = 0
+        """The last launch whose copies on write are made."""
         self.rng = Random(drawn["seed"])
         super().start(**drawn)
 
@@ -68,7 +70,8 @@ class ReuseMachine(EngineMachine):
     def text(self, r: Request, end: int) -> tuple[int, ...]:
         """What KV at position ``end - 1`` stands for: the text up to it, and whose it is."""
         assert r.spec.prompt_ids is not None
-        return (ord(r.spec.tenant), *([*r.spec.prompt_ids, *range(99)][:end]))
+        output = range(1000 * r.spec.sample, 1000 * r.spec.sample + 99)
+        return (ord(r.spec.tenant), *([*r.spec.prompt_ids, *output][:end]))
 
     @precondition(lambda self: any(self.rig.flights.values()))
     @rule(rng=dice)
@@ -84,6 +87,18 @@ class ReuseMachine(EngineMachine):
                 self.write(fences[launch], starts, steps)
         if rng.randrange(5):
             self.plan()
+
+    def plan(self) -> None:
+        super().plan()
+        size = self.rig.engine.ledger.pools[0].page_tokens
+        for fence in self.fences.values():
+            if fence.batch.launch <= self.copied:
+                continue
+            self.copied = fence.batch.launch
+            SEEN["copies"] += len(fence.batch.copies)
+            for _, source, target in fence.batch.copies:
+                for slot in range(size):
+                    self.shadow["device", target, slot] = self.shadow.get(("device", source, slot), ())
 
     def write(self, fence: Pages, starts: list[int], steps: int) -> None:
         batch, size = fence.batch, self.rig.engine.ledger.pools[0].page_tokens
@@ -153,20 +168,30 @@ class ReuseMachine(EngineMachine):
         assert sum(map(len, store._pages.values())) == len(store._keys) == len(store._users)
 
     def fences_hold(self) -> None:
-        """No page that a launch writes to is in another's table."""
+        """No page that a launch writes to is in another's table, but for what the other does not read: a
+        sample that forked while its first ran ahead copies the page, or has it alone, before it writes.
+        """
         ledger, size = self.rig.engine.ledger, self.rig.engine.ledger.pools[0].page_tokens
         for fence in self.fences.values():
             for i, lease in enumerate(fence.batch.leases):
-                written = fence.tables[i][0][fence.batch.starts[i] // size :]
+                start = fence.batch.starts[i]
+                written = fence.tables[i][0][start // size :]
                 for other in ledger._leases.values():
                     if other is not lease:
-                        assert not set(written) & set(other.tables[0]), "given away in flight"
+                        r = self.rig.engine.requests.get(other.owner)
+                        end = r.prompt_tokens if r is not None and r.spec.sample else 0
+                        unread = {start // size} if end and start >= end else set()
+                        read = {p for k, p in enumerate(other.tables[0]) if k not in unread}
+                        assert not set(written) & read, "given away in flight"
                 assert not any(page in self.hashes._free for page in fence.tables[i][0]), "could be evicted"
 
     def teardown(self) -> None:
         if hasattr(self, "rig"):
             SEEN["hits"] += sum(
                 x.cached_tokens > 0 for x in self.rig.records if isinstance(x, RequestAdmitted)
+            )
+            SEEN["forks"] += sum(
+                isinstance(x, RequestForked) and x.shared_tokens > 0 for x in self.rig.records
             )
             SEEN["evicted"] += sum(x.ev == "evicted" for x in self.rig.records)
         super().teardown()
@@ -188,7 +213,7 @@ def test_any_order_of_events_reads_the_right_kv(machine: type[ReuseMachine]) -> 
 
     SEEN.clear()
     run_state_machine_as_test(machine, settings=SHORT)
-    assert SEEN["hits"] > 100 and SEEN["evicted"] > 100
+    assert min(SEEN[what] for what in ("hits", "evicted", "forks", "copies")) > 100, SEEN
 
 
 @pytest.mark.slow

@@ -8,7 +8,13 @@ import pytest
 from tests.metrics.logs import MS, admitted, arrived, finished, step
 
 from servelab.core.metrics.phases import ON_DEVICE, WAITING, Phases
-from servelab.core.records import Record, RequestPreempted, TransferEnded, TransferStarted
+from servelab.core.records import (
+    Record,
+    RequestForked,
+    RequestPreempted,
+    TransferEnded,
+    TransferStarted,
+)
 
 
 def off(t: float, mode: str, request: str = "a") -> RequestPreempted:
@@ -23,6 +29,10 @@ def move(t: float, number: int, direction: str, request: str = "a") -> TransferS
 
 def moved(t: float, number: int) -> TransferEnded:
     return TransferEnded(t_ns=int(t * MS), transfer=number)
+
+
+def forked(t: float, shared: int) -> RequestForked:
+    return RequestForked(t_ns=int(t * MS), request="a", parent="p", shared_tokens=shared)
 
 
 def story(records: Sequence[Record]) -> list[tuple[str | None, float]]:
@@ -84,8 +94,14 @@ STORIES = {
         [finished(2, "a", 0), arrived(3, "a"), move(4, 1, "in"), moved(5, 1), admitted(5, "a")],
         [(None, 2), ("queued", 3), ("swap in", 4), ("prefill", 5), ("prefill", 5)],
     ),
+    "a sample that shares its prompt": ([forked(5, 9)], [("decode", 5)]),
+    "a sample that computes its prompt": (
+        [forked(5, 0), admitted(6, "a", resumed=True), step(6, [7], {"a": (10, 1)})],
+        [("preempted", 5), ("recompute", 6), ("decode", 7)],
+    ),
     "what happens after its end": (
-        [finished(4, "a", 0), FIRST, off(6, "swap"), move(6, 1, "in"), moved(7, 1), finished(8, "a", 0)],
+        [finished(4, "a", 0), FIRST, forked(5, 9), off(6, "swap"), move(6, 1, "in"), moved(7, 1),
+         finished(8, "a", 0)],
         [(None, 4)],
     ),
     "others": ([off(6, "swap", "b"), moved(7, 9), move(7, 1, "in", "b"), moved(8, 1)], []),

@@ -220,6 +220,7 @@ def test_any_legal_run(tmp_path_factory: pytest.TempPathFactory, seed: int, lane
         executor={"num_kv_pages": 13, "num_host_pages": 30},
         workload={
             "request_rate": 300,
+            "samples": 2,
             "cancel_fraction": 0.2,
             "patience_ms": {"law": "constant", "value": 60},
         },

@@ -76,8 +76,10 @@ def judge(scheduler: Any, running: list[Any], capacity: int, used: int = 0) -> J
     return judge
 
 
-def request(prompt: int, produced: int = 0, cap: int = 100) -> Any:
-    return SimpleNamespace(id="x", prompt_tokens=prompt, generated_tokens=produced, max_new_tokens=cap)
+def request(prompt: int, produced: int = 0, cap: int = 100, forks: int = 0) -> Any:
+    return SimpleNamespace(
+        id="x", prompt_tokens=prompt, generated_tokens=produced, max_new_tokens=cap, forks=forks
+    )
 
 
 def test_an_evicted_request_wants_room_for_its_output_too() -> None:
@@ -87,6 +89,25 @@ def test_an_evicted_request_wants_room_for_its_output_too() -> None:
         assert (ask(request(10, produced)) is None) == fits
         ask = judge(build("conservative", WIDE), [], 110)
         assert ask(request(10, produced)) is None
+
+
+def test_every_sample_of_a_prompt_wants_room() -> None:
+    """Worst case of 110 tokens each: two of four fit in 230, a prompt with three further samples does not."""
+    ask = judge(build("conservative", WIDE), [], 230)
+    assert ask(request(10)) is None and ask(request(10)) is None
+    assert judge(build("conservative", WIDE), [], 230)(request(10, forks=1)) is None
+    assert (
+        judge(build("conservative", WIDE), [], 230)(request(10, forks=3))
+        == "worst case 440 of 230.0 KV tokens"
+    )
+    assert judge(build("conservative", WIDE), [request(10, forks=1)], 230)(request(10)) is not None
+    peaks = []
+    for forks in (0, 1, 2):
+        scheduler = build("pastfuture", WIDE, window=10, initial_length=20, reserve=0.0)
+        reason = judge(scheduler, [], 1)(request(10, forks=forks))
+        assert reason is not None
+        peaks.append(int(reason.split()[2]))
+    assert peaks == [30, 60, 90]
 
 
 def test_an_evicted_request_is_drawn_on_what_it_has_produced() -> None:

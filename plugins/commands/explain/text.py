@@ -78,6 +78,8 @@ def _head(life: Life, folder: str) -> Iterator[str]:
         parts.append(f"tenant {arrived.tenant}")
     if arrived.program is not None:
         parts.append(f"turn {arrived.turn} of program {arrived.program}")
+    if arrived.parent is not None:
+        parts.append(f"a further sample of the prompt of {arrived.parent}")
     if arrived.engine:
         parts.append(f"engine {arrived.engine}")
     yield from wrapped(f"  asked      {', '.join(parts)}", " " * 13)
@@ -157,6 +159,10 @@ def _stretch(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     phase = stretch.phase
     if stretch.preemption is not None:
         yield from _preemption(life, stretch.preemption)
+    elif phase == "preempted" and life.fork is not None:
+        text = f"First token: TTFT {duration(life.facts.ttft_ns or 0)}, drawn when {life.fork.parent} had"
+        text += f" computed the prompt. It cannot share that: {life.fork.reason}."
+        yield from _at(life, stretch.start_ns, text)
     if phase in WAITING:
         if phase == "swapped":
             yield from _at(life, stretch.start_ns, f"{_moved(life, 'out', stretch.start_ns)} on the host.")
@@ -293,7 +299,9 @@ def _prefill(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
         text = f"{BACK[before]}."
     else:
         text = "Admitted again" if again else "Admitted"
-        text += f" by the plan of step {plan[0]}." if plan else "."
+        parent = None if again else life.arrived.parent
+        whose = f" with {parent}, which computes the prompt" if parent else ""
+        text += f" by the plan of step {plan[0]}." if plan else f"{whose}."
     if stretch.cached_tokens:
         text += f" {count(stretch.cached_tokens, 'token')} of KV came from the prefix store."
     chunks = stretch.chunks
@@ -310,7 +318,7 @@ def _prefill(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
             text += f", {duration(took)} in all"
         batches = [chunk.batch for chunk in chunks]
         text += f", in a batch of {span(min(batches), max(batches))}." if max(batches) > 1 else ", alone."
-    elif stretch.ns:
+    elif stretch.ns and (again or not life.arrived.parent):
         text += " No step of it ended."
     yield from _at(life, stretch.start_ns, text)
 
@@ -319,6 +327,8 @@ def _decode(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     facts = life.facts
     if facts.times and stretch.start_ns == facts.times[0]:
         text = f"First token: TTFT {duration(facts.ttft_ns or 0)}."
+        if life.fork is not None:
+            text += f" It shares the KV of {count(life.fork.shared_tokens, 'token')} with {life.fork.parent}."
         if stretch.tokens > 1:
             text += f" {count(stretch.tokens - 1, 'further token')} in {duration(stretch.ns)}."
     else:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from time import perf_counter  # noqa: TID251 - how long loading took, for people
 from typing import Any
@@ -242,19 +243,31 @@ class TorchExecutor:
             return out
         if len(sampled) < len(x):
             x = x[torch.tensor([layout.q_indptr[i + 1] - 1 for i in sampled])]
-        rows = [self._row(batch.requests[i]) for i in sampled]
-        for i, row, drawn in zip(sampled, rows, sample(self.decoder.head(x), rows), strict=True):
-            end = self._ending(batch.requests[i], row, drawn.token)
-            probabilities = None if drawn.logprobs is None else (drawn.logprobs,)
-            out[i] = Outcome((drawn.token,), finish=end, logprobs=probabilities)
+        logits = self.decoder.head(x)
+        drawing = [[batch.requests[i], *batch.forks.get(i, ())] for i in sampled]
+        if batch.forks:  # further samples of a prompt draw from the same logits
+            logits = logits.repeat_interleave(torch.tensor([len(each) for each in drawing]), dim=0)
+        outcomes = iter(self._draw([r for each in drawing for r in each], logits))
+        for i, (_, *others) in zip(sampled, drawing, strict=True):
+            out[i] = next(outcomes)
+            if others:
+                out[i] = replace(out[i], forks=tuple(next(outcomes) for _ in others))
         return out
+
+    def _draw(self, requests: Sequence[Request], logits: Tensor) -> Iterator[Outcome]:
+        """The next token of each, from its row of ``[requests, vocab]``."""
+        rows = [self._row(r) for r in requests]
+        for r, row, drawn in zip(requests, rows, sample(logits, rows), strict=True):
+            end = self._ending(r, row, drawn.token)
+            probabilities = None if drawn.logprobs is None else (drawn.logprobs,)
+            yield Outcome((drawn.token,), finish=end, logprobs=probabilities)
 
     def _row(self, r: Request) -> Row:
         params = _params(r)
         if params.seed is None:
             key = int.from_bytes(blake2b(f"{self._ctx.seed}/{r.id}".encode(), digest_size=8).digest())
-        else:
-            key = params.seed
+        else:  # samples of one prompt draw apart, as in vLLM
+            key = (params.seed + r.spec.sample) % 2**64
         return Row(params, r.spec.prompt_ids or (), r.output, key, self.tokenizer.stop_ids, r.id)
 
     def _ending(self, r: Request, row: Row, token: int) -> str | None:
