@@ -55,7 +55,7 @@ def choices() -> dict[str, set[str]]:
     for root in _folders(packages):
         for file in root.rglob("*.yaml"):
             group = file.parent.relative_to(root).as_posix()
-            if group != ".":
+            if group != "." and not group.startswith("hydra/"):
                 found[group].add(file.stem)
     return found
 
