@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first ends the run and its files are written; a second one does not cut that off."""
+"""Ctrl-C and SIGTERM: the first ends the run, whose files are written; a second does not cut that off."""
 
 from __future__ import annotations
 

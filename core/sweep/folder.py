@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +81,18 @@ def job_folders(sweep: Path) -> Iterator[tuple[Path, JobState]]:
 def bare(overrides: Iterable[str]) -> list[str]:
     """Overrides as one types them: without the signs that only Hydra needs."""
     return [str(one).lstrip("+") for one in overrides]
+
+
+def dict_of(overrides: Iterable[str]) -> dict[str, str]:
+    """Key to value of a job's overrides."""
+    split = (one.partition("=") for one in bare(overrides))
+    return {key: value for key, _, value in split}
+
+
+def differing(jobs: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys in which jobs differ, in the order of the command line."""
+    keys = dict.fromkeys(key for one in jobs for key in one)
+    return [key for key in keys if len({one.get(key) for one in jobs}) > 1]
 
 
 def files_of(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ and settings of libraries do not leak from one job into the next, and peak memor
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import multiprocessing
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -44,6 +46,7 @@ from servelab.core.sweep.folder import (
 log = logging.getLogger("servelab.sweep")
 
 Task = Callable[[DictConfig], Any]
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.2
 """How often a waiting job looks whether the sweep is being ended."""
 
@@ -58,7 +61,11 @@ class Job:
     task: Task
     sweep: Path
     """The sweep's folder."""
+    summary: str = ""
+    """See ``Sweeper``."""
     total: int = 0
+    swept: frozenset[str] = frozenset()
+    """The settings that differ between jobs."""
     process: int = 0
     """The sweep's own; where jobs are started elsewhere, several run at once."""
 
@@ -72,7 +79,9 @@ class Job:
             return self._leave(parallel)
         state = read_state(folder)
         assert state is not None  # the sweeper has written it
-        title, spelled = f"job {number} ({number + 1} of {self.total})", " ".join(bare(state.overrides))
+        given = bare(state.overrides)
+        title = f"job {number} ({number + 1} of {self.total})"
+        spelled = " ".join(one for one in given if one.partition("=")[0] in self.swept) or " ".join(given)
         if state.finished(folder):
             log.info("%s skipped, finished earlier: %s", title, spelled)
             return None
@@ -83,25 +92,19 @@ class Job:
         state = replace(state, status="running", reason="", servelab=__version__, wall_s=0.0, files=[])
         state.write(folder)
         state = self._run(cfg, folder, state, parallel)
-        log.log(
-            logging.INFO if state.status == "ok" else logging.ERROR,
-            "%s %s in %s%s%s",
-            title,
-            "done" if state.status == "ok" else state.status,
-            _time(state.wall_s),
-            f": {state.reason}" if state.reason else "",
-            self._outlook(),
-        )
+        self._tell(title, folder, state)
         return self._leave(parallel) if self._stopped() is not None else None
 
     def _run(self, cfg: DictConfig, folder: Path, state: JobState, parallel: bool) -> JobState:
         """Start the process, hand on a signal that ends the sweep, and see what came of it."""
         forks = sys.platform == "linux" and threading.active_count() == 1
-        began = monotonic()
-        process = multiprocessing.get_context("fork" if forks else "spawn").Process(
-            target=_work, args=(self.task, cfg, HydraConfig.instance().cfg, folder, state, parallel, forks)
-        )
+        began, work = monotonic(), _Work(self.task, folder, state, parallel, forked=forks)
+        context: Any = multiprocessing.get_context("fork" if forks else "spawn")
+        process: BaseProcess = context.Process(target=work, args=(cfg, HydraConfig.instance().cfg))
+        # held back until the process has its own handlers
+        usual = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
         told = False
         while not wait([process.sentinel], POLL_S):
             number = self._stopped()
@@ -117,6 +120,20 @@ class Job:
         if ended is None or ended.status == "running":
             return fail(folder, state, _died(process.exitcode or 0, folder), monotonic() - began)
         return ended
+
+    def _tell(self, title: str, folder: Path, state: JobState) -> None:
+        """The line that tells the end of a job."""
+        ok = state.status == "ok"
+        about = named(self.summary)(folder) if ok and self.summary else state.reason
+        log.log(
+            logging.INFO if ok else logging.ERROR,
+            "%s %s in %s%s%s",
+            title,
+            "done" if ok else state.status,
+            _time(state.wall_s),
+            f": {about}" if about else "",
+            self._outlook(),
+        )
 
     def _stopped(self) -> int | None:
         """The signal that ends the sweep."""
@@ -138,41 +155,60 @@ class Job:
         return f"; {left} left, about {_time(left * sum(ended) / len(ended))}"
 
 
-def _work(
-    task: Task, cfg: DictConfig, hydra: DictConfig, folder: Path, state: JobState, parallel: bool, forked: bool
-) -> None:
-    """In the job's process: run it and note how it ended."""
-    with suppress(OSError):
-        os.setpgid(0, 0)  # Ctrl-C reaches the sweep, which hands it on once
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if parallel:
-        _hide_terminal()
-    if not forked:
-        setup_globals()
-        HydraConfig.instance().set_config(hydra)
-        configure_log(hydra.hydra.job_logging, hydra.hydra.verbose)
-    began = monotonic()
-    try:
-        with (folder / REPORT_FILE).open("w", encoding="utf-8") as report, redirect_stdout(report):
-            task(cfg)
-    except KeyboardInterrupt as exc:
-        reason = str(exc) or "keyboard interrupt"
-        replace(state, status="interrupted", reason=reason, wall_s=monotonic() - began).write(folder)
-    except CompactHydraException as exc:
-        fail(folder, state, str(exc), monotonic() - began)
-    except BaseException as exc:
-        text = "".join([f"{type(exc).__name__}: {exc}\n\n", *traceback.format_exception(exc)])
-        fail(folder, state, text, monotonic() - began)
-    else:
-        ended = replace(state, status="ok", wall_s=monotonic() - began, files=files_of(folder))
-        ended.write(folder)
+@dataclass
+class _Work:
+    """What the job's process does."""
+
+    task: Task
+    folder: Path
+    state: JobState
+    parallel: bool
+    """Other jobs run at the same time."""
+    forked: bool
+
+    def __call__(self, cfg: DictConfig, hydra: DictConfig) -> None:
+        """Run the job and note how it ended, whatever it was."""
+        began = monotonic()
+        try:
+            self._settle(hydra)
+            with (self.folder / REPORT_FILE).open("w", encoding="utf-8") as report, redirect_stdout(report):
+                self.task(cfg)
+        except KeyboardInterrupt as exc:
+            reason = str(exc) or "keyboard interrupt"
+            interrupted = replace(self.state, status="interrupted", reason=reason)
+            replace(interrupted, wall_s=monotonic() - began).write(self.folder)
+        except CompactHydraException as exc:
+            fail(self.folder, self.state, str(exc), monotonic() - began)
+        except BaseException as exc:
+            text = "".join([f"{type(exc).__name__}: {exc}\n\n", *traceback.format_exception(exc)])
+            fail(self.folder, self.state, text, monotonic() - began)
+        else:
+            ended = replace(self.state, status="ok", wall_s=monotonic() - began, files=files_of(self.folder))
+            ended.write(self.folder)
+
+    def _settle(self, hydra: DictConfig) -> None:
+        with suppress(OSError):
+            os.setpgid(0, 0)  # Ctrl-C reaches the sweep, which hands it on once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        if self.parallel:
+            _hide_terminal()
+        if not self.forked:
+            setup_globals()
+            HydraConfig.instance().set_config(hydra)
+            configure_log(hydra.hydra.job_logging, hydra.hydra.verbose)
+
+
+def named(path: str) -> Callable[[Path], Any]:
+    """The function at ``module:function``."""
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def warm_up() -> None:
     """Load once what every job needs and no job changes, so that forked processes have it."""
-    import servelab.core.compose
     from servelab.core.registry import Registry
 
     Registry.load()
@@ -201,10 +237,16 @@ def _died(exitcode: int, folder: Path) -> str:
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
         what = f"the job's process was ended by {name}"
-        why = "the system does this to a process that takes more memory than there is" if name == "SIGKILL" \
+        why = (
+            "the system does this to a process that takes more memory than there is"
+            if name == "SIGKILL"
             else "a library crashed, or somebody sent the signal"
-        do = "give it less to do (a smaller model, fewer KV pages), or run fewer jobs at a time" \
-            if name == "SIGKILL" else "run this job alone, with PYTHONFAULTHANDLER=1"
+        )
+        do = (
+            "give it less to do (a smaller model, fewer KV pages), or run fewer jobs at a time"
+            if name == "SIGKILL"
+            else "run this job alone, with PYTHONFAULTHANDLER=1"
+        )
     else:
         what = f"the job's process left with status {exitcode} before the job was over"
         why, do = "a library ended it", "run this job alone"

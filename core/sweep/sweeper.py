@@ -1,9 +1,8 @@
-"""The sweeper: Hydra's basic one with jobs that do not end one another, a resume, and an end that tells all."""
+"""The sweeper: as Hydra's basic one, but jobs do not end one another, and a sweep can be taken up again."""
 
 from __future__ import annotations
 
 import fcntl
-import importlib
 import logging
 import os
 import sys
@@ -30,11 +29,13 @@ from servelab.core.sweep.folder import (
     STOP_FILE,
     JobState,
     bare,
+    dict_of,
+    differing,
     files_of,
     job_folders,
     read_state,
 )
-from servelab.core.sweep.job import Job, warm_up
+from servelab.core.sweep.job import Job, named, warm_up
 
 log = logging.getLogger("servelab.sweep")
 
@@ -50,19 +51,23 @@ class Sweeper(HydraSweeper):
         params: overrides of the sweep by key, as if they stood on the command line.
         comparison: ``module:function``, called with the sweep's folder when the sweep is over, however it
             ended; it prints and writes the comparison of the jobs.
+        summary: ``module:function`` that says in a few words what the job of a folder measured.
     """
 
     def __init__(
-        self, max_batch_size: int | None = None, params: dict[str, str] | None = None, comparison: str = ""
+        self,
+        max_batch_size: int | None = None,
+        params: dict[str, str] | None = None,
+        comparison: str = "",
+        summary: str = "",
     ) -> None:
-        self._max_batch_size, self._params, self._comparison = max_batch_size, params or {}, comparison
+        self._max_batch_size, self._params = max_batch_size, params or {}
+        self._comparison, self._summary = comparison, summary
 
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         # absolute: the folder must mean the same in every process
         self._folder = Path(config.hydra.sweep.dir).absolute()
-        self._job = Job(task_function, self._folder, process=os.getpid())
+        self._job = Job(task_function, self._folder, self._summary, process=os.getpid())
         self.config, self.hydra_context = config, hydra_context
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=self._job, config=config
@@ -83,7 +88,7 @@ class Sweeper(HydraSweeper):
         overrides = parser.parse_overrides([*(f"{k}={v}" for k, v in self._params.items()), *arguments])
         batches = BasicSweeper.split_arguments(overrides, self._max_batch_size)
         jobs = [job for batch in batches for job in batch]
-        self._job.total = len(jobs)
+        self._job.total, self._job.swept = len(jobs), frozenset(differing([dict_of(job) for job in jobs]))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with _alone(self._folder):
@@ -110,22 +115,21 @@ class Sweeper(HydraSweeper):
                         raise interrupted_by(stop.first)
             finally:
                 (self._folder / STOP_FILE).unlink(missing_ok=True)
-                failed = self._conclude()
-        if failed:
-            sys.stderr.write(f"servelab: {failed}\n")
+                self._compare()
+                trouble = _trouble(list(job_folders(self._folder)), self._folder)
+                sys.stderr.write(trouble)
+        if trouble:
             sys.exit(1)  # an exception would be told once more by Hydra
         return results
 
-    def _conclude(self) -> str:
-        """Compare the jobs; what to say about those that failed."""
-        jobs = list(job_folders(self._folder))
+    def _compare(self) -> None:
+        """Let the jobs be compared; what goes wrong there is told and harms no job."""
+        if not self._comparison:
+            return
         try:
-            if self._comparison and jobs:
-                module, _, function = self._comparison.partition(":")
-                getattr(importlib.import_module(module), function)(self._folder)
+            named(self._comparison)(self._folder)
         except ServeLabError as error:
             log.error("%s", error)
-        return _failures(jobs, self._folder)
 
     def _enlist(self, jobs: Sequence[Sequence[str]]) -> list[JobState]:
         """Compose every job before any runs, and note those that are new in this folder.
@@ -159,8 +163,8 @@ class Sweeper(HydraSweeper):
 def install() -> None:
     """Let Hydra use it where the configuration says so; idempotent.
 
-    Hydra itself takes sweepers only from the package ``hydra_plugins``, which every program of the environment
-    that uses Hydra would load. This concerns our own programs alone.
+    Hydra itself takes sweepers only from the package ``hydra_plugins``, which every program that uses Hydra
+    would load. This concerns our own programs alone.
     """
     plugins = Plugins.instance()
     if "instantiate_sweeper" not in vars(plugins):
@@ -209,7 +213,9 @@ def _limit_parallel(launcher: Any, config: DictConfig, configs: Sequence[Mapping
     settings = getattr(launcher, "joblib", None)
     if settings is None:
         return
-    stated = any(str(one).lstrip("+").startswith("hydra.launcher.n_jobs=") for one in config.hydra.overrides.hydra)
+    stated = any(
+        str(one).lstrip("+").startswith("hydra.launcher.n_jobs=") for one in config.hydra.overrides.hydra
+    )
     if not stated and settings.get("n_jobs") == -1 and any(_computes(one) for one in configs):
         settings["n_jobs"] = 1
         log.warning(
@@ -226,19 +232,20 @@ def _computes(config: Mapping[str, Any]) -> bool:
     """Whether the job's executor really computes, so that its time depends on what runs beside it."""
     from servelab.core.registry import Registry
 
-    name = (config.get("executor") or {}).get("name")
+    name = str((config.get("executor") or {}).get("name"))
     try:
         return "executor.sim" not in Registry.load().spec("executor", name).provides
     except ServeLabError:
         return False  # the job says so itself
 
 
-def _failures(jobs: Sequence[tuple[Path, JobState]], sweep: Path) -> str:
-    """All jobs that failed: number, settings, the whole message, and where to look."""
-    failed = [(folder, state) for folder, state in jobs if state.status == "failed"]
-    if not failed:
+def _trouble(jobs: Sequence[tuple[Path, JobState]], sweep: Path) -> str:
+    """What to say of jobs that are not finished: of each that failed number, settings, message and log."""
+    unfinished = [state for _, state in jobs if state.status != "ok"]
+    failed = [(folder, state) for folder, state in jobs if state.status in ("failed", "running")]
+    if not unfinished:
         return ""
-    lines = [f"{len(failed)} of {len(jobs)} jobs failed"]
+    lines = [f"servelab: {len(failed)} of {len(jobs)} jobs failed"] if failed else []
     for folder, state in failed:
         path = folder / ERROR_FILE
         text = path.read_text(encoding="utf-8").strip().removeprefix("servelab: ") if path.exists() else ""
@@ -247,8 +254,8 @@ def _failures(jobs: Sequence[tuple[Path, JobState]], sweep: Path) -> str:
         lines += [f"\njob {state.number}: {' '.join(bare(state.overrides))}"]
         lines += [f"  {line}" for line in (text or state.reason).splitlines()]
         lines += [f"  log:   {folder}: {ERROR_FILE}, and the .log beside it"]
-    again = f"hydra.sweep.dir={sweep}"
-    return "\n".join([*lines, f"\nThe same command with {again} runs these again and skips the others."])
+    lines += [f"\n{len(unfinished)} of {len(jobs)} jobs are not finished. The same command with"]
+    return "\n".join([*lines, f"hydra.sweep.dir={sweep} runs these and skips the others.\n"])
 
 
 def _check_unused(folder: Path, log_file: str) -> None:
