@@ -9,7 +9,11 @@ from servelab.core.errors import ConfigError
 LEVELS: dict[str, tuple[str, ...]] = {
     "-v": ("hydra.verbose=[servelab]",),
     "-vv": ("hydra.verbose=true",),
-    "-q": ("hydra.job_logging.root.level=WARNING", "hydra.hydra_logging.root.level=WARNING"),
+    "-q": (
+        "hydra.job_logging.root.level=WARNING",
+        "hydra.hydra_logging.root.level=WARNING",
+        "++hydra.job_logging.loggers.servelab.level=WARNING",  # stated, so that observers know
+    ),
 }
 LONG = {"--verbose": "-v", "--quiet": "-q"}
 

@@ -115,21 +115,22 @@ class Sweeper(HydraSweeper):
                         raise interrupted_by(stop.first)
             finally:
                 (self._folder / STOP_FILE).unlink(missing_ok=True)
-                self._compare()
-                trouble = _trouble(list(job_folders(self._folder)), self._folder)
+                trouble = self._compare() + _trouble(list(job_folders(self._folder)), self._folder)
                 sys.stderr.write(trouble)
         if trouble:
             sys.exit(1)  # an exception would be told once more by Hydra
         return results
 
-    def _compare(self) -> None:
-        """Let the jobs be compared; what goes wrong there is told and harms no job."""
-        if not self._comparison:
-            return
+    def _compare(self) -> str:
+        """Let the jobs be compared; what went wrong there, which harms no job."""
         try:
-            named(self._comparison)(self._folder)
-        except ServeLabError as error:
-            log.error("%s", error)
+            if self._comparison:
+                named(self._comparison)(self._folder)
+        except Exception as error:
+            log.debug("comparing the jobs failed", exc_info=error)
+            text = str(error) if isinstance(error, ServeLabError) else f"{type(error).__name__}: {error}"
+            return f"servelab: the jobs could not be compared: {text}\n"
+        return ""
 
     def _enlist(self, jobs: Sequence[Sequence[str]]) -> list[JobState]:
         """Compose every job before any runs, and note those that are new in this folder.

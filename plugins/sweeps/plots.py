@@ -59,7 +59,7 @@ def draw(sweep: Sweep) -> list[Path]:
         ImportError: matplotlib is not installed.
         ServeLabError: a file cannot be written.
     """
-    rows = [row for row in sweep.rows if row.ok]
+    rows = [row for row in sweep.rows if row.ok and row.measured]
     if len(rows) < 2:
         return []
     groups = _groups(rows)

@@ -42,6 +42,11 @@ class Row:
     def ok(self) -> bool:
         return self.status == "ok"
 
+    @property
+    def measured(self) -> bool:
+        """It left results, of requests that it served."""
+        return bool(self.figures["completed"])
+
 
 @dataclass(frozen=True)
 class Sweep:

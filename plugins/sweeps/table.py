@@ -138,6 +138,9 @@ def notes(sweep: Sweep, mark: str = BEST) -> Iterator[str]:
     if ended:
         numbers = ", ".join(str(row.number) for row in ended)
         yield f"Not finished: {numbers}. Figures of a PARTIAL job are those of the part it served."
+    silent = [str(row.number) for row in sweep.rows if row.ok and row.figures["completed"] is None]
+    if silent:
+        yield f"Without results.json: {', '.join(silent)}; the observer 'report' writes it."
     failed: dict[str, list[str]] = defaultdict(list)
     for row in sweep.rows:
         if row.status == "FAILED":

@@ -283,7 +283,9 @@ def test_sweep_finishes_the_good_jobs(run_py: Command, tmp_path: Path) -> None:
 def test_sweep_over_a_technique(run_py: Command, tmp_path: Path) -> None:
     done = run_py("-m", "scheduler=vllm_v1", "kvcache.page_tokens=8,16", *SHORT, "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]
+    files = sorted(p.name for p in (tmp_path / "sweep").iterdir())
+    assert files == [".lock", "0", "1", "multirun.yaml", "sweep.csv", "sweep.json", "sweep.md"]
+    assert "Without results.json: 0, 1; the observer 'report' writes it." in done.stdout
 
 
 def _wall_run(repository: Path, folder: Path, signal_number: int, wait_s: float) -> tuple[int, str, str]:
