@@ -139,26 +139,28 @@ class Sweeper(HydraSweeper):
             ConfigError: the folder is another sweep's, or holds runs that are not a sweep's.
         """
         assert self.config is not None and self.hydra_context is not None
-        found = []
+        found: dict[Path, JobState] = {}
         for number, overrides in enumerate(jobs):
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             with open_dict(cfg):
-                cfg.hydra.job.num = number
+                cfg.hydra.job.num = cfg.hydra.job.id = number
             folder, log_file = self._folder / str(cfg.hydra.sweep.subdir), f"{cfg.hydra.job.name}.log"
             plain = OmegaConf.to_container(cfg, resolve=False)
             assert isinstance(plain, dict)
             config = {str(key): value for key, value in plain.items() if key != "hydra"}
+            if folder in found:
+                raise _same_folder(folder, found[folder].number, number)
             state = read_state(folder)
             if state is None:
                 _check_unused(folder, log_file)
             elif state.config != config:
                 raise _other_settings(folder, state, config)
             new = JobState(number=number, overrides=list(overrides), config=config, servelab=__version__)
-            found.append((folder, state or new))
-        for folder, state in found:
+            found[folder] = state or new
+        for folder, state in found.items():
             if state.status == "waiting":
                 state.write(folder)
-        return [state for _, state in found]
+        return list(found.values())
 
 
 def install() -> None:
@@ -268,6 +270,15 @@ def _check_unused(folder: Path, log_file: str) -> None:
             why=f"found {', '.join(found)}",
             do="choose another hydra.sweep.dir, or remove the files",
         )
+
+
+def _same_folder(folder: Path, first: int, second: int) -> ConfigError:
+    return ConfigError(
+        f"jobs {first} and {second} have the same folder; nothing was run",
+        where=str(folder),
+        why="hydra.sweep.subdir gives both this name",
+        do="leave hydra.sweep.subdir out, or let it name what differs between jobs",
+    )
 
 
 def _other_settings(folder: Path, state: JobState, config: Mapping[str, Any]) -> ConfigError:
