@@ -178,7 +178,8 @@ class _Work:
             interrupted = replace(self.state, status="interrupted", reason=reason)
             replace(interrupted, wall_s=monotonic() - began).write(self.folder)
         except CompactHydraException as exc:
-            fail(self.folder, self.state, str(exc), monotonic() - began)
+            more = traceback.format_exception(exc.__cause__) if exc.__cause__ else []  # if asked for
+            fail(self.folder, self.state, "\n\n".join([str(exc), "".join(more)]), monotonic() - began)
         except BaseException as exc:
             text = "".join([f"{type(exc).__name__}: {exc}\n\n", *traceback.format_exception(exc)])
             fail(self.folder, self.state, text, monotonic() - began)
@@ -191,6 +192,7 @@ class _Work:
             os.setpgid(0, 0)  # Ctrl-C reaches the sweep, which hands it on once
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it may write to the terminal all the same
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         if self.parallel:

@@ -252,8 +252,7 @@ def _trouble(jobs: Sequence[tuple[Path, JobState]], sweep: Path) -> str:
     for folder, state in failed:
         path = folder / ERROR_FILE
         text = path.read_text(encoding="utf-8").strip().removeprefix("servelab: ") if path.exists() else ""
-        if "\nTraceback " in text:
-            text = text.partition("\n")[0]  # the rest is in the file
+        text = text.partition("\nTraceback ")[0].strip()  # that is in the file
         lines += [f"\njob {state.number}: {' '.join(bare(state.overrides))}"]
         lines += [f"  {line}" for line in (text or state.reason).splitlines()]
         lines += [f"  log:   {folder}: {ERROR_FILE}, and the .log beside it"]

@@ -125,7 +125,6 @@ def _lines(groups: Sequence[Group], metrics: Sequence[Metric], axis: str, title:
                     axes.plot([x] * len(ys), ys, ".", color=style["color"], markersize=3, alpha=0.6)
         axes.set_title(_axis_name(metric), fontsize=9)
         axes.set_xlabel(axis, fontsize=8)
-        axes.set_ylim(bottom=0)
         _plain(axes)
     for axes in panels.flat[len(metrics) :]:
         axes.set_visible(False)
@@ -162,7 +161,6 @@ def _scatter(groups: Sequence[Group], along: Sequence[str], title: str, sweep: S
         axes.set_xlabel("output tok/s (right: more)", fontsize=8)
         axes.set_ylabel(f"{metric.name}, low: better", fontsize=8)
         axes.margins(0.12)
-        axes.set_ylim(bottom=0)
         _plain(axes)
     if along:
         panels.flat[0].set_title(f"numbers at points: {along[0]}", fontsize=8, loc="left")
@@ -235,6 +233,8 @@ def _legend(figure: Figure, axes: Axes, lines: int) -> None:
 
 
 def _plain(axes: Axes) -> None:
+    """From zero, with room above the highest point."""
+    axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1e-9))
     axes.grid(color="0.9", linewidth=0.6)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

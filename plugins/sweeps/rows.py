@@ -35,6 +35,8 @@ class Row:
     """It read what no real system knows: a bound, and no competitor."""
     basis: str
     """Equal for jobs with the same workload on the same device."""
+    timed: bool
+    """Its times are of the wall clock."""
     best: set[str] = field(default_factory=set)
     """Keys of ``METRICS`` in which no job of the same workload is better."""
 
@@ -112,6 +114,7 @@ def _row(folder: Path, state: JobState, settings: dict[str, str]) -> Row:
         figures={m.key: None if results is None else figure(results, m) for m in METRICS},
         oracle=results is not None and any(stamp.startswith("oracle") for stamp in stamps(results)),
         basis=_basis(state.config),
+        timed=(state.config.get("clock") or {}).get("name") == "wall",
     )
 
 

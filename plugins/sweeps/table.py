@@ -16,6 +16,7 @@ SCHEMA = 1
 """Version of ``sweep.json``; raised when a key changes meaning or goes away."""
 WIDTH = 100
 BEST = "*"
+FEW = 100
 SETTING_WIDTH = 28
 """Longer values of settings are cut in the text; files have them whole."""
 
@@ -132,6 +133,12 @@ def notes(sweep: Sweep, mark: str = BEST) -> Iterator[str]:
         )
     elif latencies:
         yield latencies
+    served = [row for row in sweep.rows if row.measured]
+    if any(row.timed for row in served) and len(served) > 1:
+        yield "Wall clock: differences include what else the machine did; repeat with seed=0,1,2 to see how much."
+    tails = [row for row in served if row.figures["p99_ttft_ms"] is not None]
+    if any((row.figures["completed"] or 0) < FEW for row in tails):
+        yield f"p99 over fewer than {FEW} requests is about their maximum."
     if any(row.oracle for row in sweep.rows):
         yield "oracle: reads true output lengths, which no real system knows; a bound, never marked as best."
     ended = [row for row in sweep.rows if row.status in ("PARTIAL", "not run")]

@@ -108,6 +108,23 @@ def test_plots(tmp_path: Path, axes: tuple[str, ...], names: set[str]) -> None:
     assert all(content.startswith(b"\x89PNG") for content in files.values())
 
 
+def test_what_one_must_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wall = {"clock": {"name": "wall"}}
+    for number, completed in ((0, 99), (1, 100)):
+        leave(tmp_path, number, f"seed={number}", found=results(completed=completed), **wall)
+    compare(tmp_path)
+    out = capsys.readouterr().out
+    assert "Wall clock: differences include" in out
+    assert "p99 over fewer than 100 requests is about their maximum." in out
+    sure = tmp_path / "sure"
+    leave(sure, 0, "seed=0", found=results(completed=100))
+    leave(sure, 1, "seed=1", status="ok")
+    compare(sure)
+    out = capsys.readouterr().out
+    assert "Wall clock" not in out and "fewer than" not in out
+    assert "Without results.json: 1; the observer 'report' writes it." in out
+
+
 def test_a_single_job_has_no_plot(tmp_path: Path) -> None:
     leave(tmp_path, 0, found=results())
     leave(tmp_path, 1, status="failed", reason="no")
