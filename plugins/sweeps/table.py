@@ -135,7 +135,7 @@ def notes(sweep: Sweep, mark: str = BEST) -> Iterator[str]:
         yield latencies
     served = [row for row in sweep.rows if row.measured]
     if any(row.timed for row in served) and len(served) > 1:
-        yield "Wall clock: differences include what else the machine did; repeat with seed=0,1,2 to see how much."
+        yield "Wall clock: differences include what else the machine did; repeat with seed=0,1,2."
     tails = [row for row in served if row.figures["p99_ttft_ms"] is not None]
     if any((row.figures["completed"] or 0) < FEW for row in tails):
         yield f"p99 over fewer than {FEW} requests is about their maximum."
