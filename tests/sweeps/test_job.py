@@ -157,6 +157,19 @@ def test_a_sweep_that_is_ended_ends_its_job(folder: Path, number: int, error: ty
     assert not (folder / "results.json").exists()
 
 
+def test_a_job_that_takes_its_time_to_end_is_told_once(folder: Path) -> None:
+    def task(cfg: DictConfig) -> None:
+        told = []
+        signal.signal(signal.SIGINT, lambda number, frame: told.append(number))
+        (folder.parent / STOP_FILE).write_text(str(int(signal.SIGINT)))
+        threading.Event().wait(4 * module.POLL_S)
+        print("told", len(told))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, task)
+    assert (folder / "report.txt").read_text() == "told 1\n"
+
+
 def test_a_job_that_ends_before_it_can_say_so_is_interrupted(folder: Path) -> None:
     def task(cfg: DictConfig) -> None:
         (folder.parent / STOP_FILE).write_text(str(int(signal.SIGTERM)))

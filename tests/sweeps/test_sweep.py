@@ -110,6 +110,7 @@ def test_interruption(
     assert f"hydra.sweep.dir={folder} runs these and skips the others." in stderr
     assert stderr.splitlines()[-1] == f"servelab: {'terminated' if status == 143 else 'interrupted'}"
     assert "Traceback" not in stderr
+    assert "once more to leave" not in stderr  # one signal reached each job once
     if number == signal.SIGTERM:
         assert run_py(*sweep).returncode == 0
         assert set(states(folder).values()) == {"ok"}
