@@ -39,6 +39,7 @@ from servelab.core.sweep.job import Job, named, warm_up
 
 log = logging.getLogger("servelab.sweep")
 
+LOST = "the process that looked after it was lost"
 TARGET = "servelab.core.sweep.sweeper.Sweeper"
 """Names it in ``configs/hydra/sweeper``."""
 
@@ -109,7 +110,7 @@ class Sweeper(HydraSweeper):
         with taking(stop):
             try:
                 for batch in batches:
-                    results.append(self.launcher.launch(batch, initial_job_idx=first))
+                    results.append(self._launch_batch(batch, first))
                     first += len(batch)
                     if stop.first is not None:
                         raise interrupted_by(stop.first)
@@ -120,6 +121,18 @@ class Sweeper(HydraSweeper):
         if trouble:
             sys.exit(1)  # an exception would be told once more by Hydra
         return results
+
+    def _launch_batch(self, batch: list[list[str]], first: int) -> Any:
+        assert self.launcher is not None
+        try:
+            return self.launcher.launch(batch, initial_job_idx=first)
+        except Exception as error:  # jobs raise none
+            raise ServeLabError(
+                "the launcher gave up before all jobs had run",
+                where=f"hydra.launcher, {type(self.launcher).__name__}",
+                why=f"{type(error).__name__}: {' '.join(str(error).split())}",
+                do="run the same command with the same hydra.sweep.dir: it goes on with what is left",
+            ) from error
 
     def _compare(self) -> str:
         """Let the jobs be compared; what went wrong there, which harms no job."""
@@ -254,8 +267,9 @@ def _trouble(jobs: Sequence[tuple[Path, JobState]], sweep: Path) -> str:
         text = path.read_text(encoding="utf-8").strip().removeprefix("servelab: ") if path.exists() else ""
         text = text.partition("\nTraceback ")[0].strip()  # that is in the file
         lines += [f"\njob {state.number}: {' '.join(bare(state.overrides))}"]
-        lines += [f"  {line}" for line in (text or state.reason).splitlines()]
-        lines += [f"  log:   {folder}: {ERROR_FILE}, and the .log beside it"]
+        lines += [f"  {line}" for line in (text or state.reason or LOST).splitlines()]
+        files = f"{ERROR_FILE}, and the .log beside it" if text else "the .log there"
+        lines += [f"  log:   {folder}: {files}"]
     lines += [f"\n{len(unfinished)} of {len(jobs)} jobs are not finished. The same command with"]
     return "\n".join([*lines, f"hydra.sweep.dir={sweep} runs these and skips the others.\n"])
 

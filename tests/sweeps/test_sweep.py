@@ -14,8 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
+from tests.sweeps.folders import leave
 
+from servelab.core.errors import ConfigError
 from servelab.core.sweep import sweeper
+from servelab.core.sweep.folder import STOP_FILE, job_folders
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 SWEEP = ("-m", "+experiment=scripted", "workload.num_requests=4,0", "scheduler=vllm_v1,conservative")
@@ -29,6 +32,8 @@ def states(folder: Path) -> dict[str, str]:
 
 def test_a_sweep_with_failures_and_its_resume(run_py: Command, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
+    folder.mkdir()
+    (folder / STOP_FILE).write_text("2")  # of a sweep that was killed while it ended
     done = run_py(*SWEEP, "hydra.sweep.dir=sweep")
     assert done.returncode == 1
     assert states(folder) == {"0": "ok", "1": "ok", "2": "failed", "3": "failed"}
@@ -114,6 +119,31 @@ def test_interruption(
     if number == signal.SIGTERM:
         assert run_py(*sweep).returncode == 0
         assert set(states(folder).values()) == {"ok"}
+
+
+# --- trouble -----------------------------------------------------------------------------------------------
+
+
+def test_one_sweep_at_a_time(tmp_path: Path) -> None:
+    held = pytest.raises(ConfigError, match="another sweep is running")
+    with sweeper._alone(tmp_path), held, sweeper._alone(tmp_path):
+        pass
+    with sweeper._alone(tmp_path):
+        pass
+
+
+def test_all_that_failed_are_told(tmp_path: Path) -> None:
+    leave(tmp_path, 0, "seed=0")
+    leave(tmp_path, 1, "+seed=1", status="running")
+    crash = "servelab: bad luck\n  do:    wait\n\nTraceback (most recent call last):\n  here\n"
+    (leave(tmp_path, 2, "seed=2", status="failed", reason="bad luck") / "error.txt").write_text(crash)
+    leave(tmp_path, 3, "seed=3", status="waiting")
+    text = sweeper._trouble(list(job_folders(tmp_path)), tmp_path)
+    assert text.startswith("servelab: 2 of 4 jobs failed\n\njob 1: seed=1\n  the process that looked")
+    assert "job 2: seed=2\n  bad luck\n    do:    wait\n  log: " in text
+    assert "job 0" not in text and "job 3" not in text and "Traceback" not in text
+    assert "3 of 4 jobs are not finished." in text
+    assert sweeper._trouble(list(job_folders(tmp_path))[:1], tmp_path) == ""
 
 
 # --- side by side ------------------------------------------------------------------------------------------
