@@ -66,6 +66,16 @@ def test_a_good_job(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "a report" not in capfd.readouterr().out
 
 
+def test_signals_of_the_terminal_do_not_reach_it(folder: Path) -> None:
+    """Only those that the sweep hands on: in a group of its own."""
+
+    def task(cfg: DictConfig) -> None:
+        print(os.getpgrp() == os.getpid(), signal.getsignal(signal.SIGTTOU) is signal.SIG_IGN)
+
+    run(folder, task)
+    assert (folder / "report.txt").read_text() == "True True\n"
+
+
 def _raises(error: BaseException) -> Callable[[DictConfig], Any]:
     def task(cfg: DictConfig) -> None:
         raise error
