@@ -30,6 +30,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from servelab.core import __version__
+from servelab.core.errors import ServeLabError
 from servelab.core.interrupt import interrupted_by
 from servelab.core.sweep.folder import (
     REPORT_FILE,
@@ -86,12 +87,16 @@ class Job:
             log.info("%s skipped, finished earlier: %s", title, spelled)
             return None
         log.info("%s began: %s", title, spelled)
-        aside = put_aside(folder, f"{hydra.job.name}.log") if state.status != "waiting" else None
-        if aside is not None:
-            log.info("%s: files of an earlier try are now in %s", title, aside)
-        state = replace(state, status="running", reason="", servelab=__version__, wall_s=0.0, files=[])
-        state.write(folder)
-        state = self._run(cfg, folder, state, parallel)
+        try:
+            aside = put_aside(folder, f"{hydra.job.name}.log") if state.status != "waiting" else None
+        except ServeLabError as error:
+            state = fail(folder, state, str(error), 0.0)
+        else:
+            if aside is not None:
+                log.info("%s: files of an earlier try are now in %s", title, aside)
+            state = replace(state, status="running", reason="", servelab=__version__, wall_s=0.0, files=[])
+            state.write(folder)
+            state = self._run(cfg, folder, state, parallel)
         self._tell(title, folder, state)
         return self._leave(parallel) if self._stopped() is not None else None
 
@@ -123,8 +128,10 @@ class Job:
 
     def _tell(self, title: str, folder: Path, state: JobState) -> None:
         """The line that tells the end of a job."""
-        ok = state.status == "ok"
-        about = named(self.summary)(folder) if ok and self.summary else state.reason
+        ok, about = state.status == "ok", state.reason
+        if ok and self.summary:
+            with suppress(ServeLabError):  # the comparison tells it
+                about = named(self.summary)(folder)
         log.log(
             logging.INFO if ok else logging.ERROR,
             "%s %s in %s%s%s",

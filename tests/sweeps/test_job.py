@@ -140,6 +140,16 @@ def test_earlier_tries_are_kept(folder: Path) -> None:
     assert put_aside(folder, "servelab.log") is None
 
 
+def test_files_that_cannot_be_put_aside_fail_the_job_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(folder, _raises(ValueError("first")))
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "not allowed")))
+    state = run(folder, good)
+    assert (state.status, state.reason) == ("failed", "the files of an earlier try cannot be put aside")
+    assert "why:   not allowed" in (folder / "error.txt").read_text()
+
+
 def test_files_of_a_job_that_waits_are_left_to_whoever_refuses_them(folder: Path) -> None:
     (folder / "events.jsonl").write_text("another run")
     run(folder, good)

@@ -19,12 +19,12 @@ def best(sweep: Sweep, key: str) -> list[int]:
 
 def test_settings_that_differ_are_columns(tmp_path: Path) -> None:
     leave(tmp_path, 0, "+scheduler=a", "++workload.request_rate=2", "seed=1", found=results())
-    leave(tmp_path, 1, "+scheduler=b", "++workload.request_rate=2", "seed=1", found=results())
+    leave(tmp_path, 2, "+scheduler=b", "++workload.request_rate=2", "seed=1", found=results())
     leave(tmp_path, 10, "+scheduler=b", "++workload.request_rate=4", "seed=1", found=results())
     sweep = read_sweep(tmp_path)
     assert sweep.axes == ["scheduler", "workload.request_rate"]
     assert sweep.common == ["seed=1"]
-    assert [row.number for row in sweep.rows] == [0, 1, 10]
+    assert [row.number for row in sweep.rows] == [0, 2, 10]
     assert sweep.rows[2].settings == {"scheduler": "b", "workload.request_rate": "4"}
 
 
