@@ -178,6 +178,18 @@ def test_results_on_stdout_and_logs_on_stderr(run_py: Command) -> None:
     assert done.stdout.startswith("ServeLab run\n")
 
 
+def test_levels_of_logging(run_py: Command) -> None:
+    told = run_py("-v", *SHORT)
+    assert told.returncode == 0
+    lines = told.stderr.splitlines()
+    assert any(line.startswith("DEBUG servelab.core.compose: scheduler vllm_v1 of servelab") for line in lines)
+    assert any(line.startswith("DEBUG servelab.core.compose: KV pool of 512 pages: ") for line in lines)
+    assert all(line.startswith("DEBUG servelab.") for line in lines)
+    both = run_py("-q", "-v", *SHORT)
+    assert both.returncode == 1
+    assert "ask for different levels of logging" in both.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "text"),
     [
