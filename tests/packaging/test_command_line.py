@@ -182,7 +182,9 @@ def test_levels_of_logging(run_py: Command) -> None:
     told = run_py("-v", *SHORT)
     assert told.returncode == 0
     lines = told.stderr.splitlines()
-    assert any(line.startswith("DEBUG servelab.core.compose: scheduler vllm_v1 of servelab") for line in lines)
+    assert any(
+        line.startswith("DEBUG servelab.core.compose: scheduler vllm_v1 of servelab") for line in lines
+    )
     assert any(line.startswith("DEBUG servelab.core.compose: KV pool of 512 pages: ") for line in lines)
     assert all(line.startswith("DEBUG servelab.") for line in lines)
     both = run_py("-q", "-v", *SHORT)
