@@ -90,8 +90,8 @@ def test_interruption(
     """As from a terminal, to all processes: jobs that run end as partial, none begins, a resume goes on."""
     folder, names = tmp_path / "sweep", "012" if parallel else "01"
     requests = 12 if number == signal.SIGTERM else 200  # the one that is resumed is the short one
-    sweep = ("-m", "+experiment=scripted", f"seed={','.join(names)}", f"workload.num_requests={requests}", "clock=wall",
-             "workload.request_rate=6", "hydra.sweep.dir=sweep", *parallel)  # fmt: skip
+    sweep = ("-m", "+experiment=scripted", "clock=wall", f"seed={','.join(names)}", "hydra.sweep.dir=sweep",
+             f"workload.num_requests={requests}", "workload.request_rate=6", *parallel)  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, str(repository / "run.py"), *sweep],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
