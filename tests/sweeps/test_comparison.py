@@ -123,6 +123,7 @@ def test_what_one_must_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "Wall clock" not in out and "fewer than" not in out
     assert "Without results.json: 1; the observer 'report' writes it." in out
+    assert not (sure / "plots").exists()
 
 
 def test_a_single_job_has_no_plot(tmp_path: Path) -> None:
