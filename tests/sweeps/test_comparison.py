@@ -12,9 +12,16 @@ import pytest
 from tests.sweeps.folders import leave, results
 
 from servelab.core.errors import ConfigError
+from servelab.plugins.sweeps import plots, table
 from servelab.plugins.sweeps.command import main
-from servelab.plugins.sweeps.comparison import compare, summary
+from servelab.plugins.sweeps.comparison import compare, summary, write
 from servelab.plugins.sweeps.results import METRICS
+from servelab.plugins.sweeps.rows import read_sweep
+
+
+@pytest.fixture(autouse=True)
+def _coarse_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "DPI", 20)
 
 
 @pytest.fixture
@@ -54,7 +61,7 @@ def test_the_table(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_files(sweep: Path) -> None:
-    compare(sweep)
+    write(read_sweep(sweep))
     found = json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))
     assert found["schema_version"] == 1
     assert found["swept"] == ["scheduler", "workload.request_rate"]
@@ -81,11 +88,10 @@ def test_the_files(sweep: Path) -> None:
     assert "| lifo\\|x | 8 | - |" in body[5]
 
 
-def test_what_some_job_measured_is_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_some_job_measured_is_a_column(tmp_path: Path) -> None:
     leave(tmp_path, 0, "quant=none", found=results(servelab__slo_attainment=0.25, p99_ttft_ms=None))
     leave(tmp_path, 1, "quant=w4a8", found=results(servelab__quality={"w4a8": {"kl_mean": 0.0123}}))
-    compare(tmp_path)
-    out = capsys.readouterr().out
+    out = "\n".join(table.text(read_sweep(tmp_path)))
     assert "met %" in out and "KL" in out and "25.0" in out and "0.0123" in out
 
 
@@ -112,8 +118,7 @@ def test_what_one_must_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     wall = {"clock": {"name": "wall"}}
     for number, completed in ((0, 99), (1, 100)):
         leave(tmp_path, number, f"seed={number}", found=results(completed=completed), **wall)
-    compare(tmp_path)
-    out = capsys.readouterr().out
+    out = "\n".join(table.text(read_sweep(tmp_path)))
     assert "Wall clock: differences include" in out
     assert "p99 over fewer than 100 requests is about their maximum." in out
     sure = tmp_path / "sure"
