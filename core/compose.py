@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
@@ -23,6 +24,8 @@ from servelab.core.layout import Capacity, KVLayout
 from servelab.core.registry import Registry
 from servelab.core.request import SLO, Arrival, Cancel, Truth
 from servelab.core.sites import linear_sites
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from servelab.core.families.cost import CostModel
@@ -81,6 +84,11 @@ def compose(
     config = _with_shape(config, registry)
     build = _Builder(config, registry, run_dir)
 
+    for kind, choice in config.choices():
+        provider = registry.provider(kind, choice.name)
+        log.debug("%s %s of %s: %s", kind, choice.name, provider, choice.settings() or "no settings")
+    log.debug("model %s: %s", config.model.name, build.model)
+
     kvcache: KVCache = build.one("kvcache")
     layout = build.ask("kvcache", kvcache.layout, build.model)
     _check_layout(layout, config.kvcache.name, build.model)
@@ -100,6 +108,9 @@ def compose(
         if (fit_length or offline) and config.engine.max_model_len is None:
             config = build.fit(layout, capacity, kvcache)
         _check_capacity(capacity, layout, kvcache, config, build.limits)
+        for pool, pages in zip(layout.pools, capacity.device_pages, strict=True):
+            log.debug("KV pool of %s pages: %s", f"{pages:,}", pool)
+        log.debug("limits: %s", build.limits)
         workload = build.one("workload")
         by_class = {name: one.bounds() for name, one in config.slo.classes.items()}
         if config.slo.bounds() or any(by_class.values()):

@@ -19,6 +19,10 @@ TABLE = {
         "servelab.plugins.commands.export:main",
         "a run in the names, and by the rules, of GuideLLM or AIPerf",
     ),
+    "sweep": (
+        "servelab.plugins.sweeps.command:main",
+        "the comparison of a sweep's jobs, made again from its folder",
+    ),
 }
 
 
