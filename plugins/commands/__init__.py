@@ -1,0 +1,1 @@
+"""Commands of ``servelab`` beside a run: each a module with ``main(argv)``."""
