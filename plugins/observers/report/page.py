@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from servelab.core.api import ServeLabError
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
@@ -39,7 +40,7 @@ FILES = {
     ENVIRONMENT_FILE: "machine, library versions, commit",
     "servelab.log": "messages of the program",
 }
-ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+ARXIV = re.compile(r"\b(?:arXiv:)?(\d{4}\.\d{4,5})\b")
 DOI = re.compile(r"\b(10\.\d{4,9}/[\w.()/:;-]*\w)")
 
 
@@ -488,7 +489,10 @@ def _card(info: Mapping[str, Any]) -> Iterator[Markup]:
         )
         for kind, one in found
     ]
-    content = [table(("plugin", "name", "version", "paper", "not at default"), rows)]
+    if found:
+        content = [table(("plugin", "name", "version", "paper", "not at default"), rows)]
+    else:
+        content = [tag("p", "The run states no plugins.")]
     deviations = [
         tag("li", tag("b", f"{kind} {one.get('name', '?')}: "), " ".join(map(str, one["deviations"])))
         for kind, one in found
@@ -532,7 +536,11 @@ def _listing(value: Mapping[str, Any]) -> Markup:
 
 def _footer(files: Sequence[str], info: Mapping[str, Any]) -> Markup:
     listed = [
-        tag("li", tag("a", name, href=_address(name)), f": {FILES[name]}" if name in FILES else "")
+        tag(
+            "li",
+            tag("a", name, href=quote(name, errors="surrogateescape")),
+            f": {FILES[name]}" if name in FILES else "",
+        )
         for name in files
     ]
     version = f" {info['servelab']}" if isinstance(info.get("servelab"), str) else ""
@@ -541,9 +549,3 @@ def _footer(files: Sequence[str], info: Mapping[str, Any]) -> Markup:
         *([tag("p", "Files beside this page:"), tag("ul", *listed)] if listed else []),
         tag("p", f"Made by ServeLab{version}. This page needs no network.", class_="dim"),
     )
-
-
-def _address(name: str) -> str:
-    from urllib.parse import quote
-
-    return quote(name)

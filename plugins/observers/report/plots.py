@@ -36,6 +36,8 @@ MOST_LINEAR = 64
 """Tokens of a step up to which their axis is linear: prefill comes in thousands, decode in tens."""
 SLICES = 60
 """Of the run, for rates."""
+WHOLE = ("requests", "pages", "tokens", "preemptions")
+"""What comes in whole numbers."""
 TIME = "time since the run started (s)"
 METRICS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E latency"}
 
@@ -76,7 +78,7 @@ def draw(timeline: Timeline, series: Series, *, png: bool = True, svg: bool = Tr
     groups = by_class(timeline)
     figures: dict[str, tuple[str, Callable[[], tuple[Figure, str] | str]]] = {
         "ttft_tpot_e2e": ("Latency: how many requests stay below it", lambda: _distributions(groups)),
-        "latency_over_time": ("Latency over time", lambda: _over_time(groups, series)),
+        "latency_over_time": ("Latency over time", lambda: _over_time(groups)),
         "queue": ("Queue", lambda: _queue(series)),
         "kv": ("KV memory", lambda: _kv(series, timeline.info)),
         "batch": ("Batch composition and throughput", lambda: _batch(series)),
@@ -144,23 +146,25 @@ def by_class(timeline: Timeline) -> list[Group]:
 def _distributions(groups: Sequence[Group]) -> tuple[Figure, str] | str:
     if not any(group.facts for group in groups):
         return "no request completed"
-    figure, panels = style.figure(2.3, 1, 3, sharey=True)
+    several = len(groups) > 1
+    stated = any(bounds for group in groups for bounds in group.bounds.values())
+    figure, panels = style.figure(2.6 if several or stated else 2.3, 1, 3, sharey=True)
     handles: dict[str, Any] = {}
     for axes, (metric, name) in zip(panels, METRICS.items(), strict=True):
-        samples = {group.label: [value for _, value in group.samples(metric)] for group in groups}
+        samples = {group.label: sorted(value for _, value in group.samples(metric)) for group in groups}
         everything = Distribution.of(value for values in samples.values() for value in values)
-        axes.set_title(name)
         if not everything.count:
-            _nothing(axes, "no request has one", f"{name} (ms)")
+            _nothing(axes, name, f"{name} (ms)")
             continue
         bounds = [bound for group in groups for bound in group.bounds[metric]]
         scale, unit = _unit([everything.values[-1], *bounds])
         for group in groups:
-            if samples[group.label]:
-                _ecdf(axes, group, sorted(samples[group.label]), scale, handles if len(groups) > 1 else {})
+            if values := samples[group.label]:
+                line = _ecdf(axes, group, values, scale)
+                if several:
+                    handles[f"{group.label} ({len(group.facts):,})"] = line
             for bound in group.bounds[metric]:
-                line = axes.axvline(bound / scale, color=group.color, lw=1, ls=(0, (2, 1.5)), zorder=1)
-                handles[f"SLO, {group.label}" if len(groups) > 1 else "SLO"] = line
+                _bound(axes.axvline, bound / scale, group, several, handles)
         marks = {f"p{q}": (everything.percentile(q) or 0) / scale for q in (50, 90, 99)}
         axes.plot(
             list(marks.values()), [50, 90, 99], ls="none", marker="o", ms=3.2, color=style.INK, zorder=4
@@ -169,39 +173,37 @@ def _distributions(groups: Sequence[Group]) -> tuple[Figure, str] | str:
         axes.set_title(name, pad=15)
         axes.text(0, 1.03, f"{words} {unit}", transform=axes.transAxes, fontsize=7)
         _log_if_wide(
-            axes, [everything.values[0] / scale, everything.values[-1] / scale, *(b / scale for b in bounds)]
+            axes, [value / scale for value in (everything.values[0], everything.values[-1], *bounds)]
         )
-        axes.set_xlabel(f"{name} ({unit}), {everything.count:,} requests")
+        axes.set_xlabel(f"{name} ({unit}), {_requests(everything.count)}")
     panels[0].set_ylabel("requests at or below (%)")
     panels[0].set_ylim(0, 103)
     panels[0].set_yticks([0, 25, 50, 75, 90, 100])
     _legend(figure, handles)
     caption = (
-        "Empirical distributions over completed requests: time to first token, mean time per output token "
-        "after it (requests of more than one token), and time from arrival to last token. "
-        "Dots mark the 50th, 90th and 99th percentile of all."
+        "Distributions over completed requests: time to first token, mean time per output token after it "
+        "(requests of more than one token), and time from arrival to last token. Between samples a line, as "
+        "percentiles are interpolated; dots mark the 50th, 90th and 99th of all."
     )
     return figure, caption + _slo_words(groups)
 
 
-def _ecdf(axes: Axes, group: Group, samples: Sequence[float], scale: float, handles: dict[str, Any]) -> None:
-    """Steps up at the sorted samples; of many, some at equal ranks, with the first and the last."""
+def _ecdf(axes: Axes, group: Group, samples: Sequence[float], scale: float) -> Any:
+    """The sorted samples from 0 to 100 %; of many, some at equal ranks, with the first and the last."""
     n = len(samples)
     ranks = range(n) if n <= MOST_STEPS else [i * (n - 1) // (MOST_STEPS - 1) for i in range(MOST_STEPS)]
     values = [samples[rank] / scale for rank in ranks]
-    shares = [100 * (rank + 1) / n for rank in ranks]
-    (line,) = axes.plot(
-        [values[0], *values],
-        [0, *shares],
-        drawstyle="steps-post",
-        color=group.color,
-        ls=group.dash,
-        zorder=3,
-    )
-    handles[f"{group.label} ({n:,})"] = line
+    shares = [100 * rank / (n - 1) for rank in ranks] if n > 1 else [0, 100]
+    return axes.plot(values * (1 if n > 1 else 2), shares, color=group.color, ls=group.dash, zorder=3)[0]
 
 
-def _over_time(groups: Sequence[Group], series: Series) -> tuple[Figure, str] | str:
+def _bound(line: Callable[..., Any], at: float, group: Group, several: bool, handles: dict[str, Any]) -> None:
+    """A bound that requests state, across the panel."""
+    drawn = line(at, color=group.color if several else style.RED, lw=1, ls=(0, (2, 1.5)), zorder=1)
+    handles[f"SLO, {group.label}" if several else "SLO"] = drawn
+
+
+def _over_time(groups: Sequence[Group]) -> tuple[Figure, str] | str:
     total = sum(len(group.facts) for group in groups)
     if not total:
         return "no request completed"
@@ -211,9 +213,9 @@ def _over_time(groups: Sequence[Group], series: Series) -> tuple[Figure, str] | 
         name = METRICS[metric]
         samples = {group.label: group.samples(metric) for group in groups}
         values = [value for some in samples.values() for _, value in some]
-        axes.set_title(f"{name} by arrival")
+        axes.set_title(name)
         if not values:
-            _nothing(axes, "no request has one", f"{name} (ms)")
+            _nothing(axes, name)
             continue
         bounds = [bound for group in groups for bound in group.bounds[metric]]
         scale, unit = _unit([*values, *bounds])
@@ -224,7 +226,7 @@ def _over_time(groups: Sequence[Group], series: Series) -> tuple[Figure, str] | 
                 [value / scale for _, value in shown],
                 ls="none",
                 marker="o",
-                ms=2.6 if total < 200 else 1.8,
+                ms=4 if total < 20 else 2.6 if total < 200 else 1.8,
                 mew=0,
                 alpha=0.75 if total < 200 else 0.55,
                 color=group.color,
@@ -232,8 +234,7 @@ def _over_time(groups: Sequence[Group], series: Series) -> tuple[Figure, str] | 
             if len(groups) > 1:
                 handles[group.label] = points
             for bound in group.bounds[metric]:
-                line = axes.axhline(bound / scale, color=group.color, lw=1, ls=(0, (2, 1.5)), zorder=1)
-                handles[f"SLO, {group.label}" if len(groups) > 1 else "SLO"] = line
+                _bound(axes.axhline, bound / scale, group, len(groups) > 1, handles)
         everything = sorted(pair for some in samples.values() for pair in some)
         if len(everything) >= 2 * SLICES:
             at, medians = moving_median(everything)
@@ -243,17 +244,17 @@ def _over_time(groups: Sequence[Group], series: Series) -> tuple[Figure, str] | 
             handles["median of neighbours"] = line
         _log_if_wide(axes, [value / scale for value in (min(values), max(values), *bounds)], along="y")
         axes.set_ylabel(f"{name} ({unit})")
-    _time(panels, series)
+    latest = max(one.arrival_ns for group in groups for one in group.facts)
+    panels[-1].set_xlim(0, 1.02 * latest / NS_PER_S or 1)
+    panels[-1].set_xlabel("arrival of the request, since the run started (s)")
     _legend(figure, handles, panels[0])
-    some = (
-        ""
-        if total <= MOST_POINTS
-        else (
-            f" Of {total:,} requests about {MOST_POINTS} are shown, "
-            "among them the slowest of each part of the run; the line is of all."
+    caption = "Each point is a completed request, at its arrival."
+    if total > MOST_POINTS:
+        caption += (
+            f" Of {total:,} requests about {MOST_POINTS} are shown, among them the slowest of each part of "
+            "the run; the line is of all."
         )
-    )
-    return figure, "Each point is a completed request, at its arrival." + some + _slo_words(groups)
+    return figure, caption + _slo_words(groups)
 
 
 def thinned(samples: Sequence[tuple[int, float]], most: int) -> Sequence[tuple[int, float]]:
@@ -290,6 +291,8 @@ def _slo_words(groups: Sequence[Group]) -> str:
 def _queue(series: Series) -> tuple[Figure, str] | str:
     if not sum(series.arrived.sums):
         return "no request arrived"
+    if not series.last_ns:
+        return "no time passed"
     figure, (upper, lower) = style.figure(3.4, 2, 1, sharex=True)
     lines = {
         "running": (series.running, style.BLUE, "solid"),
@@ -317,7 +320,7 @@ def _queue(series: Series) -> tuple[Figure, str] | str:
 
 
 def _kv(series: Series, info: Mapping[str, Any]) -> tuple[Figure, str] | str:
-    if not series.engines:
+    if not series.engines or not series.last_ns:
         return "nothing ran"
     if not series.pools:
         return "the run does not state the pages of its pools"
@@ -348,6 +351,9 @@ def _kv(series: Series, info: Mapping[str, Any]) -> tuple[Figure, str] | str:
         if len(series.engines) > 1
         else ", band up to the most."
     )
+    sizes = sorted({pool["page_tokens"] for pool in shown if pool.get("page_tokens")})
+    if sizes:
+        caption += f" A page holds {' or '.join(map(str, sizes))} tokens."
     caption += " Pages that a prefix store could give up count as free."
     if int(share * max(pool["pages"] for pool in shown)):
         caption += " While others run, requests are admitted only below the watermark."
@@ -357,12 +363,8 @@ def _kv(series: Series, info: Mapping[str, Any]) -> tuple[Figure, str] | str:
 
 
 def _pool_title(pool: Mapping[str, Any]) -> str:
-    title = f"Pool {style.label(pool.get('id', '?'))}"
-    if pool.get("page_tokens"):
-        title += f", pages of {pool['page_tokens']} tokens"
-    if pool.get("window_tokens"):
-        title += f", window {pool['window_tokens']:,} tokens"
-    return title
+    title = f"Pool {style.label(pool.get('id', '?'), 20)}"
+    return title + (f" (window {pool['window_tokens']:,})" if pool.get("window_tokens") else "")
 
 
 def _share_of(pages: int) -> tuple[Any, Any]:
@@ -370,7 +372,7 @@ def _share_of(pages: int) -> tuple[Any, Any]:
 
 
 def _batch(series: Series) -> tuple[Figure, str] | str:
-    if not series.engines:
+    if not series.engines or not series.last_ns:
         return "nothing ran"
     figure, (tokens, requests, rate) = style.figure(4.6, 3, 1, sharex=True)
     edges, prefill = series.edges_s, series.per_step(series.prefill)
@@ -396,12 +398,12 @@ def _batch(series: Series) -> tuple[Figure, str] | str:
     return figure, (
         "Means over the time in which steps ran (0 where none did); the band is up to the largest batch. "
         "Prefill: tokens of requests that have not emitted one since they were admitted. "
-        "Output tokens count when their step ends."
+        "Output tokens are spread over the step that brings them."
     )
 
 
 def _preemptions(series: Series) -> tuple[Figure, str] | str:
-    if not series.preempted:
+    if not series.preempted or not series.last_ns:
         return "no request was preempted"
     panels_of: list[tuple[str, str, dict[str, list[float]]]] = [
         (
@@ -469,7 +471,8 @@ def _counted(axes: Axes) -> None:
     """Few ticks, with commas."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
+    whole = axes.get_ylabel() in WHOLE
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10], integer=whole))
     axes.yaxis.set_major_formatter(_commas())
 
 
@@ -497,13 +500,18 @@ def _legend(figure: Figure, handles: Mapping[str, Any], beside: Axes | None = No
             lines, labels, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=len(labels), borderpad=0.2
         )
     elif labels:
-        figure.legend(lines, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        figure.legend(lines, labels, loc="outside lower center", ncols=min(4, len(labels)), markerscale=2)
 
 
-def _nothing(axes: Axes, why: str, label: str) -> None:
-    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center")
+def _nothing(axes: Axes, name: str, label: str = "") -> None:
+    """A panel without data says so."""
+    axes.set_title(name)
+    axes.text(0.5, 0.5, "no completed request has one", transform=axes.transAxes, ha="center", va="center")
     axes.set_xlabel(label)
-    axes.set_xticks([])
+
+
+def _requests(count: int) -> str:
+    return f"{count:,} request{'s' * (count != 1)}"
 
 
 def _unit(values: Iterable[float]) -> tuple[float, str]:

@@ -15,10 +15,9 @@ Three kinds of figures:
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 from servelab.core.records import (
     ContextEnded,
@@ -29,10 +28,13 @@ from servelab.core.records import (
     RequestArrived,
     RequestFinished,
     RequestPreempted,
+    RunFinished,
     RunStarted,
     StepDone,
     TransferStarted,
 )
+
+T = TypeVar("T", int, float)
 
 BINS = 512
 """Bins over time, even."""
@@ -62,7 +64,7 @@ class Counts:
     __slots__ = ("sums",)
 
     def __init__(self) -> None:
-        self.sums = [0] * BINS
+        self.sums: list[float] = [0] * BINS
 
     def fold(self) -> None:
         self.sums = [a + b for a, b in _pairs(self.sums)] + [0] * (BINS // 2)
@@ -89,8 +91,8 @@ class Series:
         self.shift = FIRST_SHIFT
         """A bin is 2**shift ns wide."""
         self.last_ns = 0
-        """Time of the latest record that belongs to the serving: what comes after it, such as measuring
-        quality, is no part of these figures."""
+        """Time of the latest record that belongs to the serving. Once every request has ended, what follows
+        (measuring quality, the end of the run) is no part of it."""
         self.busy = Channel()
         """Launches running at a time (several lanes and engines); its integral is the busy time."""
         self.tokens = Channel()
@@ -112,7 +114,7 @@ class Series:
         self.arrived = Counts()
         self.completed = Counts()
         self.emitted = Counts()
-        """Output tokens, at the end of the step that brought them."""
+        """Output tokens, spread over the step that brought them."""
         self.preempted: dict[str, Counts] = {}
         """By mode."""
         self.lost = Counts()
@@ -149,6 +151,7 @@ class Series:
             ContextKept.ev: self._context_kept,
             ContextEnded.ev: self._context_ended,
             RequestFinished.ev: self._finished,
+            RunFinished.ev: _nothing,
         }
 
     def feed(self, record: Record) -> None:
@@ -158,6 +161,8 @@ class Series:
             return
         now = record.t_ns
         if now > self.last_ns:
+            if feeder is _nothing and not self._live:
+                return
             self.last_ns = now
             if now >= self._limit:
                 self._widen(now)
@@ -213,6 +218,8 @@ class Series:
         The end of the run rarely is the border of a slice; what is left over belongs to the last whole one.
         """
         n = self.bins
+        if not n:
+            return [0.0], []
         step = max(1, -(-n // slices))
         firsts = [*range(0, n, step)]
         if len(firsts) > 1:
@@ -224,7 +231,7 @@ class Series:
         sums = (upto[end - 1] - upto[first - 1] for first, end in zip(firsts, ends, strict=True))
         return edges, [total / (b - a) for total, a, b in zip(sums, edges, edges[1:], strict=False)]
 
-    def upto(self, counts: Counts) -> list[int]:
+    def upto(self, counts: Counts) -> list[float]:
         """How much happened by the end of each bin in use."""
         return list(accumulate(counts.sums[: self.bins]))
 
@@ -312,10 +319,10 @@ class Series:
         first, last, size = ends[0], ends[-1], len(record.requests)
         tokens = sum(record.tokens)
         prefill = self._prefill(record) if self._prefilling else 0
-        self._launch(record.start_ns, first, tokens, prefill, size)
+        emitted = sum(record.emitted) / len(ends)  # the same number in each step
+        self._launch(record.start_ns, first, tokens, prefill, size, emitted)
         if last > first:
-            self._launch(first, last, size, 0, size)
-        self._emit(ends, sum(record.emitted))
+            self._launch(first, last, size, 0, size, emitted * (len(ends) - 1))
         engine = record.engine
         if record.waiting != self._queued.get(engine) or record.running != self._active.get(engine):
             self._queued[engine], self._active[engine] = record.waiting, record.running
@@ -359,15 +366,16 @@ class Series:
         yield from self.preempted.values()
         yield from self.moved.values()
 
-    def _launch(self, start: int, end: int, tokens: int, prefill: int, size: int) -> None:
+    def _launch(self, start: int, end: int, tokens: int, prefill: int, size: int, emitted: float) -> None:
         """A step, or equal ones, from ``start`` to ``end``."""
-        shift = self.shift
+        shift, span = self.shift, end - start
         i, last = start >> shift, end >> shift
         while True:
             ns = (end if i == last else (i + 1) << shift) - start
             self.busy.sums[i] += ns
             self.tokens.sums[i] += tokens * ns
             self.batch.sums[i] += size * ns
+            self.emitted.sums[i] += emitted * ns / span if ns != span else emitted
             if tokens > self.tokens.peaks[i]:
                 self.tokens.peaks[i] = tokens
             if size > self.batch.peaks[i]:
@@ -376,25 +384,10 @@ class Series:
                 self.prefill.sums[i] += prefill * ns
                 if prefill > self.prefill.peaks[i]:
                     self.prefill.peaks[i] = prefill
-            if i == last:
-                return
             start += ns
             i += 1
-            if i == last and start == end:  # ends where a bin begins: nothing of it is in there
+            if start == end:  # also where it ends at the border of a bin: nothing of it is in the next one
                 return
-
-    def _emit(self, ends: list[int], tokens: int) -> None:
-        """Output tokens, the same number at each end."""
-        shift, sums = self.shift, self.emitted.sums
-        if ends[0] >> shift == ends[-1] >> shift:
-            sums[ends[0] >> shift] += tokens
-            return
-        each, done = tokens // len(ends), 0
-        while done < len(ends):
-            at = ends[done] >> shift
-            upto = bisect_left(ends, (at + 1) << shift, done)
-            sums[at] += each * (upto - done)
-            done = upto
 
     def _queue(self, record: Record, waiting: int, running: int) -> None:
         """More or fewer requests of one engine wait and run; the next step's own counts stand."""
@@ -436,5 +429,9 @@ class Series:
                 peaks[i] = held
 
 
-def _pairs(values: list[int]) -> Iterator[tuple[int, int]]:
+def _nothing(_: Record) -> None:
+    """For records that only end the time."""
+
+
+def _pairs(values: list[T]) -> Iterator[tuple[T, T]]:
     return zip(values[::2], values[1::2], strict=True)

@@ -29,7 +29,6 @@ PALETTE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 INK = "#1c1d20"
 """Text, axes and grid; a page puts its own colour of text in its place."""
 DASHES = ("solid", "dashed", "dashdot", "dotted", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-LONGEST_LABEL = 28
 
 RC: dict[str, Any] = {
     "font.size": 8,
@@ -230,9 +229,9 @@ def _one_decimal(number: str) -> str:
     return f"{float(number):.1f}".removesuffix(".0")
 
 
-def label(text: object) -> str:
+def label(text: object, longest: int = 28) -> str:
     """Text from a run as a label: one line, not too long, and nothing that matplotlib or XML trips over."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    if len(line) > LONGEST_LABEL:
-        line = line[: LONGEST_LABEL - 1] + "…"
+    if len(line) > longest:
+        line = line[: longest - 1] + "…"
     return f" {line}" if line.startswith("_") else line or "(no name)"  # "_" would hide it from a legend
