@@ -358,3 +358,8 @@ def test_three_digits() -> None:
         "100",
         "1,234",
     ]
+
+
+def test_ticks_are_short() -> None:
+    ticks = [plots._tick(x) for x in (0, 0.5, 250, 99_000, 150_000, 2_500_000, 3e10)]
+    assert ticks == ["0", "0.5", "250", "99,000", "150k", "2.5M", "30G"]

@@ -92,7 +92,6 @@ def draw(timeline: Timeline, series: Series, *, png: bool = True, svg: bool = Tr
                 made.append(Missing(name, title, drawn))
                 continue
             figure, caption = drawn
-            style.settle(figure)
             image = style.png(figure) if png else b""
             made.append(Plot(name, title, caption, image, style.svg(figure, f"f{i}", title) if svg else ""))
     return made
@@ -147,8 +146,7 @@ def _distributions(groups: Sequence[Group]) -> tuple[Figure, str] | str:
     if not any(group.facts for group in groups):
         return "no request completed"
     several = len(groups) > 1
-    stated = any(bounds for group in groups for bounds in group.bounds.values())
-    figure, panels = style.figure(2.6 if several or stated else 2.3, 1, 3, sharey=True)
+    figure, panels = style.figure(1, 3, sharey=True)
     handles: dict[str, Any] = {}
     for axes, (metric, name) in zip(panels, METRICS.items(), strict=True):
         samples = {group.label: sorted(value for _, value in group.samples(metric)) for group in groups}
@@ -180,6 +178,7 @@ def _distributions(groups: Sequence[Group]) -> tuple[Figure, str] | str:
     panels[0].set_ylim(0, 103)
     panels[0].set_yticks([0, 25, 50, 75, 90, 100])
     _legend(figure, handles)
+    style.fit(figure, 1.55, columns=3, top=0.45)
     caption = (
         "Distributions over completed requests: time to first token, mean time per output token after it "
         "(requests of more than one token), and time from arrival to last token. Between samples a line, as "
@@ -207,7 +206,7 @@ def _over_time(groups: Sequence[Group]) -> tuple[Figure, str] | str:
     total = sum(len(group.facts) for group in groups)
     if not total:
         return "no request completed"
-    figure, panels = style.figure(3.4, 2, 1, sharex=True)
+    figure, panels = style.figure(2, sharex=True)
     handles: dict[str, Any] = {}
     for axes, metric in zip(panels, ("ttft", "tpot"), strict=True):
         name = METRICS[metric]
@@ -248,6 +247,7 @@ def _over_time(groups: Sequence[Group]) -> tuple[Figure, str] | str:
     panels[-1].set_xlim(0, 1.02 * latest / NS_PER_S or 1)
     panels[-1].set_xlabel("arrival of the request, since the run started (s)")
     _legend(figure, handles, panels[0])
+    style.fit(figure, 1.2, 2)
     caption = "Each point is a completed request, at its arrival."
     if total > MOST_POINTS:
         caption += (
@@ -293,7 +293,7 @@ def _queue(series: Series) -> tuple[Figure, str] | str:
         return "no request arrived"
     if not series.last_ns:
         return "no time passed"
-    figure, (upper, lower) = style.figure(3.4, 2, 1, sharex=True)
+    figure, (upper, lower) = style.figure(2, sharex=True)
     lines = {
         "running": (series.running, style.BLUE, "solid"),
         "waiting": (series.waiting, style.RED, "dashed"),
@@ -313,6 +313,7 @@ def _queue(series: Series) -> tuple[Figure, str] | str:
     lower.set_ylabel("requests")
     _time((upper, lower), series)
     _beside(upper, lower)
+    style.fit(figure, 1.2, 2)
     return figure, (
         "Lines are means over time, bands reach up to the most at one time. "
         "The gap between the lower lines: requests in the system, and those that ended without completing."
@@ -327,7 +328,7 @@ def _kv(series: Series, info: Mapping[str, Any]) -> tuple[Figure, str] | str:
     shown = series.pools[:MOST_POOLS]
     evicted = bool(sum(series.evicted.sums))
     rows = len(shown) + evicted
-    figure, panels = style.figure(0.7 + 1.35 * rows, rows, 1, sharex=True)
+    figure, panels = style.figure(rows, sharex=True)
     share = ((info.get("settings") or {}).get("kvcache") or {}).get("watermark") or 0
     for i, (axes, pool) in enumerate(zip(panels, shown, strict=False)):
         pages = pool["pages"]
@@ -346,6 +347,7 @@ def _kv(series: Series, info: Mapping[str, Any]) -> tuple[Figure, str] | str:
         panels[-1].set_ylabel("pages")
     _time(panels, series)
     _beside(*panels)
+    style.fit(figure, 1.2, rows, right=0.62)
     caption = "Pages in use when launches end: mean over time" + (
         f" and over {len(series.engines)} engines, band up to the fullest engine's most."
         if len(series.engines) > 1
@@ -374,7 +376,7 @@ def _share_of(pages: int) -> tuple[Any, Any]:
 def _batch(series: Series) -> tuple[Figure, str] | str:
     if not series.engines or not series.last_ns:
         return "nothing ran"
-    figure, (tokens, requests, rate) = style.figure(4.6, 3, 1, sharex=True)
+    figure, (tokens, requests, rate) = style.figure(3, sharex=True)
     edges, prefill = series.edges_s, series.per_step(series.prefill)
     total = series.per_step(series.tokens)
     decode = [all_ - some for all_, some in zip(total, prefill, strict=True)]
@@ -395,6 +397,7 @@ def _batch(series: Series) -> tuple[Figure, str] | str:
     rate.set_ylabel("tokens/s")
     _time((tokens, requests, rate), series)
     _beside(tokens)
+    style.fit(figure, 1.15, 3)
     return figure, (
         "Means over the time in which steps ran (0 where none did); the band is up to the largest batch. "
         "Prefill: tokens of requests that have not emitted one since they were admitted. "
@@ -423,7 +426,7 @@ def _preemptions(series: Series) -> tuple[Figure, str] | str:
             for way, c in sorted(series.moved.items())
         }
         panels_of.append(("KV moved so far", "MiB", moved))
-    figure, panels = style.figure(0.7 + 1.35 * len(panels_of), len(panels_of), 1, sharex=True)
+    figure, panels = style.figure(len(panels_of), sharex=True)
     for axes, (title, unit, lines) in zip(panels, panels_of, strict=True):
         for i, (name, values) in enumerate(lines.items()):
             _stairs(
@@ -438,6 +441,7 @@ def _preemptions(series: Series) -> tuple[Figure, str] | str:
         axes.set_ylabel(unit)
     _time(panels, series)
     _beside(*panels)
+    style.fit(figure, 1.15, len(panels_of))
     return figure, "Running requests taken off the device, by mode, from the start of the run."
 
 
@@ -479,7 +483,14 @@ def _counted(axes: Axes) -> None:
 def _commas() -> Formatter:
     from matplotlib.ticker import FuncFormatter
 
-    return FuncFormatter(lambda value, _: f"{value:,.10g}")
+    return FuncFormatter(lambda value, _: _tick(value))
+
+
+def _tick(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 100 * size or (abs(value) >= size > 1e3):
+            return f"{value / size:.10g}{letter}"
+    return f"{value:,.10g}"
 
 
 def _beside(*panels: Axes) -> None:
@@ -500,7 +511,14 @@ def _legend(figure: Figure, handles: Mapping[str, Any], beside: Axes | None = No
             lines, labels, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=len(labels), borderpad=0.2
         )
     elif labels:
-        figure.legend(lines, labels, loc="outside lower center", ncols=min(4, len(labels)), markerscale=2)
+        figure.legend(
+            lines,
+            labels,
+            loc="lower center",
+            ncols=min(style.LEGEND_COLUMNS, len(labels)),
+            markerscale=2,
+            borderaxespad=0.3,
+        )
 
 
 def _nothing(axes: Axes, name: str, label: str = "") -> None:

@@ -22,6 +22,10 @@ WIDTH_IN = 7.0
 """Width of a figure in inches."""
 DPI = 200
 """Of PNG files."""
+LEFT_IN = 0.68
+"""Left of the panels, for numbers and what they are."""
+LEGEND_ROW_IN = 0.17
+LEGEND_COLUMNS = 4
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
@@ -64,7 +68,6 @@ RC: dict[str, Any] = {
     "legend.handlelength": 2.2,
     "legend.columnspacing": 1.4,
     "lines.linewidth": 1.2,
-    "figure.constrained_layout.use": True,
     "figure.facecolor": "white",
     "axes.facecolor": "none",
     "svg.fonttype": "none",
@@ -90,21 +93,44 @@ def styled() -> Iterator[None]:
         yield
 
 
-def figure(height_in: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
-    """An empty figure with its panels, row by row."""
+def figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+    """An empty figure with its panels, row by row; ``fit`` gives it its size."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI)
+    made = Figure(dpi=DPI)
     return made, list(made.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def settle(made: Figure) -> None:
-    """Compute the layout, once for both formats."""
-    from matplotlib.layout_engine import LayoutEngine
+def fit(
+    made: Figure, panel_in: float, rows: int = 1, columns: int = 1, *, top: float = 0.3, right: float = 0.12
+) -> None:
+    """Set the figure's height and its margins, in inches. All have the same margin at the left, so that the
+    time axes of different figures lie below each other; and it costs nothing, as matplotlib's layouts do.
 
-    if isinstance(engine := made.get_layout_engine(), LayoutEngine):
-        cast(Any, engine).execute(made)
-        made.set_layout_engine("none")
+    Args:
+        made: the figure.
+        panel_in: height of one panel.
+        rows: of panels.
+        columns: of panels.
+        top: above the panels of a row, for their titles.
+        right: right of the last panel.
+    """
+    bottom = 0.42 + (0.08 + LEGEND_ROW_IN * legend_rows(made) if made.legends else 0)
+    height = rows * (panel_in + top) + bottom
+    made.set_size_inches(WIDTH_IN, height)
+    made.subplots_adjust(
+        left=LEFT_IN / WIDTH_IN,
+        right=1 - right / WIDTH_IN,
+        bottom=bottom / height,
+        top=1 - top / height,
+        hspace=top / panel_in,
+        wspace=0.12,
+    )
+
+
+def legend_rows(made: Figure) -> int:
+    """Rows of the legend below the panels."""
+    return -(-len(made.legends[0].get_texts()) // LEGEND_COLUMNS)
 
 
 def png(made: Figure) -> bytes:
