@@ -369,7 +369,7 @@ def test_memory_does_not_grow_with_the_run() -> None:
         ):
             series.feed(record)
     assert not series._on_device and not series._prefilling
-    assert len(series._used) == 1 and len(series._queued) <= 1
+    assert len(series._used) == 1 and len(series._counts) <= 1
 
 
 def test_the_means_agree_with_the_results() -> None:

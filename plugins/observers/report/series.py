@@ -53,9 +53,9 @@ class Channel:
         self.peaks = [0] * BINS
 
     def fold(self) -> None:
-        """Join neighbours into the first half."""
-        self.sums = [a + b for a, b in _pairs(self.sums)] + [0] * (BINS // 2)
-        self.peaks = [max(pair) for pair in _pairs(self.peaks)] + [0] * (BINS // 2)
+        """Join neighbours into the first half; the lists stay the same objects."""
+        self.sums[:] = [a + b for a, b in _pairs(self.sums)] + [0] * (BINS // 2)
+        self.peaks[:] = [max(pair) for pair in _pairs(self.peaks)] + [0] * (BINS // 2)
 
 
 class Counts:
@@ -67,7 +67,7 @@ class Counts:
         self.sums: list[float] = [0] * BINS
 
     def fold(self) -> None:
-        self.sums = [a + b for a, b in _pairs(self.sums)] + [0] * (BINS // 2)
+        self.sums[:] = [a + b for a, b in _pairs(self.sums)] + [0] * (BINS // 2)
 
 
 class Level:
@@ -124,12 +124,15 @@ class Series:
         self.moved: dict[str, Counts] = {}
         """Bytes by direction of transfer, when it starts."""
         self._limit = BINS << self.shift
+        self._of_steps = (
+            *(self.busy.sums, self.tokens.sums, self.batch.sums, self.emitted.sums),
+            *(self.tokens.peaks, self.batch.peaks),
+        )
         self._levels = [Level(self.waiting), Level(self.running), Level(self.away)]
         self._live = 0
         """Requests that arrived and have not ended."""
-        self._queued: dict[int, int] = {}
-        """Waiting requests per engine; likewise the next one."""
-        self._active: dict[int, int] = {}
+        self._counts: dict[int, tuple[int, int]] = {}
+        """Requests waiting and running, per engine."""
         self._on_device: set[str] = set()
         """Requests that were admitted and have neither ended nor been preempted since."""
         self._prefilling: set[str] = set()
@@ -289,13 +292,12 @@ class Series:
 
     def _rest(self, now: int) -> None:
         """No request is live: nothing waits or runs, and only KV kept between turns is in use."""
-        self._queued.clear()
-        self._active.clear()
-        self._totals(now)
+        self._counts.clear()
+        idle = list(self._levels)
         if not self._kept:
-            for levels in self._used.values():
-                for level in levels:
-                    self._set(level, 0, now)
+            idle += [level for levels in self._used.values() for level in levels]
+        for level in idle:
+            self._set(level, 0, now)
 
     def _evicted(self, record: PagesEvicted) -> None:
         self.evicted.sums[record.t_ns >> self.shift] += record.pages
@@ -324,9 +326,8 @@ class Series:
         if last > first:
             self._launch(first, last, size, 0, size, emitted * (len(ends) - 1))
         engine = record.engine
-        if record.waiting != self._queued.get(engine) or record.running != self._active.get(engine):
-            self._queued[engine], self._active[engine] = record.waiting, record.running
-            self._totals(record.t_ns)
+        if (record.waiting, record.running) != self._counts.get(engine):
+            self._state(record, record.waiting, record.running)
         levels = self._used.get(engine)
         if levels is None:
             self.engines.add(engine)
@@ -369,17 +370,18 @@ class Series:
     def _launch(self, start: int, end: int, tokens: int, prefill: int, size: int, emitted: float) -> None:
         """A step, or equal ones, from ``start`` to ``end``."""
         shift, span = self.shift, end - start
+        busy_ns, tokens_ns, batch_ns, out, most_tokens, most = self._of_steps
         i, last = start >> shift, end >> shift
         while True:
             ns = (end if i == last else (i + 1) << shift) - start
-            self.busy.sums[i] += ns
-            self.tokens.sums[i] += tokens * ns
-            self.batch.sums[i] += size * ns
-            self.emitted.sums[i] += emitted * ns / span if ns != span else emitted
-            if tokens > self.tokens.peaks[i]:
-                self.tokens.peaks[i] = tokens
-            if size > self.batch.peaks[i]:
-                self.batch.peaks[i] = size
+            busy_ns[i] += ns
+            tokens_ns[i] += tokens * ns
+            batch_ns[i] += size * ns
+            out[i] += emitted if ns == span else emitted * ns / span
+            if tokens > most_tokens[i]:
+                most_tokens[i] = tokens
+            if size > most[i]:
+                most[i] = size
             if prefill:
                 self.prefill.sums[i] += prefill * ns
                 if prefill > self.prefill.peaks[i]:
@@ -391,19 +393,24 @@ class Series:
 
     def _queue(self, record: Record, waiting: int, running: int) -> None:
         """More or fewer requests of one engine wait and run; the next step's own counts stand."""
-        engine = record.engine
-        if waiting:
-            self._queued[engine] = max(0, self._queued.get(engine, 0) + waiting)
-        if running:
-            self._active[engine] = max(0, self._active.get(engine, 0) + running)
-        self._totals(record.t_ns)
+        before = self._counts.get(record.engine, (0, 0))
+        self._state(record, max(0, before[0] + waiting), max(0, before[1] + running))
 
-    def _totals(self, now: int) -> None:
-        waiting, running = sum(self._queued.values()), sum(self._active.values())
-        away = max(0, self._live - waiting - running)
-        for level, value in zip(self._levels, (waiting, running, away), strict=True):
-            if value != level.value:
-                self._set(level, value, now)
+    def _state(self, record: Record, waiting: int, running: int) -> None:
+        """So many requests of one engine wait and run."""
+        engine = record.engine
+        before = self._counts.get(engine, (0, 0))
+        self._counts[engine] = (waiting, running)
+        all_waiting, all_running, away = self._levels
+        waiting += all_waiting.value - before[0]
+        running += all_running.value - before[1]
+        if waiting != all_waiting.value:
+            self._set(all_waiting, waiting, record.t_ns)
+        if running != all_running.value:
+            self._set(all_running, running, record.t_ns)
+        elsewhere = max(0, self._live - waiting - running)
+        if elsewhere != away.value:
+            self._set(away, elsewhere, record.t_ns)
 
     def _set(self, level: Level, value: int, now: int) -> None:
         """From ``now`` on it is ``value``. Records may come a little out of order: time never goes back."""
