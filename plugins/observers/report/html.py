@@ -72,7 +72,7 @@ CSS = Markup("""
 :root{color-scheme:light dark;--ink:#1c1d20;--dim:#5d6169;--line:#d8dadf;--ground:#fff;--soft:#f5f6f8;
 --link:#0b57d0;--bad:#8f1d14;--bad-ground:#fdecea}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e7ea;--dim:#a2a7b0;--line:#3a3d44;--ground:#16171a;
---soft:#202226;--link:#8ab4f8;--bad:#ffb4ab;--bad-ground:#3b1512}}
+--soft:#202226;--link:#8ab4f8;--bad:#ffb4ab;--bad-ground:#3b1512}svg{filter:brightness(1.3)}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",
 Roboto,"Liberation Sans",Arial,sans-serif}
