@@ -23,6 +23,7 @@ from servelab.core.records import (
     TokensEmitted,
 )
 from servelab.core.request import Arrival, RequestSpec
+from servelab.core.usage import Usage
 
 if TYPE_CHECKING:
     from servelab.core.compose import Run
@@ -139,12 +140,13 @@ class Client:
         _running.add(self)
 
     def _serve(self, driver: WallDriver, bus: Bus, info: dict[str, Any]) -> None:
+        usage = Usage()
         try:
             bus.emit(RunStarted(t_ns=0, info=info))
             driver.run()
         except BaseException as exc:
             self._error = exc
-        last = RunFinished(t_ns=driver.now_ns, status="ok")
+        last = RunFinished(t_ns=driver.now_ns, status="ok", **usage.cost())
         if self._error is not None:
             last.status, last.reason = "failed", str(self._error)
         try:

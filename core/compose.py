@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import platform
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from servelab.core import __version__, quality
+from servelab.core import quality
 from servelab.core.capabilities import Selected, check_capabilities
-from servelab.core.config import DTYPE_BYTES, Choice, RunConfig, SLOConfig, across, refusal
+from servelab.core.config import DTYPE_BYTES, Choice, RunConfig, across, refusal
 from servelab.core.context import Context, seeded
 from servelab.core.engine.engine import Engine
+from servelab.core.environment import environment
 from servelab.core.errors import CapabilityError, ConfigError, PluginError, ServeLabError
 from servelab.core.facts import HardwareFacts, Limits, ModelFacts
 from servelab.core.families import KINDS
@@ -39,21 +37,6 @@ if TYPE_CHECKING:
 
 INFO_SCHEMA = 1
 """Version of ``Run.info``; raised when a key changes meaning or goes away."""
-
-LIBRARIES = (
-    "hydra-core",
-    "omegaconf",
-    "pluggy",
-    "pydantic",
-    "torch",
-    "triton",
-    "numpy",
-    "safetensors",
-    "gguf",
-    "tokenizers",
-    "transformers",
-)
-"""Libraries whose versions are recorded where they are installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +101,9 @@ def compose(
             config = build.fit(layout, capacity, kvcache)
         _check_capacity(capacity, layout, kvcache, config, build.limits)
         workload = build.one("workload")
-        if default := _slo(config.slo):
-            workload = DefaultSLO(workload, default)
+        by_class = {name: one.bounds() for name, one in config.slo.classes.items()}
+        if config.slo.bounds() or any(by_class.values()):
+            workload = DefaultSLO(workload, config.slo.bounds(), by_class)
         cost: CostModel = build.one("cost")
         scheduler = build.one("scheduler")
         observers = tuple(build("observer", choice) for choice in config.observers)
@@ -193,10 +177,18 @@ def _checked_selection(config: RunConfig, registry: Registry) -> list[Selected]:
 
 
 class DefaultSLO:
-    """A workload whose requests get the run's bounds where they state none."""
+    """A workload whose requests get the run's bounds where they state none.
 
-    def __init__(self, workload: Workload, slo: SLO) -> None:
-        self._workload, self._slo = workload, slo
+    Args:
+        workload: whose requests.
+        slo: for classes without an entry; None: no bounds.
+        by_class: instead of it, by request class.
+    """
+
+    def __init__(
+        self, workload: Workload, slo: SLO | None, by_class: Mapping[str, SLO | None] = MappingProxyType({})
+    ) -> None:
+        self._workload, self._slo, self._by_class = workload, slo, by_class
 
     def arrivals(self) -> Iterator[Arrival | Cancel]:
         return map(self._bounded, self._workload.arrivals())
@@ -210,7 +202,8 @@ class DefaultSLO:
     def _bounded(self, item: Arrival | Cancel) -> Arrival | Cancel:
         if isinstance(item, Cancel) or item.spec.slo is not None:
             return item
-        return replace(item, spec=replace(item.spec, slo=self._slo))
+        slo = self._by_class.get(item.spec.request_class, self._slo)
+        return item if slo is None else replace(item, spec=replace(item.spec, slo=slo))
 
 
 def _with_shape(config: RunConfig, registry: Registry) -> RunConfig:
@@ -457,15 +450,6 @@ def _check_capacity(
             )
 
 
-def _slo(config: SLOConfig) -> SLO | None:
-    """The run's default bounds in nanoseconds; None if it states none."""
-    bounds = {
-        f"{name.removesuffix('_ms')}_ns": None if ms is None else round(ms * 1e6)
-        for name, ms in config.model_dump().items()
-    }
-    return SLO(**bounds) if any(ns is not None for ns in bounds.values()) else None
-
-
 # ---------------------------------------------------------------- information
 
 
@@ -482,14 +466,12 @@ def _info(
     weights = executor.describe() if hasattr(executor, "describe") else {}
     return {
         "schema": INFO_SCHEMA,
-        "servelab": __version__,
-        "python": platform.python_version(),
-        "platform": f"{sys.platform}-{platform.machine()}",
-        "libraries": _versions(),
+        **environment(),
         "seed": config.seed,
         "clock": config.clock.name,
         "settings": config.settings(),
         "model": config.model.name,
+        "tokenizer": config.model.name if getattr(executor, "tokenizer", None) else None,
         **({"weights": weights} if weights else {}),
         "plugins": _plugins_info(config, registry),
         "stamps": [
@@ -566,11 +548,3 @@ def _kv_info(layout: KVLayout, capacity: Capacity) -> dict[str, Any]:
         for pool, pages, host_pages in zip(layout.pools, capacity.device_pages, host, strict=True)
     ]
     return {"addressing": layout.addressing, "bytes_per_token": layout.bytes_per_token, "pools": pools}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[library] = version(library)
-    return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import isfinite
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from servelab.core.errors import ConfigError, PluginError, nearest
 from servelab.core.families import KINDS
 from servelab.core.registry import Registry
+from servelab.core.request import SLO
 
 
 class Section(BaseModel):
@@ -161,14 +162,36 @@ class EngineConfig(Section):
     )
 
 
-class SLOConfig(Section):
-    """Bounds that goodput counts, for requests that state none of their own; null: not bounded."""
+class SLOBounds(Section):
+    """Bounds on one request, inclusive; null: not bounded."""
 
     ttft_ms: float | None = Field(default=None, gt=0, description="Time to first token, in milliseconds.")
     tpot_ms: float | None = Field(
         default=None, gt=0, description="Mean time per output token after the first, in milliseconds."
     )
     e2el_ms: float | None = Field(default=None, gt=0, description="End-to-end latency, in milliseconds.")
+    tbt_ms: float | None = Field(
+        default=None,
+        gt=0,
+        description="Longest time between two tokens of the request: every gap, in milliseconds.",
+    )
+
+    def bounds(self) -> SLO | None:
+        """In nanoseconds; None if nothing is bounded."""
+        ms = (self.ttft_ms, self.tpot_ms, self.e2el_ms, self.tbt_ms)
+        ttft, tpot, e2el, tbt = (None if one is None else round(one * 1e6) for one in ms)
+        slo = SLO(ttft_ns=ttft, tpot_ns=tpot, e2el_ns=e2el, tbt_ns=tbt)
+        return None if slo == SLO() else slo
+
+
+class SLOConfig(SLOBounds):
+    """Bounds that goodput counts, for requests that state none of their own; null: not bounded."""
+
+    classes: dict[str, SLOBounds] = Field(
+        default={},
+        description="Bounds by request class, such as {online: {ttft_ms: 250}, offline: {}}. They stand "
+        "instead of the ones above, which hold for classes that are not named here.",
+    )
 
 
 class ClockConfig(Section):
@@ -425,8 +448,11 @@ def describe(exc: ValidationError, model: type[BaseModel], prefix: str = "") -> 
 
 def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
     """Field names of the model found by following an error's location; empty where it cannot be followed."""
-    for part in loc:
+    parts = iter(loc)
+    for part in parts:
         field = model.model_fields.get(str(part))
+        if field is not None and get_origin(field.annotation) is dict:
+            next(parts, None)  # a key of the mapping
         inner = [t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)] if field else []
         if not inner:
             return []

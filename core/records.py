@@ -48,6 +48,13 @@ class RunFinished(Record):
     ev = "run_finished"
     status: Literal["ok", "interrupted", "failed"]
     reason: str = ""
+    date: str | None = field(default=None, compare=False)
+    """Local time at which the run began, ``YYYYMMDD-HHMMSS``. This and the following are of the real world,
+    also where the run's clock is virtual: two runs of one seed differ in nothing else."""
+    wall_s: float | None = field(default=None, compare=False)
+    """Real seconds from the first record to this one."""
+    peak_rss_bytes: int | None = field(default=None, compare=False)
+    """Most memory that the process ever held, from its own start."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,6 +71,7 @@ class RequestArrived(Record):
     slo_ttft_ns: int | None = None
     slo_tpot_ns: int | None = None
     slo_e2el_ns: int | None = None
+    slo_tbt_ns: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -35,6 +35,8 @@ class SLO:
     ttft_ns: int | None = None
     tpot_ns: int | None = None
     e2el_ns: int | None = None
+    tbt_ns: int | None = None
+    """On the longest time between two tokens: every gap of the request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -362,6 +362,7 @@ class Engine:
                 slo_ttft_ns=slo.ttft_ns if slo else None,
                 slo_tpot_ns=slo.tpot_ns if slo else None,
                 slo_e2el_ns=slo.e2el_ns if slo else None,
+                slo_tbt_ns=slo.tbt_ns if slo else None,
             )
         )
         if self._lost is not None:

@@ -16,6 +16,11 @@ NS_PER_S = 1_000_000_000
 NS_PER_MS = 1_000_000
 
 
+def ratio(amount: float, per: float) -> float | None:
+    """``amount / per``; None over nothing."""
+    return amount / per if per else None
+
+
 def ttft_ns(t0: int, t1: int) -> int:
     """Time to first token, ``t1 - t0``."""
     return t1 - t0

@@ -5,19 +5,19 @@ A request is judged *good* or *missed*, or stays *undecided* and is left out of 
 - completed: good if every stated metric is at most its bound (inclusive), else missed;
 - failed, or aborted by a policy: missed;
 - rejected: missed, unless asked otherwise (then undecided);
-- cancelled by its client, or cut off by the end of the run: missed if a bound on TTFT or E2EL was already
-  broken at that moment, else undecided. It is never good.
+- cancelled by its client, or cut off by the end of the run: missed if a bound on TTFT, E2EL or the gap
+  between tokens was already broken at that moment, else undecided. It is never good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from servelab.core.metrics.timeline import RequestFacts
 
-METRICS = ("ttft", "tpot", "e2el")
-"""Metrics that can be bounded, as in vLLM's ``--goodput``."""
+METRICS = ("ttft", "tpot", "e2el", "tbt")
+"""Metrics that can be bounded: those of vLLM's ``--goodput``, and the longest gap between tokens."""
 
 
 def judge(facts: RequestFacts, now_ns: int, *, rejections_are_misses: bool = True) -> dict[str, bool | None]:
@@ -30,8 +30,7 @@ def judge(facts: RequestFacts, now_ns: int, *, rejections_are_misses: bool = Tru
     """
     state, bounds = facts.state, facts.bounds
     if state == "completed":
-        values = {"ttft": facts.ttft_ns, "tpot": facts.tpot_ns, "e2el": facts.e2el_ns}
-        return {metric: _at_most(values[metric], bound) for metric, bound in bounds.items()}
+        return {metric: _at_most(getattr(facts, f"{metric}_ns"), bound) for metric, bound in bounds.items()}
     if state in ("failed", "aborted") or (state == "rejected" and rejections_are_misses):
         return dict.fromkeys(bounds, False)
     if state == "rejected":
@@ -48,6 +47,8 @@ def _open(facts: RequestFacts, metric: str, bound: int, end_ns: int) -> bool:
     """Whether the bound of a request that did not complete could still have been met at ``end_ns``."""
     if metric == "tpot":
         return True
+    if metric == "tbt":
+        return max(facts.tbt_ns, end_ns - facts.times[-1] if facts.times else 0) <= bound
     waited = end_ns - facts.arrival_ns
     if metric == "ttft" and facts.ttft_ns is not None:
         waited = facts.ttft_ns
@@ -73,16 +74,36 @@ class Tally:
 
 
 @dataclass(slots=True)
-class Goodput:
+class Verdicts:
+    """Over some requests."""
+
+    total: Tally = field(default_factory=Tally)
+    by_metric: dict[str, Tally] = field(default_factory=dict)
+    """Those that some request bounds."""
+    good_tokens: int = 0
+    """Output tokens of good requests."""
+
+    def add(self, verdicts: Mapping[str, bool | None], output_tokens: int) -> None:
+        """Take in one request."""
+        for metric, met in verdicts.items():
+            self.by_metric.setdefault(metric, Tally()).add(met)
+        verdict = overall(verdicts.values())
+        self.total.add(verdict)
+        if verdict:
+            self.good_tokens += output_tokens
+
+    def attainment_by_metric(self) -> dict[str, float | None]:
+        """In the order of ``METRICS``."""
+        return {m: self.by_metric[m].attainment for m in METRICS if m in self.by_metric}
+
+
+@dataclass(slots=True)
+class Goodput(Verdicts):
     """Verdicts of a run."""
 
     stated: bool = False
     """Whether any request states a bound."""
-    total: Tally = field(default_factory=Tally)
-    by_metric: dict[str, Tally] = field(default_factory=dict)
-    by_class: dict[str, Tally] = field(default_factory=dict)
-    good_tokens: int = 0
-    """Output tokens of good requests."""
+    by_class: dict[str, Verdicts] = field(default_factory=dict)
 
 
 def overall(verdicts: Iterable[bool | None]) -> bool | None:
@@ -103,11 +124,6 @@ def judge_all(
             continue
         out.stated = True
         verdicts = judge(facts, now_ns, rejections_are_misses=rejections_are_misses)
-        for metric, verdict in verdicts.items():
-            out.by_metric.setdefault(metric, Tally()).add(verdict)
-        verdict = overall(verdicts.values())
-        out.total.add(verdict)
-        out.by_class.setdefault(facts.request_class, Tally()).add(verdict)
-        if verdict:
-            out.good_tokens += facts.output_tokens
+        out.add(verdicts, facts.output_tokens)
+        out.by_class.setdefault(facts.request_class, Verdicts()).add(verdicts, facts.output_tokens)
     return out

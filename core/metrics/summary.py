@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
-from servelab.core.errors import ConfigError
+from servelab.core.errors import ConfigError, LogError
 from servelab.core.metrics.definitions import (
     NS_PER_MS,
     NS_PER_S,
@@ -17,13 +17,16 @@ from servelab.core.metrics.definitions import (
     itl_spread_ns,
     peak_concurrency,
     percentile_name,
+    ratio,
 )
 from servelab.core.metrics.distribution import Distribution
-from servelab.core.metrics.goodput import METRICS, Goodput, judge_all
-from servelab.core.metrics.timeline import STATES, EngineFacts, LogError, RequestFacts, Timeline
+from servelab.core.metrics.goodput import Goodput, judge_all
+from servelab.core.metrics.identity import identity, notes, rest_of_info, vllm_identity
+from servelab.core.metrics.pages import kv_pages
+from servelab.core.metrics.timeline import STATES, EngineFacts, RequestFacts, Timeline
 from servelab.core.records import to_dict
 
-RESULT_SCHEMA = 1
+RESULT_SCHEMA = 2
 """Version of the result's keys; raised when one changes meaning or goes away."""
 
 ItlMode = Literal["chunk", "spread"]
@@ -55,7 +58,8 @@ class SummaryOptions:
 
 
 def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict[str, Any]:
-    """All figures of a run. Every key is defined in ``docs/reference/metrics.md``.
+    """All figures of a run, as ``results.json`` holds them: every key is defined in
+    ``docs/reference/metrics.md``, their types in ``docs/reference/results.schema.json``.
 
     A figure without a single sample is None, never 0.
 
@@ -75,15 +79,16 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
     latencies = _latencies(completed, options.itl_mode)
     queueing = _queueing(completed)
     result: dict[str, Any] = {
+        **vllm_identity(timeline),
         "duration": duration_s,
         "completed": len(completed),
         "failed": sum(states[state] for state in ("failed", "aborted", "cancelled", "rejected")),
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
-        "request_throughput": _ratio(len(completed), duration_s),
-        "request_goodput": _ratio(goodput.total.good, duration_s) if goodput.stated else None,
-        "output_throughput": _ratio(outputs, duration_s),
-        "total_token_throughput": _ratio(inputs + outputs, duration_s),
+        "request_throughput": ratio(len(completed), duration_s),
+        "request_goodput": ratio(goodput.total.good, duration_s) if goodput.stated else None,
+        "output_throughput": ratio(outputs, duration_s),
+        "total_token_throughput": ratio(inputs + outputs, duration_s),
         "max_output_tokens_per_s": float(busiest_second(completed)),
         "max_concurrent_requests": peak_concurrency(
             (facts.arrival_ns, facts.last_ns) for facts in completed if facts.last_ns is not None
@@ -93,6 +98,8 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         result.update(statistics_ms(metric, distribution, options.percentiles))
     result["servelab"] = {
         "schema_version": RESULT_SCHEMA,
+        **identity(timeline),
+        "notes": notes(timeline),
         "itl_mode": options.itl_mode,
         "percentile_method": "linear",
         "rejections_are_misses": options.rejections_are_misses,
@@ -104,13 +111,14 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         **_tbt(latencies["itl"], options.tbt_bound_ns),
         "preemptions": timeline.preemptions,
         "recomputed_tokens": timeline.recomputed_tokens,
-        "cached_tokens": sum(facts.cached_tokens for facts in requests),
-        "cache_hit_rate": _hit_rate(requests),
+        "prefix_hit_tokens": sum(facts.cached_tokens for facts in requests),
+        "prefix_hit_rate": _hit_rate(requests),
         "evicted_pages": timeline.evicted_pages,
         **statistics_ms("queueing", queueing, options.percentiles),
         "batch": _batch(timeline.engines.values()),
-        "kv": _kv(timeline),
+        "kv_pages": kv_pages(timeline),
         "quality": _quality(timeline),
+        "info": rest_of_info(timeline),
     }
     return result
 
@@ -131,10 +139,6 @@ def _duration_ns(timeline: Timeline) -> int:
     start = min(facts.arrival_ns for facts in timeline.requests.values())
     ends = [facts.ended_ns for facts in timeline.requests.values()]
     return max(timeline.last_ns if end is None else end for end in ends) - start
-
-
-def _ratio(amount: float, per: float) -> float | None:
-    return amount / per if per else None
 
 
 def statistics_ms(
@@ -164,7 +168,7 @@ def _latencies(completed: Sequence[RequestFacts], itl_mode: ItlMode) -> dict[str
 def _hit_rate(requests: Iterable[RequestFacts]) -> float | None:
     """Share of the prompts that was not computed when they were first admitted."""
     admitted = [facts for facts in requests if facts.admitted_ns is not None]
-    return _ratio(sum(f.first_cached for f in admitted), sum(f.prompt_tokens for f in admitted))
+    return ratio(sum(f.first_cached for f in admitted), sum(f.prompt_tokens for f in admitted))
 
 
 def _queueing(completed: Iterable[RequestFacts]) -> Distribution:
@@ -210,18 +214,23 @@ def _quality(timeline: Timeline) -> dict[str, dict[str, float]] | None:
 
 
 def _attainment(goodput: Goodput, duration_s: float) -> dict[str, Any]:
-    by_metric = {
-        metric: goodput.by_metric[metric].attainment for metric in METRICS if metric in goodput.by_metric
-    }
     return {
         "slo_good": goodput.total.good if goodput.stated else None,
         "slo_judged": goodput.total.judged if goodput.stated else None,
         "slo_attainment": goodput.total.attainment,
-        "slo_attainment_by_metric": by_metric,
-        "slo_attainment_by_class": {
-            name: tally.attainment for name, tally in sorted(goodput.by_class.items())
+        "slo_attainment_by_metric": goodput.attainment_by_metric(),
+        "slo_by_class": {
+            name: {
+                "good": verdicts.total.good,
+                "judged": verdicts.total.judged,
+                "attainment": verdicts.total.attainment,
+                "attainment_by_metric": verdicts.attainment_by_metric(),
+                "request_goodput": ratio(verdicts.total.good, duration_s),
+                "token_goodput": ratio(verdicts.good_tokens, duration_s),
+            }
+            for name, verdicts in sorted(goodput.by_class.items())
         },
-        "token_goodput": _ratio(goodput.good_tokens, duration_s) if goodput.stated else None,
+        "token_goodput": ratio(goodput.good_tokens, duration_s) if goodput.stated else None,
     }
 
 
@@ -237,58 +246,8 @@ def _batch(engines: Iterable[EngineFacts]) -> dict[str, Any]:
     return {
         "launches": sum(engine.launches for engine in engines),
         "steps": steps,
-        "mean_requests": _ratio(sum(engine.batch_requests for engine in engines), steps),
+        "mean_requests": ratio(sum(engine.batch_requests for engine in engines), steps),
         "max_requests": max((engine.max_batch_requests for engine in engines), default=0),
-        "mean_tokens": _ratio(sum(engine.batch_tokens for engine in engines), steps),
+        "mean_tokens": ratio(sum(engine.batch_tokens for engine in engines), steps),
         "max_tokens": max((engine.max_batch_tokens for engine in engines), default=0),
-    }
-
-
-def _kv(timeline: Timeline) -> list[dict[str, Any]]:
-    """Pages in use per pool: the run's info knows how many there are, the steps how many are free."""
-    engines = [engine for engine in timeline.engines.values() if engine.min_free]
-    kv = timeline.info.get("kv") or {}
-    stated = kv.get("pools") or []
-    ranges = kv.get("addressing") == "contiguous_slot"
-    width = max([len(stated), *(len(engine.min_free) for engine in engines)])
-    return [_pool(i, stated[i] if i < len(stated) else {}, engines, ranges) for i in range(width)]
-
-
-def _pool(index: int, stated: dict[str, Any], engines: Sequence[EngineFacts], ranges: bool) -> dict[str, Any]:
-    pages: int | None = stated.get("pages")
-    engines = [engine for engine in engines if index < len(engine.min_free)]
-    peak = mean = None
-    if pages is not None and engines:
-        peak = pages - min(engine.min_free[index] for engine in engines)
-        observed = sum(engine.observed_ns for engine in engines)
-        free = _ratio(sum(engine.free_integral[index] for engine in engines), observed)
-        mean = None if free is None else pages - free
-    return {
-        "pool": stated.get("id", str(index)),
-        "pages": pages,
-        "peak_pages": peak,
-        "mean_pages": mean,
-        "peak_use": None if peak is None or not pages else peak / pages,
-        "mean_use": None if mean is None or not pages else mean / pages,
-        **_tokens(index, stated, engines, mean, ranges),
-    }
-
-
-def _tokens(
-    index: int, stated: dict[str, Any], engines: Sequence[EngineFacts], mean: float | None, ranges: bool
-) -> dict[str, Any]:
-    """What the memory in use was used for, and what could not be used. Pools with a window: not counted."""
-    page, observed = stated.get("page_tokens"), sum(engine.observed_ns for engine in engines)
-    if mean is None or not page or not observed or stated.get("window_tokens"):
-        return dict.fromkeys(
-            ("mean_stored_tokens", "mean_awaited_tokens", "mean_idle_tokens", "mean_unusable_tokens")
-        )
-    stored = sum(engine.memory.stored_ns for engine in engines) / observed
-    awaited = sum(engine.memory.awaited_ns for engine in engines) / observed if ranges else 0.0
-    unusable = sum(sum(engine.memory.unusable_ns[index : index + 1]) for engine in engines)
-    return {
-        "mean_stored_tokens": stored,
-        "mean_awaited_tokens": awaited,
-        "mean_idle_tokens": mean * page - stored - awaited,
-        "mean_unusable_tokens": unusable * page / observed,
     }

@@ -9,8 +9,8 @@ from array import array
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
-from servelab.core.errors import ServeLabError
-from servelab.core.metrics.definitions import e2el_ns, tpot_ns, ttft_ns
+from servelab.core.errors import LogError
+from servelab.core.metrics.definitions import e2el_ns, itl_chunk_ns, tpot_ns, ttft_ns
 from servelab.core.metrics.memory import MemoryFacts
 from servelab.core.records import (
     Ending,
@@ -28,10 +28,6 @@ from servelab.core.records import (
 
 STATES: tuple[Ending, ...] = get_args(Ending)
 """How requests end; one whose terminal record is missing counts as ``unfinished``."""
-
-
-class LogError(ServeLabError):
-    """A log that is damaged, incomplete at its beginning, or contradicts itself."""
 
 
 class RequestFacts:
@@ -62,7 +58,12 @@ class RequestFacts:
         self.arrival_ns = arrived.t_ns
         self.prompt_tokens = arrived.prompt_tokens
         self.request_class = arrived.request_class
-        slo = {"ttft": arrived.slo_ttft_ns, "tpot": arrived.slo_tpot_ns, "e2el": arrived.slo_e2el_ns}
+        slo = {
+            "ttft": arrived.slo_ttft_ns,
+            "tpot": arrived.slo_tpot_ns,
+            "e2el": arrived.slo_e2el_ns,
+            "tbt": arrived.slo_tbt_ns,
+        }
         self.bounds: dict[str, int] = {metric: bound for metric, bound in slo.items() if bound is not None}
         """Stated bounds by metric."""
         self.admitted_ns: int | None = None
@@ -113,6 +114,11 @@ class RequestFacts:
     @property
     def tpot_ns(self) -> float:
         return tpot_ns(self.times[0], self.times[-1], self.output_tokens) if self.times else 0.0
+
+    @property
+    def tbt_ns(self) -> int:
+        """Longest gap between chunks; 0 with fewer than two."""
+        return max(itl_chunk_ns(self.times), default=0)
 
     @property
     def e2el_ns(self) -> int | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from servelab.core.bus import Bus
 from servelab.core.errors import PluginCallError, ServeLabError
 from servelab.core.records import RunFinished, RunStarted
+from servelab.core.usage import Usage
 
 if TYPE_CHECKING:
     from servelab.core.compose import Run
@@ -30,7 +31,7 @@ def announced(
     Raises:
         The first error, when everything is wound up; what fails meanwhile is noted on it.
     """
-    bus = None
+    bus, usage = None, Usage()
     error: BaseException | None = None
     try:
         bus = Bus(run.observers)
@@ -41,7 +42,7 @@ def announced(
     error = _attempt(run.executor.close, "closing the executor", error)
     if bus is not None:
         status, reason = _ending(error)
-        last = RunFinished(t_ns=now_ns(), status=status, reason=reason)
+        last = RunFinished(t_ns=now_ns(), status=status, reason=reason, **usage.cost())
         error = _attempt(partial(bus.emit, last), "ending the run", error)
     if error is not None:
         raise error

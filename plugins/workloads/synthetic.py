@@ -70,11 +70,19 @@ class RequestClass(BaseModel):
         default=None, gt=0, allow_inf_nan=False, description="Bound on end-to-end latency, ms."
     )
 
+    tbt_ms: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Bound on every gap between tokens, ms."
+    )
+
     def slo(self) -> SLO | None:
         """The bounds in nanoseconds, or None if it states none."""
-        if self.ttft_ms is self.tpot_ms is self.e2el_ms is None:
-            return None
-        return SLO(ttft_ns=_ns(self.ttft_ms), tpot_ns=_ns(self.tpot_ms), e2el_ns=_ns(self.e2el_ms))
+        bounds = SLO(
+            ttft_ns=_ns(self.ttft_ms),
+            tpot_ns=_ns(self.tpot_ms),
+            e2el_ns=_ns(self.e2el_ms),
+            tbt_ns=_ns(self.tbt_ms),
+        )
+        return None if bounds == SLO() else bounds
 
 
 class SyntheticConfig(Traffic):

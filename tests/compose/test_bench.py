@@ -89,6 +89,8 @@ def test_a_good_run(raw: dict[str, Any], registry: Registry) -> None:
     ends = [r for r in records if isinstance(r, RequestFinished)]
     assert [r.outcome for r in ends] == ["completed"] * 5
     assert last.t_ns == ends[-1].t_ns
+    assert last.wall_s is not None and last.wall_s > 0  # real time, on the virtual clock too
+    assert last.date and last.peak_rss_bytes
 
 
 def test_one_seed_gives_one_run(raw: dict[str, Any]) -> None:

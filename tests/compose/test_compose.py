@@ -127,6 +127,32 @@ class TestDefaultBounds:
         raw["workload"] |= {"classes": [{"name": "fast", "tpot_ms": 2}]}
         assert self.bounds(raw, registry) == [SLO(tpot_ns=2_000_000)] * 5
 
+    def by_class(self, raw: dict[str, Any], registry: Registry) -> dict[str, set[SLO | None]]:
+        raw["workload"] |= {
+            "num_requests": 60,
+            "classes": [{"name": "a"}, {"name": "b"}, {"name": "c"}, {"name": "d", "e2el_ms": 9}],
+        }
+        found: dict[str, set[SLO | None]] = {}
+        for item in composed(raw, registry).workload.arrivals():
+            assert isinstance(item, Arrival)
+            found.setdefault(item.spec.request_class, set()).add(item.spec.slo)
+        return found
+
+    def test_by_class(self, raw: dict[str, Any], registry: Registry) -> None:
+        classes = {"a": {"tbt_ms": 3}, "b": {}, "d": {"ttft_ms": 4}}
+        raw["slo"] = {"ttft_ms": 1, "tpot_ms": 2, "classes": classes}
+        assert self.by_class(raw, registry) == {
+            "a": {SLO(tbt_ns=3_000_000)},  # instead of the general ones, not beside them
+            "b": {None},  # bounded by nothing
+            "c": {SLO(ttft_ns=1_000_000, tpot_ns=2_000_000)},
+            "d": {SLO(e2el_ns=9_000_000)},  # its own
+        }
+
+    def test_only_by_class(self, raw: dict[str, Any], registry: Registry) -> None:
+        raw["slo"] = {"classes": {"a": {"tbt_ms": 3}}}
+        found = self.by_class(raw, registry)
+        assert (found["a"], found["b"], found["c"]) == ({SLO(tbt_ns=3_000_000)}, {None}, {None})
+
 
 class TestBadFactories:
     def test_one_that_raises_is_named_and_chained(self, raw: dict[str, Any], registry: Registry) -> None:

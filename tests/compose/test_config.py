@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.config import Choice, validate
@@ -57,6 +60,7 @@ def test_all_problems_at_once(raw: dict[str, Any], registry: Registry) -> None:
     raw["observers"] = ["jsonl", {"name": "jsnol"}, 3, {"plans": False}]
     raw["model"]["layers"] = "x"
     raw["slo"] = {"ttft": 3}
+    raw["slo"] |= {"classes": {"online": {"ttf_ms": 1}, "offline": {"tpot_ms": -1}, "deadline": 7}}
     raw["enigne"] = None
     del raw["cost"]
     found = problems(raw, registry)
@@ -73,6 +77,9 @@ def test_all_problems_at_once(raw: dict[str, Any], registry: Registry) -> None:
         ("observers.3.name: missing; known: jsonl",),
         ("model.layers: ", "(got 'x')"),
         ("slo.ttft: unknown field (got 3); did you mean 'ttft_ms'?",),
+        ("slo.classes.online.ttf_ms: unknown field (got 1); did you mean 'ttft_ms'?",),
+        ("slo.classes.offline.tpot_ms: ", "greater than 0 (got -1)"),
+        ("slo.classes.deadline: ", "(got 7)"),
         ("enigne: unknown field (got None); did you mean 'engine'?",),
         ("cost: missing; known: scripted",),
     ]
@@ -80,6 +87,20 @@ def test_all_problems_at_once(raw: dict[str, Any], registry: Registry) -> None:
         (line,) = (line for line in found if line.startswith(start))
         assert all(part in line for part in rest)
     assert len(found) == len(expected)
+
+
+BOUNDS = sorted((Path(__file__).parents[2] / "configs" / "slo").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", BOUNDS, ids=lambda path: path.stem)
+def test_bounds_in_files_are_valid_and_have_their_source(
+    path: Path, raw: dict[str, Any], registry: Registry
+) -> None:
+    text = path.read_text(encoding="utf-8")
+    slo = validate({**raw, "slo": yaml.safe_load(text)}, registry).slo
+    stated = slo.bounds() is not None or any(one.bounds() for one in slo.classes.values())
+    assert stated == (path.stem != "none")
+    assert not stated or re.search(r"\((OSDI|NSDI|ASPLOS) 20\d\d", text)
 
 
 def test_unknown_plugin_comes_with_the_nearest(raw: dict[str, Any], registry: Registry) -> None:

@@ -288,7 +288,7 @@ def measured(kind: str, items: list[Any], *, pages: int, **more: Any) -> dict[st
         emit=records.append,
     ).run()
     timeline.feed_all(records)
-    (row,) = summarize(timeline)["servelab"]["kv"]
+    (row,) = summarize(timeline)["servelab"]["kv_pages"]
     return row
 
 

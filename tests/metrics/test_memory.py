@@ -13,7 +13,7 @@ from servelab.core.records import Record, RequestPreempted
 def row(*records: Record, addressing: str = "contiguous_slot", **pool: Any) -> dict[str, Any]:
     stated = {"id": "kv", "pages": 100, "page_tokens": 2, **pool}
     first = started(kv={"addressing": addressing, "pools": [stated]})
-    (found,) = summarize(Timeline().feed_all([first, *records]))["servelab"]["kv"]
+    (found,) = summarize(Timeline().feed_all([first, *records]))["servelab"]["kv_pages"]
     return {name.removeprefix("mean_").removesuffix("_tokens"): n for name, n in found.items()}
 
 

@@ -14,7 +14,7 @@ from tests.observers.test_jsonl import context
 from servelab.core.bus import Bus
 from servelab.core.errors import ConfigError, PluginCallError
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
-from servelab.core.records import Record
+from servelab.core.records import Record, RequestArrived
 from servelab.plugins.observers.report.observer import ReportConfig, ReportObserver
 
 LONG = "Efficient Memory Management for Large Language Model Serving with PagedAttention (2023, 2309.06180)"
@@ -24,11 +24,28 @@ PLUGINS: dict[str, Any] = {
         "version": "0.1.0",
         "paper": "baseline",
         "settings": {"budget": 2048, "order": "arrival"},
-        "non_default": ["budget"],
+        "non_default": {"budget": 2048},
     },
     "kvcache": {"name": "paged", "paper": LONG, "non_default": {"page_tokens": 16}},
     "executor": {"name": "sim"},
     "observer": [{"name": "jsonl"}, {"name": "report"}],
+}
+SOFTWARE: dict[str, Any] = {
+    "servelab": "0.1.0",
+    "commit": "0123456789abcdef",
+    "dirty": True,
+    "python": "3.11.7",
+    "libraries": {"torch": "2.9", "pluggy": "1.6"},
+    "machine": {
+        "os": "Linux 6.1",
+        "cpu": "A CPU",
+        "cores": 8,
+        "usable_cores": 2.5,
+        "memory_bytes": 16 << 30,
+        "memory_limit_bytes": 4 << 30,
+        "gpus": ["A GPU", "A GPU"],
+        "gpu_driver": "1.2",
+    },
 }
 
 
@@ -60,18 +77,21 @@ def test_a_reader_that_has_gone_is_no_fault(tmp_path: Path, monkeypatch: pytest.
 
 def test_report_of_three_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = three_requests()
-    records[0] = started(plugins=PLUGINS, stamps=["oracle: scheduler fcfs"], run_dir="outputs/1")
+    records[0] = started(plugins=PLUGINS, stamps=["oracle: scheduler fcfs"], **SOFTWARE)
+    records[-1].date, records[-1].wall_s, records[-1].peak_rss_bytes = "20260102-030405", 12.34, 100 << 20  # type: ignore[attr-defined]
     run(records, tmp_path, tbt_ms=20)
     out = capsys.readouterr().out
     lines = words(out)
     for expected in (
         "ServeLab run",
-        "folder outputs/1",
         "model tiny",
         "clock virtual",
         "executor sim",
         "seed 7",
         "stamps oracle: scheduler fcfs",
+        "machine A CPU; 8 cores, 2.5 usable; 16.0 GiB, 4.0 GiB usable; 2 x A GPU; Linux 6.1",
+        "software servelab 0.1.0 (commit 0123456789ab, with changes), Python 3.11.7, torch 2.9",
+        "took 12.3 s of real time, at most 100.0 MiB of memory",
         "kv pool full: 100 pages of 16 tokens, 4,096 bytes each",
         "scheduler fcfs 0.1.0 baseline budget=2048",
         "observer report - - -",
@@ -94,14 +114,13 @@ def test_report_of_three_requests(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert max(map(len, out.splitlines())) <= 100
 
 
-def test_results_file_is_the_summary_and_what_ran(tmp_path: Path) -> None:
+def test_results_file_is_the_summary(tmp_path: Path) -> None:
     run(three_requests(), tmp_path)
     result = json.loads((tmp_path / "results.json").read_text())
-    info = result["servelab"].pop("info")
-    assert info["model"] == "tiny"
-    options = SummaryOptions(percentiles=(50, 90, 99))
-    assert result == summarize(Timeline().feed_all(three_requests()), options)
-    assert result["servelab"]["schema_version"] == 1
+    assert result == summarize(
+        Timeline().feed_all(three_requests()), SummaryOptions(percentiles=(50, 90, 99))
+    )
+    assert result["servelab"]["info"]["model"] == "tiny"
 
 
 def test_a_run_that_was_stopped_is_partial(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,15 +130,47 @@ def test_a_run_that_was_stopped_is_partial(capsys: pytest.CaptureFixture[str]) -
     assert "requests 1 0 completed, 1 unfinished" in lines
     assert "TTFT (first token) ms - - - - 0" in lines
     assert "SLO attainment - % 0 good of 0 judged; ttft -" in lines
-    assert lines[-1] == "artefacts: none, this run has no folder"
+    assert lines[-2:] == [
+        "PARTIAL: interrupted, stopped by the user; 0 of 1 requests completed, and the figures are of these",
+        "artefacts: none, this run has no folder",
+    ]
+
+
+def test_goodput_by_class_is_a_table_where_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
+    records = three_requests()
+    run(records, None)
+    assert "good req/s" not in capsys.readouterr().out
+    records = three_requests()
+    for record in records:
+        if isinstance(record, RequestArrived) and record.request == "b":
+            record.request_class, record.slo_tbt_ns = "offline", 80_000_000
+    run(records, None)
+    lines = words(capsys.readouterr().out)
+    i = lines.index("class SLO % ttft % tpot % tbt % good req/s good tok/s judged")
+    assert lines[i + 1 : i + 3] == [
+        "offline 0.0 100.0 0.0 100.0 0.000 0.0 1",
+        "online 100.0 100.0 100.0 - 9.524 28.6 2",
+    ]
+
+
+def test_notes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    records = three_requests()
+    records[0] = started(settings={"slo": {"classes": {"online": {}, "offlin": {}}}})
+    records.insert(1, arrived(0, "unbounded"))
+    run(records, None)
+    notes = [line for line in words(capsys.readouterr().out) if line.startswith("note: ")]
+    assert notes == [
+        "note: slo.classes.offlin bounded nothing: no request of this class arrived",
+        "note: 1 of 4 requests state no bound and are not judged for goodput",
+    ]
 
 
 @pytest.mark.parametrize(
     "info",
     [
         {},
-        {"model": {"name": "m", "layers": 2}, "plugins": [{"kind": "executor", "name": "sim"}], "kv": {}},
-        {"settings": {"model": {"name": "m"}}, "stamps": None, "kv": {"pools": [{"id": "x"}]}},
+        {"model": "m", "plugins": {"executor": {"name": "sim"}}, "kv": {}},
+        {"model": "m", "settings": {}, "stamps": None, "kv": {"pools": [{"id": "x"}]}},
     ],
 )
 def test_what_a_run_does_not_say_is_left_out(

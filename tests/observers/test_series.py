@@ -376,5 +376,5 @@ def test_the_means_agree_with_the_results() -> None:
     """On a log in which time stands still between launches, the mean of pages is that of results.json."""
     records = three_requests()
     timeline, series = Timeline().feed_all(records), fed(*records)
-    stated = summarize(timeline)["servelab"]["kv"][0]["mean_pages"]
+    stated = summarize(timeline)["servelab"]["kv_pages"][0]["mean_pages"]
     assert total(series.kv[0], series) / (100 * MS) == pytest.approx(stated)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from servelab.core.logs import read_log
 from servelab.core.overrides import USUAL_OBSERVERS
-from servelab.plugins.observers.jsonl import read_log
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 SCRIPTED = "+experiment=scripted"
@@ -163,7 +163,7 @@ def test_the_usual_observers_show_no_progress_into_a_pipe(run_py: Command, tmp_p
     def lines(stdout: str) -> list[str]:
         kept = stdout.splitlines()
         assert sum("observer   progress" in line for line in kept) <= 1
-        own = ("  folder ", "artefacts: ", "  observer   progress")
+        own = ("  took ", "artefacts: ", "  observer   progress")  # real time differs
         return [line for line in kept if not line.startswith(own)]
 
     assert lines(usual.stdout) == lines(before.stdout)
@@ -219,6 +219,29 @@ def test_a_reader_that_goes_away(repository: Path, tmp_path: Path, args: str, st
     if "out" in args:
         for name in ("events.jsonl", "plan.jsonl", "results.json"):
             assert (tmp_path / "out" / name).stat().st_size
+
+
+def test_a_run_again_from_its_folder(run_py: Command, tmp_path: Path) -> None:
+    """Bounds from a file and by class, a plugin with settings: all of it is in the configuration it left."""
+    changed = ("scheduler=pastfuture", "slo=chat", "slo.classes.online.tbt_ms=20", "prefix=hash")
+    done = run_py(SCRIPTED, "workload.num_requests=8", *changed, "hydra.run.dir=out")
+    assert (done.returncode, done.stderr) == (0, "")
+    again = run_py("--config-dir", "out", "--config-name", "resolved_config", "hydra.run.dir=again")
+    assert (again.returncode, again.stderr) == (0, "")
+    for name in ("resolved_config.yaml", "plan.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    seeded = run_py(
+        "--config-dir", "out", "--config-name", "resolved_config", "hydra.run.dir=other", "seed=1"
+    )
+    assert seeded.returncode == 0, seeded.stderr
+    assert (tmp_path / "other" / "plan.jsonl").read_bytes() != (tmp_path / "out" / "plan.jsonl").read_bytes()
+    env = json.loads((tmp_path / "out" / "env.json").read_text(encoding="utf-8"))
+    assert env["overrides"][2:] == [
+        "+scheduler=pastfuture",
+        "slo=chat",
+        "++slo.classes.online.tbt_ms=20",
+        "+prefix=hash",
+    ]
 
 
 def test_two_runs_do_not_share_a_folder(run_py: Command, tmp_path: Path) -> None:
@@ -359,5 +382,5 @@ def test_a_run_goes_on_without_a_broken_package(
     listed = run_py("plugins", env=env)
     assert listed.returncode == 0
     assert "\nNot loaded:\n  bad (fake-bad 0.9): fake_bad.plugin: it called" in listed.stdout
-    blocked = run_py("-p", "no:bad", *SHORT, env=env)
+    blocked = run_py("-p", "no:bad", *SHORT, "hydra.run.dir=blocked", env=env)
     assert (blocked.returncode, blocked.stderr) == (0, "")

@@ -55,7 +55,9 @@ def test_console_script_of_the_wheel_in_an_empty_folder(
     folder.mkdir()
     done = _run(python.parent / "servelab", *SHORT, "observers=[report]", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "request throughput" in done.stdout
+    assert "request throughput" in done.stdout and "servelab 0.1.0 (no checkout)" in done.stdout
+    env = json.loads((folder / "out" / "env.json").read_text(encoding="utf-8"))
+    assert (env["commit"], env["dirty"]) == (None, None)
     where = _run(python, "-c", "import servelab.core as c; print(c.__file__)", cwd=folder)
     assert Path(where.stdout.strip()).is_relative_to(tmp_path / "env")
     assert _run(python.parent / "servelab", "--version", cwd=folder).stdout == "servelab 0.1.0\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.metrics.schema import problems
 from tests.torch.models import llama, widen
 from tests.torch.quantizers import Plain
 
@@ -208,8 +209,10 @@ def test_a_quantized_run_reports_its_quality(composed: Any, tmp_path: Path, caps
     quality = result["servelab"]["quality"]["plain"]
     assert quality["kl_mean"] == measured[-1].kl_mean > 0
     assert quality["linear_bytes"] == quality["reference_linear_bytes"]
+    assert problems(result) == []
+    assert "reference_weights: none" in result["servelab"]["stamps"]
     info = result["servelab"]["info"]
-    assert "reference_weights: none" in info["stamps"]
+    assert result["tokenizer_id"] == info["model"] == info["tokenizer"]
     assert info["quality"]["corpus"]["part"] == "evaluation"
     out = capsys.readouterr().out
     assert "reference weights: none" in out and "flatter" not in out
@@ -232,10 +235,13 @@ def test_an_unquantized_run_measures_nothing(composed: Any, capsys: Any) -> None
     assert "quality" not in run.info and "quality" not in capsys.readouterr().out
 
 
-def test_measuring_can_be_switched_off(composed: Any, capsys: Any) -> None:
+def test_measuring_can_be_switched_off(composed: Any, tmp_path: Path, capsys: Any) -> None:
     run, keep = composed(Plain(), quality={"max_tokens": 0})
     run.task.run(run)
     assert not keep.of(QualityMeasured)
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert problems(result) == []
+    assert result["servelab"]["info"]["quality"]["why"] == "quality.max_tokens=0"
     assert "quality: not measured (quality.max_tokens=0)" in capsys.readouterr().out
 
 
@@ -337,7 +343,9 @@ def test_several_quantizers_as_one_table_and_one_plot(composed: Any, tmp_path: P
     out = capsys.readouterr().out
     assert "latency" not in out
     assert all(any(line.startswith(f"  {label}") for line in out.splitlines()) for label in last)
-    info = json.loads((tmp_path / "results.json").read_text())["servelab"]["info"]
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert problems(result) == []
+    info = result["servelab"]["info"]
     assert info["quality"]["quantizers"]["w4a16 (group_size=[16])"]["group_size"] == [16]
 
 

@@ -17,28 +17,6 @@ def percentiles(result: Mapping[str, Any]) -> list[str]:
     return sorted(found, key=lambda name: float(name[1:]))
 
 
-def pools(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    extra = result["servelab"]
-    return list(extra.get("kv_pages", extra.get("kv")) or ())
-
-
-def prefix_hits(result: Mapping[str, Any]) -> tuple[int, float | None]:
-    """Prompt tokens found in a prefix store, and their share of the prompts."""
-    extra = result["servelab"]
-    return (
-        extra.get("prefix_hit_tokens", extra.get("cached_tokens")) or 0,
-        extra.get("prefix_hit_rate", extra.get("cache_hit_rate")),
-    )
-
-
-def classes(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Per request class that states bounds: attainment, and what else is known of it."""
-    extra = result["servelab"]
-    if "slo_by_class" in extra:
-        return dict(extra["slo_by_class"])
-    return {name: {"attainment": share} for name, share in extra.get("slo_attainment_by_class", {}).items()}
-
-
 def plugins(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(kind, plugin); several of one kind follow each other."""
     for kind, stated in (info.get("plugins") or {}).items():

@@ -91,7 +91,6 @@ class ReportObserver:
     @hookimpl
     def servelab_on_run_finished(self, record: RunFinished) -> None:
         result = summarize(self._timeline, self._options)
-        result["servelab"]["info"] = self._timeline.info
         lines = list(render(result, self._options.percentiles, self._folder))
         try:
             if self._folder is not None:

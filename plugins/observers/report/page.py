@@ -6,7 +6,6 @@ comes from the run (names, reasons, settings) is escaped. ``write_page`` makes i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 from urllib.parse import quote
 
 from servelab.core.api import ServeLabError
+from servelab.core.logs import EVENTS_FILE, PLANS_FILE
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
-from servelab.plugins.observers._folder import EVENTS_FILE, PLANS_FILE, RESULTS_FILE
-from servelab.plugins.observers.jsonl import read_log
+from servelab.core.run_folder import RESULTS_FILE, RunFolder
 from servelab.plugins.observers.report import facts, plots
 from servelab.plugins.observers.report.facts import NONE, mib, number, percent, words
 from servelab.plugins.observers.report.html import CSS, Markup, fold, join, section, table, tag, text
@@ -25,7 +24,8 @@ from servelab.plugins.observers.report.series import Series
 
 PAGE_FILE = "report.html"
 PLOTS_FOLDER = "plots"
-ENVIRONMENT_FILE = "env.json"
+ENVIRONMENT = ("servelab", "commit", "dirty", "python", "platform", "machine", "libraries")
+"""What the run's info says about where it ran."""
 LATENCIES = (
     ("ttft", "TTFT", "arrival to first token"),
     ("tpot", "TPOT", "per output token after it"),
@@ -37,46 +37,40 @@ FILES = {
     EVENTS_FILE: "what happened, one JSON object per line",
     PLANS_FILE: "every decision of the scheduler, with its reasons",
     "resolved_config.yaml": "every effective setting",
-    ENVIRONMENT_FILE: "machine, library versions, commit",
+    "env.json": "machine, library versions, commit",
     "servelab.log": "messages of the program",
 }
 ARXIV = re.compile(r"\b(?:arXiv:)?(\d{4}\.\d{4,5})\b")
 DOI = re.compile(r"\b(10\.\d{4,9}/[\w.()/:;-]*\w)")
 
 
-def write_page(folder: Path) -> list[str]:
+def write_page(run: str | Path) -> list[str]:
     """Make plots and page of a finished run again, from its files.
 
     The figures are those of ``results.json`` where there is one; otherwise they are computed from the log, as
     after a run that was killed.
 
     Args:
-        folder: of the run, with ``events.jsonl``.
+        run: its folder, with ``events.jsonl``; or ``last``.
 
     Returns:
         What is left out, one line each.
 
     Raises:
-        ServeLabError: the folder has no log, the log or the results are damaged, or a file cannot be written.
+        RunFolderError: there is no run, or it has no log.
+        LogError: the log or the results are damaged.
+        ServeLabError: a file cannot be written.
     """
-    log = folder / EVENTS_FILE
-    if not log.is_file():
-        raise ServeLabError(
-            "there is no run to report",
-            where=str(folder),
-            why=f"it holds no {EVENTS_FILE}",
-            do="name the folder of a run that had the observer jsonl (the last line of its report)",
-        )
+    found = RunFolder.find(run)
     timeline, series = Timeline(), Series()
-    for record in read_log(log, allow_truncated=True):
+    for record in found.events():
         timeline.feed(record)
         series.feed(record)
-    stated = folder / RESULTS_FILE
-    if stated.is_file():
-        result = _json(stated)
+    if found.has(RESULTS_FILE):
+        result = found.results()
     else:
         result = summarize(timeline, SummaryOptions(percentiles=(50, 90, 99)))
-    return write_artefacts(folder, timeline, series, result)
+    return write_artefacts(found.path, timeline, series, result)
 
 
 def write_artefacts(
@@ -117,15 +111,7 @@ def write_artefacts(
         if isinstance(plot, Plot):
             _write(folder / PLOTS_FOLDER / f"{plot.name}.png", plot.png)
     if page:
-        environment = folder / ENVIRONMENT_FILE
-        made = render_page(
-            result,
-            timeline.info,
-            drawn,
-            no_plots=why,
-            environment=_json(environment) if environment.is_file() else None,
-            files=_files(folder),
-        )
+        made = render_page(result, timeline.info, drawn, no_plots=why, files=_files(folder))
         _write(folder / PAGE_FILE, made.encode("utf-8"))
     return notes
 
@@ -134,18 +120,6 @@ def _files(folder: Path) -> list[str]:
     """Files of the run beside the page, relative to its folder."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in found if name != PAGE_FILE and not name.startswith("."))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError) as error:
-        raise ServeLabError(
-            f"{path.name} cannot be read", where=str(path), why=str(error), do="mend or remove it"
-        ) from error
-    return found
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -170,7 +144,6 @@ def render_page(
     drawn: Sequence[Plot | Missing],
     *,
     no_plots: str = "",
-    environment: Mapping[str, Any] | None = None,
     files: Sequence[str] = (),
 ) -> str:
     """The whole page.
@@ -180,7 +153,6 @@ def render_page(
         info: what the run says about itself, as in its first record.
         drawn: its plots, with SVG, and those there is nothing for.
         no_plots: why there are none, if they are missing altogether.
-        environment: machine and libraries, nested as it likes; None: what ``info`` says of them.
         files: of the run's folder, relative to it, to link to.
     """
     served = bool(result["servelab"]["requests"]["arrived"])
@@ -191,7 +163,7 @@ def render_page(
         *((_results(result), *_plots(drawn, no_plots)) if served else ()),
         *_quality(result, info),
         *_card(info),
-        *_machine(info, environment),
+        *_machine(info),
         _footer(files, info),
     )
     head = tag(
@@ -232,11 +204,12 @@ def _header(result: Mapping[str, Any], info: Mapping[str, Any], title: str) -> I
         "clock": info.get("clock"),
         "seed": info.get("seed"),
         "stamps": words(info.get("stamps") or "none"),
+        "ended": result.get("date"),
     }
     yield tag(
         "p", "; ".join(f"{name} {value}" for name, value in said.items() if value is not None), class_="dim"
     )
-    for note in extra.get("notes") or ():
+    for note in extra["notes"]:
         yield tag("p", "Note: ", note)
     if not counts["arrived"]:
         return
@@ -307,7 +280,7 @@ def _totals(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         if state != "arrived" and (n or state == "completed")
     )
     capped = extra["length_capped_requests"]
-    hits, rate = facts.prefix_hits(result)
+    hits = extra["prefix_hit_tokens"]
     yield ("duration", number(result["duration"], 3), "s", "first arrival to last end")
     yield (
         "requests",
@@ -349,13 +322,17 @@ def _totals(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         "",
         f"{number(extra['recomputed_tokens'])} tokens recomputed",
     )
-    note = f"{percent(rate)} % of the prompts" if hits else "prompt tokens found in a prefix store"
-    if extra.get("evicted_pages"):
+    note = (
+        f"{percent(extra['prefix_hit_rate'])} % of the prompts"
+        if hits
+        else "prompt tokens found in a prefix store"
+    )
+    if extra["evicted_pages"]:
         note += f"; {number(extra['evicted_pages'])} pages evicted"
     yield ("prefix hits", number(hits), "tokens", note)
-    if extra.get("wall_s") is not None:
+    if extra["wall_s"] is not None:
         yield ("real time", number(extra["wall_s"], 1), "s", "of the whole run")
-    if extra.get("peak_rss_bytes") is not None:
+    if extra["peak_rss_bytes"] is not None:
         yield ("memory", mib(extra["peak_rss_bytes"]), "MiB", "most held by the process")
 
 
@@ -374,17 +351,17 @@ def _slo(result: Mapping[str, Any]) -> Iterator[Markup]:
             number(extra["slo_judged"]),
         )
     ]
-    found = facts.classes(result)
+    found = extra["slo_by_class"]
     if len(found) > 1:
         for name, one in found.items():
-            by_metric = one.get("attainment_by_metric") or {}
+            by_metric = one["attainment_by_metric"]
             rows.append(
                 (
                     f"class {name}",
                     percent(one["attainment"]),
                     *(percent(by_metric.get(metric)) for metric in metrics),
-                    number(one.get("request_goodput"), 3),
-                    number(one.get("judged")),
+                    number(one["request_goodput"], 3),
+                    number(one["judged"]),
                 )
             )
     head = ("SLO attainment", "all bounds %", *(f"{m.upper()} %" for m in metrics), "goodput req/s", "judged")
@@ -405,7 +382,7 @@ def _pools(result: Mapping[str, Any]) -> Iterator[Markup]:
                 for name in ("stored", "awaited", "idle", "unusable")
             ),
         )
-        for pool in facts.pools(result)
+        for pool in result["servelab"]["kv_pages"]
     ]
     if rows:
         head = (
@@ -521,10 +498,8 @@ def paper(name: object) -> Markup:
     return text(said)
 
 
-def _machine(info: Mapping[str, Any], environment: Mapping[str, Any] | None) -> Iterator[Markup]:
-    known = environment or {
-        key: info[key] for key in ("servelab", "python", "platform", "libraries") if key in info
-    }
+def _machine(info: Mapping[str, Any]) -> Iterator[Markup]:
+    known = {key: info[key] for key in ENVIRONMENT if key in info}
     if known:
         yield section("Machine and libraries", _listing(known))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -11,6 +12,8 @@ from servelab.core.metrics.definitions import percentile_name
 
 WIDTH = 100
 """Columns the report keeps to."""
+SHOWN = ("torch", "triton", "transformers")
+"""Libraries named in the terminal; ``env.json`` has all of them."""
 LATENCIES = (
     ("ttft", "TTFT", "first token"),
     ("tpot", "TPOT", "per token after it"),
@@ -23,39 +26,53 @@ ITL_NOTES = {"chunk": "gap between chunks", "spread": "gap, spread over tokens"}
 def render(result: Mapping[str, Any], percentiles: Sequence[float], folder: Path | None) -> Iterator[str]:
     """The lines of the report, without line ends; at most ``WIDTH`` columns where words allow."""
     extra = result["servelab"]
-    yield from _head(extra, folder)
+    yield from _head(extra)
     yield ""
-    yield from _card(extra["info"])
+    yield from _card(extra["plugins"])
     yield ""
     if extra["requests"]["arrived"] or not extra["quality"]:
         yield from _latency_table(result, percentiles)
         yield ""
         yield from _totals(result)
         yield ""
+        yield from _classes(extra)
     yield from _quality(extra)
+    for note in extra["notes"]:
+        yield from _wrapped(f"note: {note}", " " * 6)
+    if extra["run"]["partial"]:
+        yield from _wrapped(f"PARTIAL: {_partial(result)}", " " * 9)
     if folder is None:
         yield "artefacts: none, this run has no folder"
     else:
         yield f"artefacts: {folder}"
 
 
-def _head(extra: Mapping[str, Any], folder: Path | None) -> Iterator[str]:
-    run = extra["run"]
+def _partial(result: Mapping[str, Any]) -> str:
+    """Why, and what is missing: said again where the eye ends up."""
+    run, counts = result["servelab"]["run"], result["servelab"]["requests"]
+    why = run["status"] + (f", {run['reason']}" if run["reason"] else "")
+    return (
+        f"{why}; {_number(counts['completed'])} of {_number(result['num_prompts'])} requests completed, "
+        "and the figures are of these"
+    )
+
+
+def _head(extra: Mapping[str, Any]) -> Iterator[str]:
+    run, info = extra["run"], extra["info"]
     if run["partial"]:
         reason = f": {run['reason']}" if run["reason"] else ""
         yield from _wrapped(f"ServeLab run, PARTIAL ({run['status']}{reason})", "")
     else:
         yield "ServeLab run"
-    info = extra["info"]
-    model = info.get("model") or (info.get("settings") or {}).get("model")
-    executor = (_plugins(info).get("executor") or [{}])[0].get("name")
     facts = {
-        "folder": info.get("run_dir") or folder,
-        "model": model.get("name") if isinstance(model, Mapping) else model,
-        "clock": info.get("clock"),
-        "executor": executor,
-        "seed": info.get("seed"),
-        "stamps": _words(info.get("stamps")) or "none",
+        "model": info.get("model"),
+        "clock": extra["clock"],
+        "executor": (extra["plugins"].get("executor") or {}).get("name"),
+        "seed": extra["seed"],
+        "stamps": _words(extra["stamps"]) or "none",
+        "machine": _machine(info.get("machine") or {}),
+        "software": _software(info),
+        "took": _took(extra),
     }
     for name, value in facts.items():
         if value is not None:
@@ -67,6 +84,37 @@ def _head(extra: Mapping[str, Any], folder: Path | None) -> Iterator[str]:
             f"  {'kv':<9} pool {pool.get('id', '?')}: {_number(pages)} pages of {_number(tokens)} tokens, "
             f"{_number(size)} bytes each"
         )
+
+
+def _machine(machine: Mapping[str, Any]) -> str | None:
+    if not machine:
+        return None
+    cores, usable, memory = machine["cores"], machine["usable_cores"], machine["memory_bytes"]
+    limit = machine["memory_limit_bytes"]
+    parts = [
+        machine["cpu"] or "unknown CPU",
+        f"{_number(cores)} cores" + ("" if usable in (None, cores) else f", {usable:g} usable"),
+        f"{'-' if memory is None else _gib(memory)} GiB" + (f", {_gib(limit)} GiB usable" if limit else ""),
+        *(f"{count} x {name}" for name, count in Counter(machine["gpus"]).items()),
+        machine["os"],
+    ]
+    return "; ".join(parts)
+
+
+def _software(info: Mapping[str, Any]) -> str | None:
+    if "servelab" not in info:
+        return None
+    commit = f"commit {info['commit'][:12]}" if info.get("commit") else "no checkout"
+    changes = ", with changes" if info.get("dirty") else ""
+    libraries = info.get("libraries") or {}
+    parts = [f"servelab {info['servelab']} ({commit}{changes})", f"Python {info['python']}"]
+    return ", ".join([*parts, *(f"{name} {libraries[name]}" for name in SHOWN if name in libraries)])
+
+
+def _took(extra: Mapping[str, Any]) -> str | None:
+    if extra["wall_s"] is None:
+        return None
+    return f"{extra['wall_s']:,.3g} s of real time, at most {_mib(extra['peak_rss_bytes'])} MiB of memory"
 
 
 def _weights(weights: Mapping[str, Any]) -> Iterator[str]:
@@ -83,49 +131,23 @@ def _weights(weights: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrapped(text, " " * 12)
 
 
-def _card(info: Mapping[str, Any]) -> Iterator[str]:
+def _card(plugins: Mapping[str, Any]) -> Iterator[str]:
     """One row per plugin."""
     rows = [
         (
             kind,
             str(plugin.get("name", "?")),
             str(plugin.get("version") or "-"),
-            _words(plugin.get("paper")) or "-",
-            _words(_changed(plugin)) or "-",
+            plugin.get("paper") or "-",
+            _words(plugin.get("non_default")) or "-",
         )
-        for kind, plugins in _plugins(info).items()
-        for plugin in plugins
+        for kind, stated in plugins.items()
+        for plugin in (stated if isinstance(stated, list) else [stated])
     ]
     if not rows:
         yield "  plugins: not stated"
         return
     yield from _table(("plugin", "name", "version", "paper", "not at default"), rows)
-
-
-def _plugins(info: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Plugins by kind: stated as one mapping by kind, or as a list whose entries name their ``kind``."""
-    stated = info.get("plugins") or {}
-    if isinstance(stated, Mapping):
-        pairs = [
-            (kind, one)
-            for kind, value in stated.items()
-            for one in (value if isinstance(value, list | tuple) else [value])
-        ]
-    else:
-        pairs = [(one.get("kind", "?"), one) for one in stated]
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for kind, one in pairs:
-        found.setdefault(kind, []).append(one)
-    return found
-
-
-def _changed(plugin: Mapping[str, Any]) -> object:
-    """The settings that differ from their defaults: stated with values, or as names of settings."""
-    changed = plugin.get("non_default")
-    if isinstance(changed, Mapping) or not changed:
-        return changed
-    settings = plugin.get("settings") or {}
-    return {name: settings.get(name, "?") for name in changed}
 
 
 def _latency_table(result: Mapping[str, Any], percentiles: Sequence[float]) -> Iterator[str]:
@@ -158,17 +180,17 @@ def _totals(result: Mapping[str, Any]) -> Iterator[str]:
             "",
             f"{_number(extra['recomputed_tokens'])} tokens recomputed",
         ),
-        ("cached tokens", _number(extra["cached_tokens"]), "tok", _reuse(extra)),
-        *(row for pool in extra["kv"] for row in _kv_rows(pool)),
+        ("prefix hits", _number(extra["prefix_hit_tokens"]), "tok", _reuse(extra)),
+        *(row for pool in extra["kv_pages"] for row in _kv_rows(pool)),
     ]
     yield from _table(("total", "value", "unit", ""), rows, numbers_from=1, numbers_to=2)
 
 
 def _reuse(extra: Mapping[str, Any]) -> str:
-    if not extra["cached_tokens"]:
+    if not extra["prefix_hit_tokens"]:
         return "prompt tokens not computed again"
     evicted = f"; {_number(extra['evicted_pages'])} pages evicted" if extra["evicted_pages"] else ""
-    return f"not computed again: {_number(100 * extra['cache_hit_rate'], 1)} % of prompt tokens{evicted}"
+    return f"not computed again: {_number(100 * extra['prefix_hit_rate'], 1)} % of prompt tokens{evicted}"
 
 
 def _peak(result: Mapping[str, Any]) -> str:
@@ -181,9 +203,6 @@ def _slo_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     if result["request_goodput"] is not None:
         judged = f"{_number(extra['slo_good'])} good of {_number(extra['slo_judged'])} judged"
         parts = [f"{m} {_percent(v)}" for m, v in extra["slo_attainment_by_metric"].items()]
-        classes = extra["slo_attainment_by_class"]
-        if len(classes) > 1:
-            parts += [f"class {name} {_percent(v)}" for name, v in classes.items()]
         rows += [
             ("goodput", _number(result["request_goodput"], 3), "req/s", "requests within every stated bound"),
             ("token goodput", _number(extra["token_goodput"], 1), "tok/s", "output of these requests"),
@@ -198,6 +217,28 @@ def _slo_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         note = f"gaps of at most {_number(extra['tbt_bound_ms'], 2)} ms"
         rows.append(("TBT attainment", _percent(extra["tbt_attainment"], unit=False), "%", note))
     return rows
+
+
+def _classes(extra: Mapping[str, Any]) -> Iterator[str]:
+    """Goodput by request class, where there are several."""
+    classes: Mapping[str, Any] = extra["slo_by_class"]
+    if len(classes) < 2:
+        return
+    metrics = list(extra["slo_attainment_by_metric"])
+    rows = [
+        (
+            name,
+            _percent(one["attainment"], unit=False),
+            *(_percent(one["attainment_by_metric"].get(metric), unit=False) for metric in metrics),
+            _number(one["request_goodput"], 3),
+            _number(one["token_goodput"], 1),
+            _number(one["judged"]),
+        )
+        for name, one in classes.items()
+    ]
+    head = ("class", "SLO %", *(f"{metric} %" for metric in metrics), "good req/s", "good tok/s", "judged")
+    yield from _table(head, rows, numbers_from=1)
+    yield ""
 
 
 def _outcomes(extra: Mapping[str, Any]) -> str:
@@ -280,6 +321,10 @@ def _quality(extra: Mapping[str, Any]) -> Iterator[str]:
 
 def _mib(size: int) -> str:
     return _number(size / 2**20, 1)
+
+
+def _gib(size: int) -> str:
+    return _number(size / 2**30, 1)
 
 
 def _number(value: float | None, digits: int = 0) -> str:

@@ -1,0 +1,83 @@
+"""The folder of a run explains itself: what it was told and what it ran on, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from servelab.core.config import RunConfig
+from servelab.core.environment import environment
+from servelab.core.errors import ConfigError, ServeLabError
+
+CONFIG_FILE = "resolved_config.yaml"
+ENV_FILE = "env.json"
+ENV_SCHEMA = 1
+"""Version of ``env.json``; raised when a key changes meaning or goes away."""
+
+HEADER = """\
+# Every effective setting of this run, defaults included. Again, in a new folder:
+#   python run.py --config-dir FOLDER_OF_THIS_FILE --config-name resolved_config
+# and with other values: ... seed=1 scheduler.max_num_seqs=8
+"""
+DEFAULTS = ["config", "_self_"]
+"""Hydra's own settings come from ``configs/config.yaml``; the sections below stand over it."""
+
+
+def begin(folder: Path, config: RunConfig, overrides: Sequence[str]) -> None:
+    """Write ``resolved_config.yaml`` and ``env.json``, so that a run that is killed leaves them too.
+
+    Args:
+        folder: of the run; made if it is not there.
+        config: as composed: with what was read from the model's files and from memory.
+        overrides: what the command line stated, for ``env.json``.
+
+    Raises:
+        ConfigError: the folder holds a run already.
+        ServeLabError: a file cannot be written.
+    """
+    texts = {CONFIG_FILE: config_text(config), ENV_FILE: env_text(overrides)}
+    if found := [name for name in texts if (folder / name).exists()]:
+        raise ConfigError(
+            "a run will not write over another run",
+            where=str(folder),
+            why=f"the folder already holds {', '.join(found)}",
+            do="choose another folder (hydra.run.dir=..., hydra.sweep.dir=... for a sweep), leave that "
+            "setting out for a fresh one, or remove the old files",
+        )
+    for name, text in texts.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ServeLabError(
+                f"{name} cannot be written",
+                where=str(folder),
+                why=error.strerror or str(error),
+                do="free space, or choose a run folder that can be written (hydra.run.dir=...)",
+            ) from error
+
+
+def config_text(config: RunConfig) -> str:
+    """The settings as a primary configuration of Hydra."""
+    from omegaconf import OmegaConf
+
+    settings: dict[str, Any] = _escaped(config.settings())
+    return HEADER + OmegaConf.to_yaml(OmegaConf.create({"defaults": DEFAULTS, **settings}))
+
+
+def _escaped(value: Any) -> Any:
+    """Text with ``${`` is text, not a reference to another setting."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def env_text(overrides: Sequence[str]) -> str:
+    """What the run ran on and what it was told, as JSON."""
+    facts = {"schema_version": ENV_SCHEMA, **environment(), "overrides": list(overrides)}
+    return json.dumps(facts, indent=2) + "\n"

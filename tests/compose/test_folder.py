@@ -1,0 +1,182 @@
+"""What a run folder says before anything runs, and that the run can be had again from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from servelab.core.compose import compose
+from servelab.core.config import RunConfig, validate
+from servelab.core.environment import _usable_cores, checkout, environment
+from servelab.core.errors import ConfigError, ServeLabError
+from servelab.core.folder import CONFIG_FILE, DEFAULTS, ENV_FILE, ENV_SCHEMA, begin, config_text
+from servelab.core.registry import Registry
+from servelab.core.usage import Usage
+
+
+def read_back(text: str) -> dict[str, Any]:
+    """The sections of a written configuration, as Hydra would hand them over."""
+    raw: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=True, throw_on_missing=True)
+    assert raw.pop("defaults") == DEFAULTS
+    return raw  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def config(raw: dict[str, Any], registry: Registry) -> RunConfig:
+    raw |= {
+        "prefix": {"name": "hash"},
+        "slo": {"ttft_ms": 5, "classes": {"online": {"tbt_ms": 0.25}, "offline": {}}},
+        "observers": ["jsonl", {"name": "report", "percentiles": [99.9]}],
+        "engine": {"max_model_len": 256},
+    }
+    raw["workload"]["request_rate"] = "inf"
+    raw["model"]["windows"] = []
+    return validate(raw, registry)
+
+
+def test_the_same_run_can_be_composed_from_it(config: RunConfig, registry: Registry, tmp_path: Path) -> None:
+    run = compose(config, registry, run_dir=tmp_path / "first")
+    begin(tmp_path / "first", run.config, [])
+    again = validate(read_back((tmp_path / "first" / CONFIG_FILE).read_text()), registry)
+    assert again.settings() == run.config.settings()
+    second = compose(again, registry, run_dir=tmp_path / "second")
+    assert second.info == run.info
+
+
+def test_every_setting_is_in_it(config: RunConfig) -> None:
+    raw = read_back(config_text(config))
+    assert raw.keys() == RunConfig.model_fields.keys()
+    assert raw["scheduler"]["max_num_seqs"] == 256  # a default
+    assert raw["prefix"]["name"] == "hash" and raw["quant"] is None
+    assert raw["slo"]["classes"]["online"] == {
+        "ttft_ms": None,
+        "tpot_ms": None,
+        "e2el_ms": None,
+        "tbt_ms": 0.25,
+    }
+
+
+HARD = st.text(alphabet="${}\\a:#'\" \n1e.-~", max_size=12) | st.sampled_from(
+    ["1e3", "null", "yes", "${seed}", r"\${seed}", r"\\${oc.env:HOME}", "0x1", "inf", "???x"]
+)
+
+
+@given(HARD.filter(lambda text: text != "???"))
+def test_text_of_any_kind_comes_back(text: str) -> None:
+    registry = Registry.load()
+    raw: dict[str, Any] = {
+        "scheduler": "vllm_v1",
+        "kvcache": "paged",
+        "cost": "scripted",
+        "executor": "scripted",
+        "workload": {"name": "synthetic", "num_requests": 1},
+        "task": "bench",
+        "model": {"name": text, "layers": 1, "hidden": 8, "heads": 1, "kv_heads": 1, "head_dim": 8, "ffn": 8,
+                  "vocab": 8, "max_position": 2048},
+    }  # fmt: skip
+    assert read_back(config_text(validate(raw, registry)))["model"]["name"] == text
+
+
+def test_env_says_what_it_ran_on(config: RunConfig, tmp_path: Path) -> None:
+    begin(tmp_path / "new", config, ["+scheduler=x", "seed=3"])
+    text = (tmp_path / "new" / ENV_FILE).read_text()
+    env = json.loads(text)
+    assert (env["schema_version"], env["overrides"]) == (ENV_SCHEMA, ["+scheduler=x", "seed=3"])
+    assert env.items() >= environment().items()
+    assert env["libraries"].keys() >= {"hydra-core", "omegaconf", "pluggy", "pydantic", "tqdm"}
+    machine = env["machine"]
+    assert machine["cpu"] and machine["cores"] == os.cpu_count()
+    assert 0 < machine["usable_cores"] <= machine["cores"]
+    assert machine["memory_bytes"] > 2**28
+    assert not {socket.gethostname(), socket.getfqdn()} & set(re.findall(r"[\w.-]+", text))
+    assert str(Path.home()) not in text
+
+
+def test_a_folder_that_holds_a_run_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    begin(tmp_path, config, [])
+    before = (tmp_path / ENV_FILE).read_bytes()
+    with pytest.raises(ConfigError, match=r"already holds resolved_config\.yaml, env\.json"):
+        begin(tmp_path, config, ["seed=1"])
+    assert (tmp_path / ENV_FILE).read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_is_explained(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ServeLabError, match=r"resolved_config\.yaml cannot be written") as told:
+        begin(tmp_path / "file", config, [])
+    assert told.value.why and told.value.do and str(tmp_path) in str(told.value.where)
+
+
+# ------------------------------------------------------------------ checkouts
+
+
+def git(root: Path, *command: str) -> str:
+    line = ["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x@y", *command]
+    return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_commit_and_changes_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / "a").write_text("1")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-qm", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert checkout(tmp_path) == (commit, False)
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # as hooks set it
+    assert checkout(tmp_path) == (commit, False)
+    (tmp_path / "new").write_text("")  # a plugin that is not committed yet counts
+    assert checkout(tmp_path) == (commit, True)
+    (tmp_path / "new").unlink()
+    (tmp_path / "a").write_text("2")
+    assert checkout(tmp_path) == (commit, True)
+    (tmp_path / "site-packages").mkdir()  # a wheel in somebody's repository is not that repository
+    assert checkout(tmp_path / "site-packages") == (None, None)
+    monkeypatch.setenv("PATH", "")
+    assert checkout(tmp_path) == (None, None)
+
+
+def test_cores_of_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servelab.core.environment.CGROUP", tmp_path)
+    free = _usable_cores()
+    assert free == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert _usable_cores() == 0.5
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert _usable_cores() == free
+
+
+def test_devices_are_named_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servelab.core.environment.NVIDIA", tmp_path)
+    for i in range(2):
+        (tmp_path / "gpus" / f"0000:0{i}:00.0").mkdir(parents=True)
+        text = "Model: \t\t NVIDIA H200\nIRQ:   \t\t 160\nGPU UUID: \t GPU-1\n"
+        (tmp_path / "gpus" / f"0000:0{i}:00.0" / "information").write_text(text)
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\nGCC version: 11\n"
+    )
+    environment.cache_clear()
+    try:
+        machine = environment()["machine"]
+    finally:
+        environment.cache_clear()
+    assert (machine["gpus"], machine["gpu_driver"]) == (["NVIDIA H200"] * 2, "580.95.05")
+
+
+def test_real_time_and_memory() -> None:
+    usage = Usage()
+    first = usage.cost()
+    block = bytearray(64 << 20)
+    second = usage.cost()
+    assert 0 <= first["wall_s"] <= second["wall_s"]
+    assert second["peak_rss_bytes"] >= max(first["peak_rss_bytes"], len(block))
+    assert first["date"] == second["date"]
