@@ -20,7 +20,7 @@ TABLE = {
         "a run in the names, and by the rules, of GuideLLM or AIPerf",
     ),
     "report": (
-        "servelab.plugins.commands.report:main",
+        "servelab.plugins.observers.report.command:main",
         "the plots and the page of a run again, from its files",
     ),
 }

@@ -21,9 +21,8 @@ from servelab.core.bus import Bus
 from servelab.core.errors import PluginCallError, ServeLabError
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
 from servelab.core.records import QualityMeasured, Record
-from servelab.plugins.commands import report as command
 from servelab.plugins.observers.jsonl import JsonlConfig, JsonlObserver
-from servelab.plugins.observers.report import facts, html, plots
+from servelab.plugins.observers.report import command, facts, html, plots
 from servelab.plugins.observers.report.observer import ReportConfig, ReportObserver
 from servelab.plugins.observers.report.page import paper, render_page, write_artefacts, write_page
 from servelab.plugins.observers.report.series import Series
@@ -422,6 +421,14 @@ def test_a_run_that_was_killed_still_has_a_page(tmp_path: Path) -> None:
     page = read((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "PARTIAL (unknown: the log has no end of run)" in page.text
     assert "2 of 3 requests completed" in page.text
+
+
+def test_results_of_another_version_are_computed_anew(tmp_path: Path) -> None:
+    run([started(), arrived(1, "a"), ended(2)], tmp_path, plots=False, page=False)
+    (tmp_path / "results.json").write_text('{"servelab": {"schema_version": 1}}')
+    (note,) = write_page(tmp_path)
+    assert note == "results.json: of version 1, not 2; computed anew from the log"
+    assert "0 completed, 1 unfinished" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

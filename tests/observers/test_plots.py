@@ -162,6 +162,26 @@ def test_thinning_keeps_order_number_and_the_largest(values: list[int], most: in
         assert max(value for _, value in kept) == max(values)
 
 
+@pytest.mark.parametrize(
+    ("values", "bounds", "scale"),
+    [
+        ([5, 499], [], "linear"),
+        ([5, 500], [], "log"),
+        ([5, 6], [47], "linear"),
+        ([5, 6], [48], "log"),
+        ([0, 500], [5000], "linear"),
+    ],
+)
+def test_axes_are_logarithmic_where_values_are_far_apart(
+    styled: None, values: list[float], bounds: list[float], scale: str
+) -> None:
+    _, (axes,) = style.figure()
+    plots._range(axes, values, bounds)
+    assert axes.get_xscale() == scale
+    if scale == "linear":
+        assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] > max(values + bounds)
+
+
 def test_nothing_completed_is_said() -> None:
     found = drawn([started(), arrived(0, "a"), admitted(1, "a"), step(1, [9], {"a": (4, 0)}), ended(9)])
     whys = {name: one.why for name, one in found.items() if isinstance(one, Missing)}

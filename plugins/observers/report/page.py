@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from servelab.core.api import ServeLabError
 from servelab.core.logs import EVENTS_FILE, PLANS_FILE
-from servelab.core.metrics import SummaryOptions, Timeline, summarize
+from servelab.core.metrics import RESULT_SCHEMA, SummaryOptions, Timeline, summarize
 from servelab.core.run_folder import RESULTS_FILE, RunFolder
 from servelab.plugins.observers.report import facts, plots
 from servelab.plugins.observers.report.facts import NONE, mib, number, percent, words
@@ -47,14 +47,14 @@ DOI = re.compile(r"\b(10\.\d{4,9}/[\w.()/:;-]*\w)")
 def write_page(run: str | Path) -> list[str]:
     """Make plots and page of a finished run again, from its files.
 
-    The figures are those of ``results.json`` where there is one; otherwise they are computed from the log, as
-    after a run that was killed.
+    The figures are those of ``results.json``. They are computed from the log where there is none, as after a
+    run that was killed, or one of another version.
 
     Args:
         run: its folder, with ``events.jsonl``; or ``last``.
 
     Returns:
-        What is left out, one line each.
+        What is left out or done otherwise, one line each.
 
     Raises:
         RunFolderError: there is no run, or it has no log.
@@ -66,11 +66,19 @@ def write_page(run: str | Path) -> list[str]:
     for record in found.events():
         timeline.feed(record)
         series.feed(record)
-    if found.has(RESULTS_FILE):
-        result = found.results()
-    else:
+    notes = []
+    result = found.results() if found.has(RESULTS_FILE) else None
+    if result is not None and (version := _version(result)) != RESULT_SCHEMA:
+        notes.append(f"{RESULTS_FILE}: of version {version}, not {RESULT_SCHEMA}; computed anew from the log")
+        result = None
+    if result is None:
         result = summarize(timeline, SummaryOptions(percentiles=(50, 90, 99)))
-    return write_artefacts(found.path, timeline, series, result)
+    return notes + write_artefacts(found.path, timeline, series, result)
+
+
+def _version(result: Mapping[str, Any]) -> object:
+    ours = result.get("servelab")
+    return ours.get("schema_version") if isinstance(ours, Mapping) else None
 
 
 def write_artefacts(

@@ -34,6 +34,8 @@ MOST_CLASSES = 5
 MOST_POOLS = 6
 MOST_LINEAR = 64
 """Tokens of a step up to which their axis is linear: prefill comes in thousands, decode in tens."""
+FAR = 8
+"""A bound so many times the largest value would leave the values no room on a linear axis."""
 SLICES = 60
 """Of the run, for rates."""
 WHOLE = ("requests", "pages", "tokens", "preemptions")
@@ -170,9 +172,7 @@ def _distributions(groups: Sequence[Group]) -> tuple[Figure, str] | str:
         words = ", ".join(f"{q} {_short(value)}" for q, value in marks.items())
         axes.set_title(name, pad=15)
         axes.text(0, 1.03, f"{words} {unit}", transform=axes.transAxes, fontsize=7)
-        _log_if_wide(
-            axes, [value / scale for value in (everything.values[0], everything.values[-1], *bounds)]
-        )
+        _range(axes, [one / scale for one in everything.values], [bound / scale for bound in bounds])
         axes.set_xlabel(f"{name} ({unit}), {_requests(everything.count)}")
     panels[0].set_ylabel("requests at or below (%)")
     panels[0].set_ylim(0, 103)
@@ -241,7 +241,7 @@ def _over_time(groups: Sequence[Group]) -> tuple[Figure, str] | str:
                 [t / NS_PER_S for t in at], [value / scale for value in medians], color=style.INK, lw=1
             )
             handles["median of neighbours"] = line
-        _log_if_wide(axes, [value / scale for value in (min(values), max(values), *bounds)], along="y")
+        _range(axes, [one / scale for one in values], [bound / scale for bound in bounds], along="y")
         axes.set_ylabel(f"{name} ({unit})")
     latest = max(one.arrival_ns for group in groups for one in group.facts)
     panels[-1].set_xlim(0, 1.02 * latest / NS_PER_S or 1)
@@ -537,19 +537,19 @@ def _unit(values: Iterable[float]) -> tuple[float, str]:
     return (NS_PER_S, "s") if max(values) >= 10 * NS_PER_S else (NS_PER_MS, "ms")
 
 
-def _log_if_wide(axes: Axes, values: Iterable[float], along: str = "x") -> None:
-    """A logarithmic axis for what spans two decades or more; otherwise from 0."""
+def _range(axes: Axes, values: Sequence[float], bounds: Sequence[float], along: str = "x") -> None:
+    """All of the values and bounds: from 0, or logarithmic if they span two decades, or bounds are far off."""
     from matplotlib.ticker import NullFormatter
 
-    values = list(values)
+    least, end = min([*values, *bounds]), max([*values, *bounds])
     axis = axes.xaxis if along == "x" else axes.yaxis
-    if min(values) > 0 and max(values) >= 100 * min(values):
+    if least > 0 and (end >= 100 * least or end >= FAR * max(values)):
         (axes.set_xscale if along == "x" else axes.set_yscale)("log")
         axis.set_minor_formatter(NullFormatter())
     elif along == "x":
-        axes.set_xlim(0, 1.05 * max(values) or 1)
+        axes.set_xlim(0, 1.05 * end or 1)
     else:
-        axes.set_ylim(0, 1.08 * max(values) or 1)
+        axes.set_ylim(0, 1.08 * end or 1)
     axis.set_major_formatter(_commas())
 
 
