@@ -538,8 +538,8 @@ def _unit(values: Iterable[float]) -> tuple[float, str]:
 
 
 def _range(axes: Axes, values: Sequence[float], bounds: Sequence[float], along: str = "x") -> None:
-    """All of the values and bounds: from 0, or logarithmic if they span two decades, or bounds are far off."""
-    from matplotlib.ticker import NullFormatter
+    """All of the values and bounds: from 0, or logarithmic if they span two decades or bounds are far off."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
     least, end = min([*values, *bounds]), max([*values, *bounds])
     axis = axes.xaxis if along == "x" else axes.yaxis
@@ -548,6 +548,7 @@ def _range(axes: Axes, values: Sequence[float], bounds: Sequence[float], along: 
         axis.set_minor_formatter(NullFormatter())
     elif along == "x":
         axes.set_xlim(0, 1.05 * end or 1)
+        axis.set_major_locator(MaxNLocator(nbins=5))
     else:
         axes.set_ylim(0, 1.08 * end or 1)
     axis.set_major_formatter(_commas())
