@@ -428,7 +428,10 @@ def test_results_of_another_version_are_computed_anew(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"servelab": {"schema_version": 1}}')
     (note,) = write_page(tmp_path)
     assert note == "results.json: of version 1, not 2; computed anew from the log"
-    assert "0 completed, 1 unfinished" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    write_page(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "0 completed, 1 unfinished" in page
+    assert 'href="plots/queue.png"' in page and 'href="report.html"' not in page
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

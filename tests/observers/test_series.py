@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -113,6 +114,15 @@ def test_a_hold_is_one_token_per_request_and_step_after_its_first_one() -> None:
     assert sum(r * (b - a) for r, a, b in zip(rates, edges, edges[1:], strict=False)) == pytest.approx(4)
     assert rates[0] == pytest.approx(250, rel=0.01)
     assert rates[-1] == pytest.approx(1000, rel=0.01)
+
+
+def test_rates_have_no_sliver_of_a_slice_at_the_end() -> None:
+    """1,000 requests, one every ms, and the run ends a little after the border of a slice."""
+    series = fed(started(), *(arrived(i, f"r{i}") for i in range(1000)), arrived(1006.7, "last"))
+    edges, rates = series.rate(series.arrived, 10)
+    assert 5 <= len(rates) <= 10
+    assert min(b - a for a, b in pairwise(edges)) == pytest.approx(edges[1])
+    assert rates == pytest.approx([1000] * len(rates), rel=0.05)
 
 
 def test_a_prompt_in_chunks_is_prefill_until_it_emits() -> None:
@@ -368,6 +378,8 @@ def test_memory_does_not_grow_with_the_run() -> None:
             finished(t + 5, name, 1),
         ):
             series.feed(record)
+    for record in (arrived(40_000, "x"), admitted(40_000, "x"), finished(40_001, "x", 0, "aborted")):
+        series.feed(record)
     assert not series._on_device and not series._prefilling
     assert len(series._used) == 1 and len(series._counts) <= 1
 

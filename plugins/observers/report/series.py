@@ -271,8 +271,6 @@ class Series:
         counts.sums[at] += 1
         self.lost.sums[at] += record.lost_tokens
         again = record.mode == "recompute"
-        if again:
-            self._prefilling.discard(record.request)
         self._queue(record, int(again), -int(record.request in self._on_device))
         self._on_device.discard(record.request)
 

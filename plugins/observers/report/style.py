@@ -215,13 +215,13 @@ def _share_style(parent: ElementTree.Element) -> None:
 
 def short_path(path: str) -> str:
     """The same path to a tenth of a point, where it is long and has no curves: stairs become moves along one
-    axis, and steps along the same axis become one.
+    axis, and moves one after another in one direction along x become one.
     """
     words = path.split()
     if len(words) < SHORT_PATH or not set(re.findall("[A-Za-z]", path)) <= {"M", "L", "z"}:
         return " ".join(words)
     out: list[tuple[str, str]] = []
-    x = y = ""
+    x = y = turn = ""
     i = 0
     while i < len(words):
         command = words[i]
@@ -234,21 +234,17 @@ def short_path(path: str) -> str:
         if command == "M":
             out.append(("M", f"{new_x} {new_y}"))
         elif new_y == y and new_x != x:
-            _along("H", new_x, out)
+            if out[-1][0] == "H" and (float(x) > float(turn)) == (float(new_x) > float(x)):
+                out[-1] = ("H", new_x)
+            else:
+                out.append(("H", new_x))
+                turn = x
         elif new_x == x and new_y != y:
-            _along("V", new_y, out)
+            out.append(("V", new_y))
         elif new_x != x:
             out.append(("L", f"{new_x} {new_y}"))
         x, y = new_x, new_y
     return "".join(command + value for command, value in out)
-
-
-def _along(command: str, value: str, out: list[tuple[str, str]]) -> None:
-    """Go on along one axis; two moves to the right are one."""
-    if out[-1][0] == command == "H":
-        out[-1] = (command, value)
-    else:
-        out.append((command, value))
 
 
 def _one_decimal(number: str) -> str:
