@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from servelab.core.metrics.definitions import NS_PER_MS
 from servelab.core.metrics.timeline import Timeline
 
 RAISED = ("plugins", "stamps", "seed", "clock")
@@ -16,6 +17,8 @@ def vllm_identity(timeline: Timeline) -> dict[str, Any]:
     info = timeline.info
     workload = (info.get("settings") or {}).get("workload") or {}
     planned = (info.get("workload") or {}).get("requests")
+    if timeline.compared and not timeline.requests:
+        planned = 0  # nothing was to be served, as in `task=quality`
     return {
         "date": timeline.finished.date if timeline.finished else None,
         "endpoint_type": BACKEND,
@@ -48,9 +51,19 @@ def rest_of_info(timeline: Timeline) -> dict[str, Any]:
     return {key: value for key, value in timeline.info.items() if key not in RAISED}
 
 
+def stated_tbt_ns(timeline: Timeline) -> int | None:
+    """The run's general bound on gaps between tokens."""
+    ms = _slo(timeline).get("tbt_ms")
+    return None if ms is None else round(ms * NS_PER_MS)
+
+
+def _slo(timeline: Timeline) -> dict[str, Any]:
+    return (timeline.info.get("settings") or {}).get("slo") or {}
+
+
 def notes(timeline: Timeline) -> list[str]:
     """What a reader of the figures should know, in sentences."""
-    classes = ((timeline.info.get("settings") or {}).get("slo") or {}).get("classes") or {}
+    classes = _slo(timeline).get("classes") or {}
     arrived = {facts.request_class for facts in timeline.requests.values()}
     found = [
         f"slo.classes.{name} bounded nothing: no request of this class arrived"

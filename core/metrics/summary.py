@@ -21,7 +21,7 @@ from servelab.core.metrics.definitions import (
 )
 from servelab.core.metrics.distribution import Distribution
 from servelab.core.metrics.goodput import Goodput, judge_all
-from servelab.core.metrics.identity import identity, notes, rest_of_info, vllm_identity
+from servelab.core.metrics.identity import identity, notes, rest_of_info, stated_tbt_ns, vllm_identity
 from servelab.core.metrics.pages import kv_pages
 from servelab.core.metrics.timeline import STATES, EngineFacts, RequestFacts, Timeline
 from servelab.core.records import to_dict
@@ -45,7 +45,7 @@ class SummaryOptions:
     """``chunk``: one gap per chunk (vLLM); ``spread``: gaps shared out over tokens (SGLang)."""
     rejections_are_misses: bool = True
     tbt_bound_ns: int | None = None
-    """Bound for ``tbt_attainment``; None: not asked."""
+    """Bound for ``tbt_attainment``; None: the run's own ``slo.tbt_ms``, if it states one."""
 
     def __post_init__(self) -> None:
         for q in self.percentiles:
@@ -78,6 +78,7 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
     goodput = judge_all(requests, timeline.last_ns, rejections_are_misses=options.rejections_are_misses)
     latencies = _latencies(completed, options.itl_mode)
     queueing = _queueing(completed)
+    tbt_bound_ns = stated_tbt_ns(timeline) if options.tbt_bound_ns is None else options.tbt_bound_ns
     result: dict[str, Any] = {
         **vllm_identity(timeline),
         "duration": duration_s,
@@ -108,7 +109,7 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         "samples": {m: samples.count for m, samples in {**latencies, "queueing": queueing}.items()},
         "length_capped_requests": sum(facts.reason == "length" for facts in completed),
         **_attainment(goodput, duration_s),
-        **_tbt(latencies["itl"], options.tbt_bound_ns),
+        **_tbt(latencies["itl"], tbt_bound_ns),
         "preemptions": timeline.preemptions,
         "recomputed_tokens": timeline.recomputed_tokens,
         "prefix_hit_tokens": sum(facts.cached_tokens for facts in requests),

@@ -15,6 +15,7 @@ from servelab.core.metrics.memory import MemoryFacts
 from servelab.core.records import (
     Ending,
     PagesEvicted,
+    QualityBegan,
     QualityMeasured,
     Record,
     RequestAdmitted,
@@ -210,6 +211,8 @@ class Timeline:
         self.recomputed_tokens = 0
         self.evicted_pages = 0
         """By the prefix store, all pools."""
+        self.compared = False
+        """Whether quantized models were compared, or about to be."""
         self.quality: dict[str, QualityMeasured] = {}
         """By quantizer, the latest."""
         self._feeders: dict[str, Callable[[Any], None]] = {
@@ -220,6 +223,7 @@ class Timeline:
             RequestPreempted.ev: self._preempted,
             PagesEvicted.ev: self._evicted,
             RequestFinished.ev: self._finished,
+            QualityBegan.ev: self._quality_began,
             QualityMeasured.ev: self._quality,
             RunFinished.ev: self._run_finished,
         }
@@ -290,6 +294,9 @@ class Timeline:
         facts.cached_tokens = record.cached_tokens
         if record.engine in self.engines:
             self.engines[record.engine].memory.finished(record)
+
+    def _quality_began(self, record: QualityBegan) -> None:
+        self.compared = True
 
     def _quality(self, record: QualityMeasured) -> None:
         self.quality[record.label] = record

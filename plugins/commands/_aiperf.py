@@ -7,6 +7,7 @@ population's standard deviation. Its ``inter_token_latency`` is vLLM's TPOT; vLL
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,24 +20,28 @@ SCHEMA_VERSION = "1.1"
 """Of AIPerf's export; the first with ``count`` and ``sum``, and nothing here needs a later one."""
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 PER_USER = "tokens/sec/user"
+ERRORS = ("failed", "aborted", "rejected")
+"""What its client would see as an error; it counts cancelled requests nowhere."""
 
 
 def aiperf(timeline: Timeline) -> dict[str, Any]:
     """A run as AIPerf would have exported it."""
     done = [facts for facts in timeline.requests.values() if facts.state == "completed"]
-    states = [facts.state for facts in timeline.requests.values()]
-    errors = sum(state in ("failed", "aborted", "rejected") for state in states)
+    errors = Counter((f.state, f.reason) for f in timeline.requests.values() if f.state in ERRORS)
     partial = timeline.finished is None or timeline.finished.status == "interrupted"
     found = {
         **_records(done),
         **_run(done, timeline),
-        "error_request_count": _value("requests", errors or None),
+        "error_request_count": _value("requests", errors.total() or None),
     }
     return {
         "schema_version": SCHEMA_VERSION,
         **{name: block for name, block in found.items() if block is not None},
         "was_cancelled": partial,
-        "error_summary": [],
+        "error_summary": [
+            {"error_details": {"type": state, "message": reason}, "count": count}
+            for (state, reason), count in errors.most_common()
+        ],
         **_times(timeline),
         "servelab": {"version": timeline.info.get("servelab"), "model": timeline.info.get("model")},
     }

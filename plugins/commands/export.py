@@ -50,8 +50,18 @@ def export(run: str | Path, to: str) -> dict[str, Any]:
 
     Raises:
         RunFolderError: there is no run in the folder, or it has no event log.
+        ServeLabError: no request arrived.
     """
-    return DIALECTS[to](Timeline().feed_all(RunFolder.find(run).events()))
+    folder = RunFolder.find(run)
+    timeline = Timeline().feed_all(folder.events())
+    if not timeline.requests:
+        raise ServeLabError(
+            "there is nothing to export",
+            where=str(folder),
+            why="no request arrived: the run was killed before, or its task serves nothing",
+            do="name a run that served requests",
+        )
+    return DIALECTS[to](timeline)
 
 
 def _write(path: Path, text: str) -> None:

@@ -234,6 +234,10 @@ def test_aiperf_counts_completed_requests_only() -> None:
     found = aiperf(Timeline().feed_all(fates()))
     assert (found["request_count"]["avg"], found["error_request_count"]["avg"]) == (1, 3)
     assert (found["request_latency"]["count"], found["benchmark_duration"]["avg"]) == (1, 0.02)
+    assert {"error_details": {"type": "rejected", "message": "queue full"}, "count": 1} in found[
+        "error_summary"
+    ]
+    assert len(found["error_summary"]) == 3
     assert found["was_cancelled"]
 
 
@@ -291,6 +295,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, run: Path) -> None:
     (tmp_path / "results.json").write_bytes((run / "results.json").read_bytes())
     with pytest.raises(RunFolderError, match=r"the run has no events\.jsonl"):
         export(tmp_path, "aiperf")
+
+
+def test_a_run_that_served_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("")  # killed at once
+    with pytest.raises(ServeLabError, match="there is nothing to export"):
+        export(tmp_path, "guidellm")
 
 
 def test_a_run_that_was_killed_is_exported_too(run: Path, tmp_path: Path) -> None:

@@ -7,14 +7,19 @@ import os
 import re
 import socket
 import subprocess
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hydra.core.hydra_config import HydraConfig
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from tests.compose.conftest import MODEL
 
+from servelab.core import cli
 from servelab.core.compose import compose
 from servelab.core.config import RunConfig, validate
 from servelab.core.environment import _usable_cores, checkout, environment
@@ -22,6 +27,7 @@ from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.folder import CONFIG_FILE, DEFAULTS, ENV_FILE, ENV_SCHEMA, begin, config_text
 from servelab.core.registry import Registry
 from servelab.core.usage import Usage
+from servelab.plugins.executors.scripted import ScriptedExecutor
 
 
 def read_back(text: str) -> dict[str, Any]:
@@ -71,20 +77,28 @@ HARD = st.text(alphabet="${}\\a:#'\" \n1e.-~", max_size=12) | st.sampled_from(
 )
 
 
-@given(HARD.filter(lambda text: text != "???"))
+PLAIN: dict[str, Any] = {
+    "scheduler": "vllm_v1",
+    "kvcache": "paged",
+    "cost": "scripted",
+    "executor": "scripted",
+    "workload": {"name": "synthetic", "num_requests": 1},
+    "task": "bench",
+    "model": {**MODEL, "max_position": 2048},
+}
+
+
+@settings(max_examples=50)
+@given(text=HARD.filter(lambda text: text != "???"))
 def test_text_of_any_kind_comes_back(text: str) -> None:
-    registry = Registry.load()
-    raw: dict[str, Any] = {
-        "scheduler": "vllm_v1",
-        "kvcache": "paged",
-        "cost": "scripted",
-        "executor": "scripted",
-        "workload": {"name": "synthetic", "num_requests": 1},
-        "task": "bench",
-        "model": {"name": text, "layers": 1, "hidden": 8, "heads": 1, "kv_heads": 1, "head_dim": 8, "ffn": 8,
-                  "vocab": 8, "max_position": 2048},
-    }  # fmt: skip
-    assert read_back(config_text(validate(raw, registry)))["model"]["name"] == text
+    config = _plain()
+    named = config.model_copy(update={"model": config.model.model_copy(update={"name": text})})
+    assert read_back(config_text(named))["model"]["name"] == text
+
+
+@cache
+def _plain() -> RunConfig:
+    return validate(PLAIN, Registry.load())
 
 
 def test_env_says_what_it_ran_on(config: RunConfig, tmp_path: Path) -> None:
@@ -115,6 +129,21 @@ def test_a_folder_that_cannot_be_written_is_explained(config: RunConfig, tmp_pat
     with pytest.raises(ServeLabError, match=r"resolved_config\.yaml cannot be written") as told:
         begin(tmp_path / "file", config, [])
     assert told.value.why and told.value.do and str(tmp_path) in str(told.value.where)
+
+
+def test_the_executor_is_let_go_where_the_folder_is_refused(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ENV_FILE).write_text("{}")
+    hydra = SimpleNamespace(
+        runtime=SimpleNamespace(output_dir=str(tmp_path)), overrides=SimpleNamespace(task=["seed=1"])
+    )
+    monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
+    closed: list[object] = []
+    monkeypatch.setattr(ScriptedExecutor, "close", lambda self: closed.append(self))
+    with pytest.raises(ConfigError, match="over another run"):
+        cli.run({**raw, "observers": []})
+    assert len(closed) == 1
 
 
 # ------------------------------------------------------------------ checkouts

@@ -102,7 +102,8 @@ def test_a_run_folder_for_observers(make: Make, tmp_path: Path, recorder_class: 
     one, two = recorder_class(), recorder_class()
     with make(observers=["jsonl", one, two], run_dir=tmp_path / "run") as llm:
         llm.generate("z", SHORT)
-    assert '"ev":"finished"' in (tmp_path / "run" / "events.jsonl").read_text().replace(" ", "")
+    log = (tmp_path / "run" / "events.jsonl").read_text().replace(" ", "")
+    assert '"ev":"finished"' in log and '"peak_rss_bytes":' in log.splitlines()[-1]
     assert one.outcomes() == two.outcomes() == ["completed"]
 
 

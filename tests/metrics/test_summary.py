@@ -271,6 +271,11 @@ def test_tbt_attainment_only_if_asked() -> None:
     assert summary(speculation())["servelab"]["tbt_attainment"] is None
     more = summary(speculation(), tbt_bound_ns=6 * MS)["servelab"]
     assert (more["tbt_bound_ms"], more["tbt_attainment"]) == (6, 0.75)
+    records = [started(settings={"slo": {"tbt_ms": 4}}), *speculation()[1:]]
+    assert summary(records)["servelab"]["tbt_bound_ms"] == 4  # the run's own: gaps 20 4 6 6
+    assert summary(records)["servelab"]["tbt_attainment"] == 0.25
+    assert summary(records, tbt_bound_ns=6 * MS)["servelab"]["tbt_bound_ms"] == 6
+    assert summary(records, tbt_bound_ns=0)["servelab"]["tbt_bound_ms"] == 0
 
 
 def test_busiest_second_counts_from_the_first_arrival() -> None:

@@ -14,7 +14,7 @@ from tests.observers.test_jsonl import context
 from servelab.core.bus import Bus
 from servelab.core.errors import ConfigError, PluginCallError
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
-from servelab.core.records import Record, RequestArrived
+from servelab.core.records import QualityBegan, Record, RequestArrived
 from servelab.plugins.observers.report.observer import ReportConfig, ReportObserver
 
 LONG = "Efficient Memory Management for Large Language Model Serving with PagedAttention (2023, 2309.06180)"
@@ -134,6 +134,13 @@ def test_a_run_that_was_stopped_is_partial(capsys: pytest.CaptureFixture[str]) -
         "PARTIAL: interrupted, stopped by the user; 0 of 1 requests completed, and the figures are of these",
         "artefacts: none, this run has no folder",
     ]
+
+
+def test_a_comparison_that_was_stopped_is_partial_too(capsys: pytest.CaptureFixture[str]) -> None:
+    began = QualityBegan(t_ns=0, labels=["w8a16"], total=9)
+    run([started(workload={"requests": 64}), began, ended(0, "interrupted", "ctrl-c")], None)
+    lines = words(capsys.readouterr().out)
+    assert "PARTIAL: interrupted, ctrl-c; the figures are of what was read until then" in lines
 
 
 def test_goodput_by_class_is_a_table_where_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:

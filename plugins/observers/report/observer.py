@@ -48,7 +48,8 @@ class ReportConfig(BaseModel):
     tbt_ms: float | None = Field(
         default=None,
         ge=0,
-        description="Bound in ms for the share of gaps between tokens within it; none by default.",
+        description="Bound in ms for the share of gaps between tokens within it; by default slo.tbt_ms, if "
+        "the run states one.",
     )
     plots: bool = Field(
         default=True,

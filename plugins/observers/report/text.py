@@ -51,6 +51,8 @@ def _partial(result: Mapping[str, Any]) -> str:
     """Why, and what is missing: said again where the eye ends up."""
     run, counts = result["servelab"]["run"], result["servelab"]["requests"]
     why = run["status"] + (f", {run['reason']}" if run["reason"] else "")
+    if not result["num_prompts"]:
+        return f"{why}; the figures are of what was read until then"
     return (
         f"{why}; {_number(counts['completed'])} of {_number(result['num_prompts'])} requests completed, "
         "and the figures are of these"
