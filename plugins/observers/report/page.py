@@ -110,11 +110,10 @@ def write_artefacts(
     if series is None:
         why = "switched off (plots: false of observer 'report')"
     elif result["servelab"]["requests"]["arrived"]:
-        if plots.available():
-            drawn = plots.draw(timeline, series, svg=page)
-        else:
-            why = "matplotlib is not installed"
+        if why := plots.unavailable():
             notes.append(f"plots: left out, {why} ({plots.INSTALL})")
+        else:
+            drawn = plots.draw(timeline, series, svg=page)
     for plot in drawn:
         if isinstance(plot, Plot):
             _write(folder / PLOTS_FOLDER / f"{plot.name}.png", plot.png)

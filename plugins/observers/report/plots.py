@@ -66,9 +66,15 @@ class Missing:
     why: str
 
 
-def available() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
+def unavailable() -> str:
+    """Why nothing can be drawn; empty if it can. Imports matplotlib."""
+    if find_spec("matplotlib") is None:
+        return "matplotlib is not installed"
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:  # numpy is missing, or does not fit
+        return f"matplotlib cannot be imported: {error}"
+    return ""
 
 
 def draw(timeline: Timeline, series: Series, *, png: bool = True, svg: bool = True) -> list[Plot | Missing]:
