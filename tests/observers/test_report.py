@@ -50,7 +50,7 @@ SOFTWARE: dict[str, Any] = {
 
 
 def run(records: list[Record], folder: Path | None, **settings: Any) -> None:
-    bus = Bus([ReportObserver(ReportConfig(**settings), context(folder))])
+    bus = Bus([ReportObserver(ReportConfig(**{"plots": False, **settings}), context(folder))])
     for record in records:
         bus.emit(record)
 
