@@ -29,10 +29,12 @@ from servelab.core.records import (
     PagesEvicted,
     QualityBegan,
     Record,
+    RequestForked,
     RequestPreempted,
     StepDone,
     TransferStarted,
 )
+from servelab.core.testing.fakes import Rig, make_engine, toy_limits
 from servelab.plugins.observers.report.series import BINS, Channel, Series
 
 S = 1_000_000_000
@@ -390,3 +392,24 @@ def test_the_means_agree_with_the_results() -> None:
     timeline, series = Timeline().feed_all(records), fed(*records)
     stated = summarize(timeline)["servelab"]["kv_pages"][0]["mean_pages"]
     assert total(series.kv[0], series) / (100 * MS) == pytest.approx(stated)
+
+
+def test_samples_of_a_prompt_are_where_the_engine_has_them() -> None:
+    """Waiting and running, told by events, equal the engine's own counts at the end of every launch."""
+    rng = random.Random(5)
+    rig = Rig(make_engine(pages=14, shares=True, limits=toy_limits(requests=4)))
+    for k in range(12):
+        rig.arrive(f"r{k}", rng.randint(1, 9), rng.randint(1, 6), n=rng.randint(1, 3))
+        rig.finish()
+    rig.abort("r11")
+    rig.drain()
+    series, told = Series(), []
+    for record in rig.records:
+        if isinstance(record, StepDone):
+            told.append((series._counts.get(0), (record.waiting, record.running)))
+        series.feed(record)
+    assert sum(isinstance(x, RequestForked) and x.shared_tokens > 0 for x in rig.records) > 3
+    assert sum(isinstance(x, RequestForked) and not x.shared_tokens for x in rig.records) > 0
+    assert [a for a, _ in told] == [b for _, b in told]
+    assert max(series.peaks(series.away)) == 0
+    assert sum(series.emitted.sums) == sum(x.output_tokens for x in rig.ends())

@@ -27,6 +27,7 @@ from servelab.core.records import (
     RequestAdmitted,
     RequestArrived,
     RequestFinished,
+    RequestForked,
     RequestPreempted,
     RunFinished,
     RunStarted,
@@ -104,7 +105,8 @@ class Series:
         self.waiting = Channel()
         self.running = Channel()
         self.away = Channel()
-        """Live requests that neither wait nor run: paused, swapped out, or on their way."""
+        """Live requests that neither wait nor run: paused, swapped out, or on their way. Samples whose prompt
+        another request computes are in none of the three."""
         self.kv: list[Channel] = []
         """Pages in use per pool, added up over engines; the peaks are those of one engine."""
         self.pools: list[dict[str, Any]] = []
@@ -137,6 +139,8 @@ class Series:
         """Requests that were admitted and have neither ended nor been preempted since."""
         self._prefilling: set[str] = set()
         """Of the live ones, those admitted that have not emitted a token since."""
+        self._forking: set[str] = set()
+        """Further samples of prompts that another request computes: in no queue yet."""
         self._kept: set[str] = set()
         """Programs whose KV is kept between turns."""
         self._pages: list[tuple[int, int]] = []
@@ -147,6 +151,7 @@ class Series:
             RunStarted.ev: self._run_started,
             RequestArrived.ev: self._arrived,
             RequestAdmitted.ev: self._admitted,
+            RequestForked.ev: self._forked,
             StepDone.ev: self._step,
             RequestPreempted.ev: self._preempted,
             PagesEvicted.ev: self._evicted,
@@ -255,10 +260,24 @@ class Series:
 
     def _arrived(self, record: RequestArrived) -> None:
         self.arrived.sums[record.t_ns >> self.shift] += 1
+        if record.parent is not None:
+            self._forking.add(record.request)
+            return
         self._live += 1
         self._queue(record, 1, 0)
 
+    def _forked(self, record: RequestForked) -> None:
+        self._forking.discard(record.request)
+        self.emitted.sums[record.t_ns >> self.shift] += 1
+        self._live += 1
+        shares = record.shared_tokens > 0
+        if shares:
+            self._on_device.add(record.request)
+        self._queue(record, int(not shares), int(shares))
+
     def _admitted(self, record: RequestAdmitted) -> None:
+        if record.request in self._forking:
+            return
         self._on_device.add(record.request)
         self._prefilling.add(record.request)
         self._queue(record, -1, 1)
@@ -276,11 +295,14 @@ class Series:
 
     def _finished(self, record: RequestFinished) -> None:
         name = record.request
+        if name in self._forking:
+            self._forking.discard(name)
+            return
         if record.outcome == "completed":
             self.completed.sums[record.t_ns >> self.shift] += 1
         self._live -= 1
         self._prefilling.discard(name)
-        if name in self._on_device or record.outcome == "completed":
+        if name in self._on_device:
             self._on_device.discard(name)
             self._queue(record, 0, -1)
         else:
