@@ -141,6 +141,8 @@ class Series:
         """Of the live ones, those admitted that have not emitted a token since."""
         self._forking: set[str] = set()
         """Further samples of prompts that another request computes: in no queue yet."""
+        self._alone: set[str] = set()
+        """Samples that share nothing and wait to compute the prompt; their first token may be all they need."""
         self._kept: set[str] = set()
         """Programs whose KV is kept between turns."""
         self._pages: list[tuple[int, int]] = []
@@ -271,13 +273,13 @@ class Series:
         self.emitted.sums[record.t_ns >> self.shift] += 1
         self._live += 1
         shares = record.shared_tokens > 0
-        if shares:
-            self._on_device.add(record.request)
+        (self._on_device if shares else self._alone).add(record.request)
         self._queue(record, int(not shares), int(shares))
 
     def _admitted(self, record: RequestAdmitted) -> None:
         if record.request in self._forking:
             return
+        self._alone.discard(record.request)
         self._on_device.add(record.request)
         self._prefilling.add(record.request)
         self._queue(record, -1, 1)
@@ -302,7 +304,9 @@ class Series:
             self.completed.sums[record.t_ns >> self.shift] += 1
         self._live -= 1
         self._prefilling.discard(name)
-        if name in self._on_device:
+        alone = name in self._alone
+        self._alone.discard(name)
+        if name in self._on_device or (record.outcome == "completed" and not alone):
             self._on_device.discard(name)
             self._queue(record, 0, -1)
         else:
