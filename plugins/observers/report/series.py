@@ -142,7 +142,7 @@ class Series:
         self._forking: set[str] = set()
         """Further samples of prompts that another request computes: in no queue yet."""
         self._alone: set[str] = set()
-        """Samples that share nothing and wait to compute the prompt; their first token may be all they need."""
+        """Samples that share nothing and wait to compute the prompt; their first token may end them."""
         self._kept: set[str] = set()
         """Programs whose KV is kept between turns."""
         self._pages: list[tuple[int, int]] = []
@@ -349,6 +349,8 @@ class Series:
         self._launch(record.start_ns, first, tokens, prefill, size, emitted)
         if last > first:
             self._launch(first, last, size, 0, size, emitted * (len(ends) - 1))
+        elif len(ends) > 1:  # steps that take no time
+            self.emitted.sums[last >> self.shift] += emitted * (len(ends) - 1)
         engine = record.engine
         if (record.waiting, record.running) != self._counts.get(engine):
             self._state(record, record.waiting, record.running)
