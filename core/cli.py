@@ -136,6 +136,7 @@ def run(raw: dict[str, Any]) -> float | None:
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from servelab.core.compose import compose
     from servelab.core.config import validate
@@ -148,7 +149,7 @@ def run(raw: dict[str, Any]) -> float | None:
     config = validate(raw, registry)
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    composed = compose(config, registry, run_dir=folder)
+    composed = compose(config, registry, run_dir=folder, sweep=hydra.mode == RunMode.MULTIRUN)
     try:
         begin(folder, composed.config, hydra.overrides.task)
     except BaseException:

@@ -65,7 +65,12 @@ class Run:
 
 
 def compose(
-    config: RunConfig, registry: Registry, *, run_dir: Path | None = None, fit_length: bool = False
+    config: RunConfig,
+    registry: Registry,
+    *,
+    run_dir: Path | None = None,
+    fit_length: bool = False,
+    sweep: bool = False,
 ) -> Run:
     """Build a run.
 
@@ -75,6 +80,7 @@ def compose(
         run_dir: where observers and tasks may write; None: nowhere.
         fit_length: where ``engine.max_model_len`` is not stated and KV memory holds less than the model's
             context, serve the longest request that it holds, instead of refusing.
+        sweep: it is a job of a sweep (``Context.sweep``).
 
     Raises:
         CapabilityError: parts that cannot work together, all problems at once, or too small a KV pool.
@@ -82,7 +88,7 @@ def compose(
     """
     selected = _checked_selection(config, registry)
     config = _with_shape(config, registry)
-    build = _Builder(config, registry, run_dir)
+    build = _Builder(config, registry, run_dir, sweep)
 
     for kind, choice in config.choices():
         provider = registry.provider(kind, choice.name)
@@ -257,8 +263,10 @@ def _with_shape(config: RunConfig, registry: Registry) -> RunConfig:
 class _Builder:
     """Calls factories, each with its settings and its own context."""
 
-    def __init__(self, config: RunConfig, registry: Registry, run_dir: Path | None) -> None:
-        self.config, self.registry, self.run_dir = config, registry, run_dir
+    def __init__(
+        self, config: RunConfig, registry: Registry, run_dir: Path | None, sweep: bool = False
+    ) -> None:
+        self.config, self.registry, self.run_dir, self.sweep = config, registry, run_dir, sweep
         shape = config.model.model_dump(include={f.name for f in fields(ModelFacts)}, exclude_none=True)
         self.model = ModelFacts(**shape, dtype_bytes=DTYPE_BYTES[config.model.dtype])
         self.hardware = HardwareFacts(**config.hardware.model_dump()) if config.hardware else None
@@ -343,6 +351,7 @@ class _Builder:
             seed=self.config.seed,
             tokenizer=self.tokenizer,
             run_dir=self.run_dir,
+            sweep=self.sweep,
         )
         try:
             made = factory(choice.config, context)

@@ -51,11 +51,14 @@ class ReportConfig(BaseModel):
         description="Bound in ms for the share of gaps between tokens within it; by default slo.tbt_ms, if "
         "the run states one.",
     )
-    plots: bool = Field(
-        default=True,
-        description="Draw plots/*.png, and the plots of the page; takes a second or two (matplotlib).",
+    plots: bool | None = Field(
+        default=None,
+        description="Draw plots/*.png, and the plots of the page; takes a second or two (matplotlib). null: "
+        "unless the run is a job of a sweep, whose plots `servelab report` draws when they are wanted.",
     )
-    page: bool = Field(default=True, description="Write report.html, everything on one page.")
+    page: bool | None = Field(
+        default=None, description="Write report.html, everything on one page. null: as for plots."
+    )
 
 
 class ReportObserver:
@@ -80,8 +83,8 @@ class ReportObserver:
             check_unused(ctx.run_dir, ctx.name)
         self._folder = ctx.run_dir
         self._timeline = Timeline()
-        self._series = Series() if config.plots and ctx.run_dir is not None else None
-        self._page = config.page
+        plots, self._page = (not ctx.sweep if x is None else x for x in (config.plots, config.page))
+        self._series = Series() if plots and ctx.run_dir is not None else None
 
     @hookimpl
     def servelab_on_record(self, record: Record) -> None:
