@@ -299,6 +299,7 @@ class Engine:
             del self.waiting[r.id]
             self._admitted(r)
             if r.forks:
+                self.samples.unqueued(r)
                 self.samples.admitted(r)
         r.phase = Phase.RUNNING
         self.running[r.id] = r
@@ -481,6 +482,7 @@ class Engine:
             self.running[r.id] = r
             if r.admitted_ns is None:  # it adopted a context on the host
                 self._admitted(r)
+                self.samples.admitted(r)
 
     def start_transfer(self, transfer: Transfer) -> None:
         self.transfers[transfer.id] = transfer
