@@ -114,6 +114,7 @@ class Engine:
         self.epoch = 0
         """Changes after every call of the scheduler."""
         self.ledger = Ledger(kvcache, kvcache_name, layout, capacity)
+        self.ledger.any_order = limits.lanes > 1
         self.reuse = Reuse(self, prefix, prefix_name) if prefix is not None else None
         self.ledger.reuse = self.reuse
         self.requests: dict[str, Request] = {}

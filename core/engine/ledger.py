@@ -88,6 +88,10 @@ class Ledger:
         self._scratch = getattr(kvcache, "scratch", None)
         self.reuse: Reuse | None = None
         """The run's prefix store. Pages that it alone holds count as free; it gives them up when needed."""
+        self.any_order = False
+        """There are several lanes: launches in flight may run in another order than they were sent in."""
+        self.broken = False
+        """The kvcache or the prefix store raised, perhaps halfway: the run ends, and no page is given back."""
         self._leases: dict[int, Lease] = {}
         self._transfers = 0
         self._promises: dict[int, list[int]] = {}
@@ -199,12 +203,18 @@ class Ledger:
         return all(lease.first[i] * page <= max(0, tokens + 1 - window) for i, page, window in self.windows)
 
     def _shared_tail(self, i: int, lease: Lease, tokens: int) -> int | None:
-        """Index in the table of the partly filled page that the next token is written to, if shared."""
+        """Index in the table of the partly filled page that the next token is written to, if shared with
+        another request or with a copy that another's launch is to make.
+        """
         table = lease.tables[i]
         index, offset = divmod(tokens, self.pools[i].page_tokens)
         index -= lease.first[i]
-        if offset and index < len(table) and self._device[i].refs[table[index]] > 1:
-            return index
+        tier = self._device[i]
+        if offset and index < len(table):
+            page = table[index]
+            # a launch on another lane may copy it before or after this one writes to it
+            if tier.refs[page] > 1 or (self.any_order and page in tier.reading):
+                return index
         return None
 
     def _slack(self, r: Request) -> int:
@@ -387,6 +397,8 @@ class Ledger:
 
     def release(self, lease: Lease) -> None:
         """The owner is done. Pages return now, or when the last launch or transfer naming them ends."""
+        if self.broken:
+            return
         if lease.released:
             raise LedgerError(f"lease of {lease.owner} released twice")
         lease.released = True
@@ -680,6 +692,7 @@ class Ledger:
 
     def _fault(self, exc: Exception, method: str) -> Exception:
         """What to raise when the kvcache plugin raised."""
+        self.broken = True
         if isinstance(exc, ServeLabError):
             return exc
         return PluginCallError(

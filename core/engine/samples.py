@@ -165,10 +165,6 @@ class Samples:
             return "the kvcache or the prefix store cannot share pages between samples"
         if not engine.ledger.sees_all(first.lease, first.prompt_tokens):
             return "accepted drafts have moved the window of the first sample on"
-        if engine.limits.lanes > 1 and first.launches:
-            # lanes run in any order: it would write to the page that the others copy from, or write to
-            if any(first.prompt_tokens % pool.page_tokens for pool in engine.ledger.pools):
-                return "the first sample runs ahead on another lane, in the page they would share"
         most = engine.limits.max_batch_requests * engine.limits.lanes
         if len(engine.running) >= most:
             return f"{most} requests run, as many as launches take (engine.max_batch_requests)"

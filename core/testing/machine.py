@@ -53,8 +53,8 @@ from servelab.core.testing.parts import Combination, Parts, combinations, with_t
 from servelab.core.testing.shadow import Launched, Shadow
 
 QUICK = settings(
-    max_examples=5,
-    stateful_step_count=20,
+    max_examples=4,
+    stateful_step_count=15,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=True,
@@ -63,7 +63,7 @@ QUICK = settings(
 )
 """For every change: seconds, and the same each time."""
 LONG = settings(
-    QUICK, max_examples=150, stateful_step_count=100, derandomize=False, print_blob=True, phases=list(Phase)
+    QUICK, max_examples=40, stateful_step_count=100, derandomize=False, print_blob=True, phases=list(Phase)
 )
 """For a night: other draws each time, and what fails is made small."""
 
@@ -465,7 +465,7 @@ class EngineMachine(RuleBasedStateMachine):
         part = rng.choice([x for x in (self.kvcache, self.store) if x is not None])
         part.armed = True
         try:
-            for _ in range(8):
+            for _ in range(rng.randrange(1, 12)):
                 self.finish(rng) if any(self.rig.flights.values()) else self.schedule()
                 if not part.armed:
                     raise AssertionError(f"what {part.raised}() raised was swallowed")
@@ -532,17 +532,10 @@ class EngineMachine(RuleBasedStateMachine):
             tier = ledger._device[i]
             holders: Counter[int] = Counter(tier.external)
             fading: set[int] = set()
-            families: dict[int, set[str]] = {}
-            """By page, the prompts whose samples hold it or still read it."""
             for lease in ledger._leases.values():
-                given_up = {page for pool, page, _ in lease.sources if pool == i}
                 holders.update(lease.tables[i])
                 holders.update(page for pool, page in lease.kept if pool == i)
-                fading |= given_up
-                for page in (*lease.tables[i], *given_up):
-                    families.setdefault(page, set()).add(lease.owner.partition("#")[0])
-            if self.store is None:
-                assert all(len(names) == 1 for names in families.values()), "a page is with two prompts"
+                fading |= {page for pool, page, _ in lease.sources if pool == i}
             for page, refs in enumerate(tier.refs):
                 assert refs == holders[page] or (refs == WITHDRAWN and not holders[page]), "miscounted"
             fading -= set(holders)
