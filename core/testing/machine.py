@@ -9,8 +9,10 @@ For a plugin of one's own::
 
     from servelab.core.testing.machine import QUICK, EngineMachine, run_machine
 
+
     class MyMachine(EngineMachine):
         only = {"scheduler": ["mine"]}
+
 
     def test_any_order_of_events() -> None:
         run_machine(MyMachine, QUICK)
@@ -18,7 +20,6 @@ For a plugin of one's own::
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -40,11 +41,11 @@ from hypothesis.stateful import (
 from servelab.core.compose import check_layout, check_shareable
 from servelab.core.engine.ledger import WITHDRAWN
 from servelab.core.engine.state import Request
-from servelab.core.errors import CapabilityError, PluginCallError, ServeLabError
-from servelab.core.events import Batch, Command, Emit, Launch, LaunchDone, Schedule
-from servelab.core.facts import Limits, ModelFacts
+from servelab.core.errors import PluginCallError, ServeLabError
+from servelab.core.events import Batch, Command, Emit, Launch, Schedule
+from servelab.core.facts import ModelFacts
 from servelab.core.plan import Outcome
-from servelab.core.records import RequestAdmitted, RequestArrived, RequestFinished, RequestForked, to_dict
+from servelab.core.records import RequestAdmitted, RequestArrived, RequestForked, to_dict
 from servelab.core.request import Phase as Stage
 from servelab.core.request import Truth
 from servelab.core.testing.fakes import TOY_MODEL, RandomPlans, Rig, make_engine, toy_limits
@@ -568,7 +569,9 @@ class EngineMachine(RuleBasedStateMachine):
         ledger, requests = self.rig.engine.ledger, self.rig.engine.requests
         of: dict[int, Request] = {id(r.lease): r for r in requests.values()}
         for launched in self.launched.values():
-            of |= {id(lease): r for r, lease in zip(launched.batch.requests, launched.batch.leases, strict=True)}
+            of |= {
+                id(lease): r for r, lease in zip(launched.batch.requests, launched.batch.leases, strict=True)
+            }
         for i, pool in enumerate(ledger.pools):
             tier, size = ledger._device[i], pool.page_tokens
             alone = {p for p in tier.external if tier.refs[p] == tier.external[p]}

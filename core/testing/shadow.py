@@ -56,9 +56,7 @@ class Launched:
         self.first = [list(lease.first) for lease in batch.leases]
         self.tables = [[list(t) for t in lease.tables] for lease in batch.leases]
 
-    def page(
-        self, row: int, pool: int, index: int, now_first: list[int], now: list[list[int]]
-    ) -> int | None:
+    def page(self, row: int, pool: int, index: int, now_first: list[int], now: list[list[int]]) -> int | None:
         """The page that holds page ``index`` of the sequence; None: nobody counts on it any more.
 
         ``now_first`` and ``now`` are the tables when it ended: pages taken while a held launch went on.
@@ -178,4 +176,3 @@ class Shadow:
                 assert found == self.texts.of(r, at + 1), (
                     f"{r.id} reads KV of another text at token {at} of {r.computed}, pool {pool}, {tier} page {page}"
                 )
-

@@ -86,7 +86,9 @@ def test_long_runs(scheduler: str, capsys: pytest.CaptureFixture[str]) -> None:
         if monotonic() - said > 10:
             said = monotonic()
             with capsys.disabled():
-                print(f"\n{scheduler}: {seen['examples']} examples, {seen['rules']} rules", end="", flush=True)
+                print(
+                    f"\n{scheduler}: {seen['examples']} examples, {seen['rules']} rules", end="", flush=True
+                )
 
     made: Any = machine(scheduler=scheduler)
     made.progress = staticmethod(progress)
