@@ -91,7 +91,7 @@ class Ledger:
         self.any_order = False
         """There are several lanes: launches in flight may run in another order than they were sent in."""
         self.broken = False
-        """The kvcache or the prefix store raised, perhaps halfway: the run ends, and no page is given back."""
+        """The kvcache or the prefix store raised, perhaps halfway: the run ends, no page is given back."""
         self._leases: dict[int, Lease] = {}
         self._transfers = 0
         self._promises: dict[int, list[int]] = {}

@@ -1,9 +1,9 @@
-"""Any order of events, any registered parts: nothing is lost, nothing is booked twice, all KV is the right KV.
+"""Any order of events, any registered parts: nothing is lost or booked twice, and all KV is the right KV.
 
-``EngineMachine`` builds an engine of plugins that may meet and plays its driver with every freedom the contract
-leaves: launches and transfers end in any order and after any number of steps, clients give up at any time,
-pools shrink and grow, plugins raise, the device dies. After every event all that must hold is checked, and a
-shadow of every page (``shadow``) says whether each request reads KV of its own text.
+``EngineMachine`` builds an engine of plugins that may meet and plays its driver with every freedom that the
+contract leaves: launches and transfers end in any order and after any number of steps, clients give up at any
+time, pools shrink and grow, plugins raise, the device dies. After every event all that must hold is checked,
+and a shadow of every page (``shadow``) says whether each request reads KV of its own text.
 
 For a plugin of one's own::
 
@@ -21,7 +21,7 @@ For a plugin of one's own::
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from random import Random
@@ -87,8 +87,8 @@ class EngineMachine(RuleBasedStateMachine):
     """By kind, settings to use instead of drawn ones."""
     tally: ClassVar[Counter[str]] = Counter()
     """What has happened in all examples so far: see that it is what you think is being tested."""
-    progress: ClassVar[Callable[[Counter[str]], None] | None] = None
-    """Called after every example."""
+    progress: ClassVar[Any] = None
+    """A static method that is given the tally after every example."""
     digest: ClassVar[Any] = None
     """A hash object that is fed every record."""
 
@@ -183,13 +183,13 @@ class EngineMachine(RuleBasedStateMachine):
         self.scheduler, self.kvcache = Faulty(scheduler), Faulty(kvcache)
         self.store = Faulty(store) if store is not None else None
         return make_engine(
-            self.scheduler,  # type: ignore[arg-type]
-            kvcache=self.kvcache,  # type: ignore[arg-type]
+            self.scheduler,
+            kvcache=self.kvcache,
             pages=pages,
             host_pages=host if "kvcache.swap" in provides else 0,
             limits=self.limits,
             checks=checks,
-            prefix=self.store,  # type: ignore[arg-type]
+            prefix=self.store,
             shares="kvcache.fork" in provides,
             horizon=lambda batch, steps: self.rig.executor.horizon(batch, steps),
             model=model,
@@ -742,7 +742,7 @@ class EngineMachine(RuleBasedStateMachine):
             for record in records:
                 self.digest.update(repr(to_dict(record)).encode())
         if self.progress is not None:
-            type(self).progress(tally)  # type: ignore[misc]
+            self.progress(tally)
 
 
 def run_machine(machine: type[EngineMachine], profile: settings = QUICK) -> Counter[str]:

@@ -4,10 +4,10 @@ Both get the same requests, prices, KV pages and enforced output lengths, on the
 
 - **record by record**, with every decision, time and count: the real executor and the scripted one without
   foresight, because both end each launch after one step. Only the ids of tokens differ;
-- **after expansion**, where the scripted executor knows the future and runs held steps in one launch: the same
-  decisions at the same times, for as many requests and for the same reasons, and the same single steps.
-  ``Planned.held`` says how many steps the launch may take, so it is 1 on the real executor, and one launch of
-  k steps stands for k launches there. With ``hold_steps=1`` nothing is held, and this too is record by record.
+- **after expansion**, where the scripted executor knows the future and runs held steps in one launch: the
+  same decisions at the same times for the same reasons, and the same single steps. ``Planned.held`` says how
+  many steps the launch may take, so it is 1 on the real executor, and one launch of k steps stands for k
+  launches there. With ``hold_steps=1`` nothing is held, and this too is record by record.
 
 ``expanded`` says precisely what is compared in the second case.
 """
@@ -228,8 +228,8 @@ def without_ids(records: Sequence[Record]) -> list[Record]:
 def expanded(records: Sequence[Record]) -> list[object]:
     """Every launch as single steps, without what a launch of several cannot show.
 
-    Equal in order: every decision but for ``Planned.held``, with the pages that the prefix store has given up by
-    then; every step, with its number, time, requests, and the tokens each ran and brought; arrivals,
+    Equal in order: every decision but for ``Planned.held``, with the pages that the prefix store has given
+    up by then; every step, with its number, time, requests, and the tokens each ran and brought; arrivals,
     admissions, forks, preemptions, ends. Left out: queues and free pages in the middle of a held launch, in
     which of its steps a page was evicted, and how the tokens of its steps are grouped into records.
     """

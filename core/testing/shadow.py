@@ -174,5 +174,6 @@ class Shadow:
                     page = self._due[pool, page]
                 found = self._slots.get((pool, tier, page, at % size))
                 assert found == self.texts.of(r, at + 1), (
-                    f"{r.id} reads KV of another text at token {at} of {r.computed}, pool {pool}, {tier} page {page}"
+                    f"{r.id} reads KV of another text at token {at} of {r.computed}: pool {pool}, "
+                    f"{tier} page {page}"
                 )

@@ -5,7 +5,6 @@ One test per scheduler, toys that draw any legal plan among them, so that no plu
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -71,8 +70,8 @@ def test_the_quick_profile_does_the_same_every_time() -> None:
         )
         return done.stdout
 
-    assert run("1") == run("2") != ""
-    assert len(hashlib.sha256().hexdigest()) + 2 < len(run("1"))
+    digest, rules = run("1").split()
+    assert run("2").split() == [digest, rules] and int(rules) > 100
 
 
 @pytest.mark.slow
