@@ -552,17 +552,15 @@ class Engine:
         del self.requests[r.id]
         r.home, was = None, r.phase
         r.phase = Phase.FINISHED
-        if retain is None:
-            self.ledger.release(r.lease)
         self.ended[outcome] += 1
         self.contexts.forget_heir(r)
+        over = None
         if spec.program is not None:
             program = self.programs[spec.program]
             program.live -= 1
             if spec.is_last_turn and not program.live:
                 del self.programs[program.id]
-                if program.id in self.contexts.kept:
-                    self.contexts.drop(program.id, "its program is over")
+                over = program.id
         self.emit(
             RequestFinished(
                 t_ns=self.now_ns,
@@ -575,7 +573,12 @@ class Engine:
                 cached_tokens=r.cached,
             )
         )
-        if retain is not None:
+        # pages go back only now: what a plugin raises must not take the record away
+        if over is not None and over in self.contexts.kept:
+            self.contexts.drop(over, "its program is over")
+        if retain is None:
+            self.ledger.release(r.lease)
+        else:
             self.contexts.keep(r, retain)
         for orphan in self.samples.ended(r, was):
             self._end(orphan, outcome, reason)
