@@ -110,7 +110,7 @@ class EngineMachine(RuleBasedStateMachine):
         windows=st.sampled_from(WINDOWS),
         tokens=st.integers(3, 20),
         rows=st.integers(1, 5),
-        foresight=st.booleans(),
+        foresight=st.sampled_from([True, True, False]),
         eager=st.booleans(),
         checks=st.sampled_from(["basic", "full"]),
         seed=st.integers(0, 9999),
@@ -236,8 +236,8 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ready)
     @rule(
         prompt=st.integers(1, 16) | st.just(MODEL_LEN),
-        output=st.integers(1, 10),
-        cap=st.integers(1, 12),
+        output=st.integers(1, 16),
+        cap=st.integers(1, 20),
         n=st.sampled_from([1, 1, 1, 2, 3]),
         rng=dice,
     )
@@ -405,7 +405,7 @@ class EngineMachine(RuleBasedStateMachine):
             move = rng.choice(moves)
             if move == self.arrive:
                 n = rng.choice([1, 1, 1, 2, 3])
-                self.arrive(rng.randint(1, 16), rng.randint(1, 10), rng.randint(1, 12), n, rng)
+                self.arrive(rng.randint(1, 16), rng.randint(1, 16), rng.randint(1, 20), n, rng)
             elif move in (self.schedule, self.tick, self.wait):
                 move()
             else:

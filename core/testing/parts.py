@@ -18,6 +18,7 @@ from servelab.core.context import Context, Oracle
 from servelab.core.errors import CapabilityError, ConfigError
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.layout import KVLayout
+from servelab.core.plan import Hold, KeepHost, Pin, Release, StepPlan
 from servelab.core.registry import Registry
 from servelab.core.spec import PluginSpec
 from servelab.core.testing.fakes import RandomPlans, ToyKV, toy_layout
@@ -220,7 +221,7 @@ class AnyPlan(RandomPlans):
         self._host: list[int] = []
 
     def plan(self, view: Any) -> Any:
-        plan = super().plan(view)
+        plan = self._steady(view) if self.rng.randrange(3) == 0 else super().plan(view)
         self._host = list(view.kv.free_host_pages)
         for preemption in plan.preemptions:
             if preemption.mode == "swap":
@@ -228,6 +229,18 @@ class AnyPlan(RandomPlans):
         for program in view.contexts:
             if self.rng.randrange(12) == 0:
                 plan.unpin(program, "drawn")
+        return plan
+
+    def _steady(self, view: Any) -> StepPlan:
+        """Decodes and nothing else, held: what drawing one request at a time seldom gives."""
+        plan, pages, limits = StepPlan(), view.kv.budget(), view.limits
+        for request in view.running:
+            room = len(plan.work) < min(limits.max_batch_requests, limits.max_batch_tokens)
+            decodes = request.pending_tokens == 1 and not request.layer_cursor
+            if room and decodes and pages.take(request, 1):
+                plan.work.append(request.next_token)
+        if plan.work:
+            plan.hold = Hold(self.rng.randint(2, 12))
         return plan
 
     def _take_host(self, request: Any) -> bool:
@@ -242,8 +255,6 @@ class KeepingPlan(AnyPlan):
     """It also answers ``on_turn_end``."""
 
     def on_turn_end(self, request: Any) -> Any:
-        from servelab.core.plan import KeepHost, Pin, Release
-
         wish = self.rng.randrange(4)
         if wish == 0 and any(self._host) and not request.in_flight and self._take_host(request):
             return KeepHost("drawn")

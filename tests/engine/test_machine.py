@@ -31,7 +31,9 @@ REGISTRY = with_toys()
 SCHEDULERS = REGISTRY.names("scheduler")
 LONG_RULES = 100_000
 """Of the slow profile, over all schedulers."""
-ALWAYS = ("hits", "evicted", "shared forks", "copies", "preempted", "held", "scheduler raised")
+ALWAYS = ("hits", "shared forks", "held")
+ANY_PLAN = ("evicted", "copies", "preempted", "scheduler raised")
+"""What must have happened, under every scheduler and under those that draw their plans."""
 
 
 def machine(**only: Any) -> type[EngineMachine]:
@@ -50,7 +52,8 @@ def test_any_order_of_events(scheduler: str) -> None:
     seen: Counter[str] = Counter()
     for parts in combinations(REGISTRY, {"scheduler": [scheduler]}):
         seen += run_machine(machine(scheduler=scheduler, kvcache=parts.kvcache, prefix=parts.prefix))
-    assert min(seen[what] for what in ALWAYS) > 0, seen
+    wanted = [*ALWAYS, *(ANY_PLAN if scheduler.startswith("any_plan") else ())]
+    assert min(seen[what] for what in wanted) > 0, seen
     if "scheduler.retains" in REGISTRY.spec("scheduler", scheduler).provides:
         assert seen["context_kept"] and seen["transfer_ended"]
 
