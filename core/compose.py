@@ -97,13 +97,13 @@ def compose(
 
     kvcache: KVCache = build.one("kvcache")
     layout = build.ask("kvcache", kvcache.layout, build.model)
-    _check_layout(layout, config.kvcache.name, build.model)
+    check_layout(layout, config.kvcache.name, build.model)
     if config.kernel is not None:
         build.kernel = build.one("kernel")
         layout = build.ask("kernel", build.kernel.adapt, layout, build.model)
         refused = build.ask("kernel", build.kernel.refuses, layout, build.model, build.hardware)
         _check_accepted(config.kernel.name, config.kvcache.name, refused)
-        _check_layout(layout, config.kvcache.name, build.model)  # as adapted
+        check_layout(layout, config.kvcache.name, build.model)  # as adapted
     if config.quant is not None:
         build.quantizer = build.checked_quantizer()
     executor: Executor = build.one("executor")
@@ -126,7 +126,7 @@ def compose(
         observers = tuple(build("observer", choice) for choice in config.observers)
         prefix = None
         if config.prefix is not None:
-            _check_shareable(layout, config.prefix.name)
+            check_shareable(layout, config.prefix.name)
             prefix = build.one("prefix")
             build.ask("prefix", prefix.attach, layout)
         engine = Engine(
@@ -384,7 +384,13 @@ def members(protocol: str) -> list[str]:
     return sorted(member for member in declared if not member.startswith("_"))
 
 
-def _check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
+def check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
+    """Whether a kvcache's layout fits the model.
+
+    Raises:
+        CapabilityError: the model has windows, and the layout keeps every token.
+        PluginError: no layout, or a pool that keeps less than a layer sees.
+    """
     if not isinstance(layout, KVLayout) or not layout.pools:
         raise PluginError(
             f"kvcache {kvcache!r} proposed no usable layout",
@@ -414,7 +420,7 @@ def _check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
                 )
 
 
-def _check_shareable(layout: KVLayout, prefix: str) -> None:
+def check_shareable(layout: KVLayout, prefix: str) -> None:
     """Full pages of all pools must stand for the same tokens, and stay where they are."""
     windows = [pool.id for pool in layout.pools if pool.retention != "full"]
     sizes = {pool.page_tokens for pool in layout.pools}
