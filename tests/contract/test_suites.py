@@ -19,6 +19,7 @@ MORE: dict[tuple[str, str], dict[str, Any]] = {
     for name in ("aggressive", "conservative", "pastfuture", "pf_oracle", "vllm_v1")
 }
 """Attributes of the suite of one plugin: settings for a toy world, exemptions with their reason."""
+MORE["observer", "progress"] = {"config": {"mode": "on"}}  # also without a terminal
 
 for _kind, _suite in SUITES.items():
     for _name in Registry.load().names(_kind):
