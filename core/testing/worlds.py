@@ -1,7 +1,7 @@
 """Small worlds that plugins are run in: traffic, memory and limits, and the real engine on the virtual clock.
 
-Every world can be served: each request fits alone, and the clock ends. Times are nanoseconds; a step of the toy
-cost model takes about a microsecond.
+Every world can be served: each request fits alone, and the clock ends. Times are nanoseconds; a step of
+the toy cost model takes about a microsecond.
 """
 
 from __future__ import annotations
