@@ -1,7 +1,7 @@
 """Small worlds that plugins are run in: traffic, memory and limits, and the real engine on the virtual clock.
 
-Every world can be served: each request fits alone, and the clock ends. Times are nanoseconds; a step of the toy
-cost model takes about a microsecond.
+Every world can be served: each request fits alone, and the clock ends. Times are nanoseconds; a step of
+the toy cost model takes about a microsecond.
 """
 
 from __future__ import annotations
@@ -183,6 +183,7 @@ def serve(
     foresight: bool = True,
     checks: Any = "full",
     emit: Callable[[Record], None] = lambda record: None,
+    started: Callable[[Engine], object] = lambda engine: None,
 ) -> Served:
     """Run a world to its end, or to the error that ends it, which is kept.
 
@@ -193,6 +194,7 @@ def serve(
         foresight: the toy executor runs held steps in one launch.
         checks: as ``engine.checks``.
         emit: takes every record too.
+        started: given the engine before anything happens.
     """
     truths = {} if truths is None else truths
     executor = executor or ToyExecutor(truths, foresight=foresight)
@@ -212,6 +214,7 @@ def serve(
         shares=world.shares,
     )
     engine.token_log = True
+    started(engine)
     records: list[Record] = []
     served = Served(world, engine, records)
 
