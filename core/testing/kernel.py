@@ -337,6 +337,28 @@ class KernelSuite(PluginSuite):
                     "(pre_rope); turn queries always",
                 )
 
+    def test_pools_of_their_own(self) -> None:
+        """Layers in pools of different page sizes and key spaces: each layer reads its own pool's pages."""
+        self._needs("addressings", "block_table")
+        caps, sizes = self.make().caps, self._page_sizes(self.make())
+        spaces = [space for space in ("post_rope", "pre_rope") if space in caps.key_spaces]
+        if not spaces:
+            pytest.skip(f"{self.name} reads neither post_rope nor pre_rope keys")
+        pools = (
+            _pool("a", (0, 2), sizes[0], key_space=spaces[0]),
+            _pool("b", (3, 1), sizes[-1], key_space=spaces[-1]),
+        )
+        layout = KVLayout(addressing="block_table", pools=pools)
+        world = self._world(model=_model(layers=4), layout=layout)
+        a, b, c = (world.segment(30) for _ in range(3))
+        for rows in (((a, 9), (b, 1)), ((a, 1), (b, 1)), ((a, 1), (c, 12), (b, 1)), ((c, 1), (a, 3))):
+            self._launch(
+                world,
+                *rows,
+                what="two pools of other layers, pages and key spaces",
+                do="take seg_pages, page size and key space of the pool that has the layer",
+            )
+
     def test_positions_with_gaps(self) -> None:
         """Tokens computed anew amid what is stored are written to and masked by their positions."""
         world = self._world()
@@ -671,6 +693,10 @@ class KernelSuite(PluginSuite):
     ) -> Step:
         """A launch whose every result is compared with the formula."""
         step = self._attend(world, *rows)
+        if wrong := world.misplaced(step):
+            self.fail(
+                f"{self.name}: {what + '; ' if what else ''}{wrong}", rule="append: store new tokens", do=do
+            )
         of = ", ".join(f"{len(at)} new of {len(s)}" for (s,), at in step.rows) or "no rows"
         for layer, (o, lse) in enumerate(step.got):
             q = step.q[layer]

@@ -230,6 +230,24 @@ class ForgetsWhatIsGone(Plain):
         return super().place(layer, batch, segment, position + gone if position < last else position)
 
 
+class FirstPoolForAll(Plain):
+    """Places tokens of all layers by the pages and the page size of the first pool."""
+
+    spec = _spec("first_pool_for_all")
+
+    def load(
+        self,
+        layout: KVLayout,
+        model: ModelFacts,
+        device: str,
+        buffers: Mapping[int, Mapping[str, Any]],
+        rotary: Rotary,
+    ) -> Any:
+        super().load(layout, model, device, buffers, rotary)
+        self.pool_of = dict.fromkeys(self.pool_of, 0)
+        return self
+
+
 class MaskOffByOne(Plain):
     spec = _spec("mask_off_by_one")
 
@@ -365,6 +383,12 @@ MUTANTS = (
         "test_pages_that_left_the_window",
         "the first stored token of a segment is at seg_offset + seg_gone",
         "takes the first token that is left for the row's first",
+    ),
+    _mutant(
+        FirstPoolForAll,
+        "test_pools_of_their_own",
+        "take seg_pages, page size and key space of the pool that has the layer",
+        "takes the first pool's pages for all layers",
     ),
     _mutant(
         MaskOffByOne,
