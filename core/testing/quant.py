@@ -236,7 +236,7 @@ class QuantSuite(PluginSuite):
                     want[:, row],
                     format,
                     site,
-                    f"output {row}, of weights around {float(weight[row].abs().mean()):.0e},",
+                    f"output {row}, of weights around {float(weight[row].abs().mean()):.0e}",
                     rule="weight [n, k], y = x W^T: scales are per output, groups run along the inputs",
                     do="take the scale over the inputs of one output (dim=1 of [n, k]), not over outputs",
                     margin=3.0,
@@ -266,7 +266,7 @@ class QuantSuite(PluginSuite):
                     x @ weight.T,
                     format,
                     site,
-                    f"inputs {first} to {first + group - 1}, one group of {group},",
+                    f"inputs {first} to {first + group - 1}, one group of {group}",
                     rule="groups run along the inputs: group i has inputs i g to (i + 1) g - 1",
                     do="check where groups begin and end, and which scale belongs to which input",
                     margin=3.0,
@@ -666,10 +666,10 @@ class QuantSuite(PluginSuite):
         torch = torch_or_skip()
         tolerance = 32 * torch.finfo(got.dtype).eps
         # relative to the token's own size: cancellation leaves that much
-        off = (got.double() - want.double()).abs() / want.double().abs().amax(-1, keepdim=True).clamp(
-            min=1e-30
-        )
-        if got.shape != want.shape or not bool((off <= tolerance).all()):
+        got, want = got.double(), want.double()
+        largest = got.abs().maximum(want.abs()).amax(-1, keepdim=True)
+        off = (got - want).abs() / largest.clamp(min=1e-30)
+        if not bool((off <= tolerance).all()):
             self.fail(
                 f"{what}, by up to {float(off.max()):.2g} of a token's largest output", rule=rule, do=do
             )
