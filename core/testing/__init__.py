@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from servelab.core.testing.cost import CostSuite as CostSuite
     from servelab.core.testing.executor import ExecutorSuite as ExecutorSuite
+    from servelab.core.testing.kernel import KernelSuite as KernelSuite
     from servelab.core.testing.kvcache import KVCacheSuite as KVCacheSuite
+    from servelab.core.testing.observer import ObserverSuite as ObserverSuite
     from servelab.core.testing.prefix import PrefixSuite as PrefixSuite
+    from servelab.core.testing.quant import QuantSuite as QuantSuite
     from servelab.core.testing.scheduler import SchedulerSuite as SchedulerSuite
     from servelab.core.testing.suite import SUITE_API as SUITE_API
     from servelab.core.testing.suite import ConformanceError as ConformanceError
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from servelab.core.testing.suite import failures as failures
     from servelab.core.testing.suite import results as results
     from servelab.core.testing.suite import suite_of as suite_of
+    from servelab.core.testing.workload import WorkloadSuite as WorkloadSuite
 
     SUITES: dict[str, type[PluginSuite]]
 
@@ -27,6 +31,10 @@ _SUITES = {
     "prefix": "PrefixSuite",
     "cost": "CostSuite",
     "executor": "ExecutorSuite",
+    "quant": "QuantSuite",
+    "kernel": "KernelSuite",
+    "workload": "WorkloadSuite",
+    "observer": "ObserverSuite",
 }
 """Kind -> its suite, in the module of the kind's name."""
 _SHARED = ("SUITE_API", "ConformanceError", "PluginSuite", "Result", "failures", "results", "suite_of")

@@ -388,7 +388,9 @@ def _declared(plugin: Any) -> PluginSpec:
 
 def _factory(kind: str, plugin: Any) -> Callable[[Any, Context], Any]:
     wanted = members(KINDS[kind].protocol)
-    if isinstance(plugin, type) or (callable(plugin) and not all(hasattr(plugin, name) for name in wanted)):
+    if isinstance(plugin, type) or (
+        callable(plugin) and not (wanted and all(hasattr(plugin, name) for name in wanted))
+    ):
         factory: Callable[[Any, Context], Any] = plugin
         return factory
     return lambda config, context: copy.deepcopy(plugin)

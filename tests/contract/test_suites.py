@@ -63,6 +63,7 @@ MORE: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 """Attributes of the suite of one plugin: settings for a toy world, exemptions with their reason."""
+MORE["observer", "progress"] = {"config": {"mode": "on"}}  # also without a terminal
 
 for _kind, _suite in SUITES.items():
     for _name in Registry.load().names(_kind):
