@@ -220,6 +220,31 @@ class QuantSuite(PluginSuite):
             got = self._product(self._op(impl, [site], [weight]), x, site)
             self._close(got, x @ weight.T, format, site, "normal weights and inputs")
 
+    def test_products_are_those_of_one_weight(self) -> None:
+        """Without quantized inputs, a product is the input times the weight that single inputs show, as
+        precisely as the dtype allows.
+        """
+        tried = 0
+        for dtype in self.dtypes:
+            quantizer, impl = self._loaded(dtype)
+            for site, format in self._some(quantizer):
+                if format.act_bits < 16:
+                    continue
+                tried += 1
+                op = self._op(impl, [site], [self._weights(site)])
+                shown = self._product(op, torch_or_skip().eye(site.k, dtype=self._dtype), site)
+                for tokens in (1, 48):
+                    x = self._inputs(tokens, site.k)
+                    self._same(
+                        self._product(op, x, site),
+                        (x.double() @ shown.double()).to(self._dtype),
+                        f"{self.name}: {tokens} tokens of {site.name} in {dtype}: no product with one weight",
+                        rule="act_bits=16: inputs are taken as they are; apply: in the dtype of x",
+                        do="compute in the dtype of the inputs or wider, the same for few and many tokens",
+                    )
+        if not tried:
+            pytest.skip(f"{self.name} quantizes inputs too")
+
     def test_each_output_has_its_own_scale(self) -> None:
         """Outputs a million times smaller than others are as precise as those."""
         quantizer, impl = self._loaded()

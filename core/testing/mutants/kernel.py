@@ -309,6 +309,19 @@ class TurnsTwice(Plain):
         super().append(layer, captures, plan)
 
 
+class TurnsByIndex(Plain):
+    """Turns keys by how many it has read before, not by where they are."""
+
+    spec = _spec("turns_by_index")
+
+    def read(self, layer: int, batch: BatchLayout, segments: Iterable[int]) -> tuple[Any, Any, list[int]]:
+        k, v, positions = super().read(layer, batch, segments)
+        if self.layout.pools[self.pool_of[layer]].key_space == "pre_rope":
+            back = self.turned(k, [-position for position in positions])
+            k = self.turned(back, range(len(positions)))
+        return k, v, positions
+
+
 class SeesSomethingInNothing(Plain):
     """Softmax over nothing but a large negative number: all keys alike."""
 
@@ -431,6 +444,12 @@ MUTANTS = (
         "test_key_spaces",
         "turn keys once",
         "rotates keys of a pre_rope pool when storing and when reading",
+    ),
+    _mutant(
+        TurnsByIndex,
+        "test_pages_that_left_the_window",
+        "the first stored token of a segment is at seg_offset + seg_gone",
+        "rotates keys by their index among those that are left",
     ),
     _mutant(
         SeesSomethingInNothing,
