@@ -551,10 +551,11 @@ class QuantSuite(PluginSuite):
             format = quantizer.format(site, self._model)
             if format is not None:
                 formats.append((format, site.k))
-                ops[site.name] = self._op(impl, [site], [weights[site.name]])
+                op = self._op(impl, [site], [weights[site.name]])
+                ops[site.name] = (op, site)
         ids = torch.arange(24) * 7 % self._model.vocab
-        dense = _logits(self._model, weights, {}, ids)
-        got = _logits(self._model, weights, ops, ids)
+        dense = _logits(self._model, weights, {}, ids, self._product)
+        got = _logits(self._model, weights, ops, ids, self._product)
         reached = decibels(dense, got - dense)
         least = min(floor_db(format, k) for format, k in formats) - 10
         if not reached >= least:
@@ -654,7 +655,8 @@ class QuantSuite(PluginSuite):
         return impl.linear(list(sites), tensors, biases or [None] * len(tensors), self.device)
 
     def _product(self, op: Any, x: Any, *sites: LinearSite) -> Any:
-        y = op.apply(op.prepare(x))
+        """What the operation of some linears gives."""
+        y = op.apply(op.prepare(x.to(self.device))).to(x.device)
         n = sum(site.n for site in sites)
         if tuple(y.shape) != (len(x), n) or y.dtype != x.dtype:
             self.fail(
@@ -733,13 +735,13 @@ def _bytes_of(owner: object) -> int:
     return sum(storages.values())
 
 
-def _logits(model: ModelFacts, weights: dict[str, Any], ops: dict[str, Any], ids: Any) -> Any:
+def _logits(model: ModelFacts, weights: dict[str, Any], ops: dict[str, Any], ids: Any, product: Any) -> Any:
     """A decoder without positions: enough to see errors add up."""
     torch = torch_or_skip()
 
     def linear(name: str, x: Any) -> Any:
-        op = ops.get(name)
-        return x @ weights[name].T if op is None else op.apply(op.prepare(x))
+        found = ops.get(name)
+        return x @ weights[name].T if found is None else product(found[0], x, found[1])
 
     def norm(x: Any) -> Any:
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
