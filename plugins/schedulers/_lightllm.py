@@ -7,7 +7,8 @@ Mechanism: prompts and decodes run in separate steps. Every ``admission_interval
 when nothing runs, an admission pass goes through the queue, first come first served, up to the first request
 that the policy refuses or that does not fit; the prompts admitted run together in the next step. In a
 decode step every running request makes one token; while pages are short the newest running request is dropped
-(recomputed later) and goes to the front of the queue.
+(recomputed later) and goes to the front of the queue. A prompt longer than a step that has the device to
+itself runs in chunks, of which pools with a window need to hold only one at a time.
 
 Invariant: admission is in order and victims are the newest, so every running request arrived before every
 waiting one, and the newest is the last of ``view.running``.
