@@ -1,7 +1,7 @@
 """The command line, shared by ``servelab`` and ``run.py``.
 
-Anything that is not one of our few commands is Hydra's. Imports stay inside functions, so that ``--help``,
-tab completion and the listing load neither plugins nor each other's libraries.
+Anything that does not begin with the name of a command is Hydra's. Imports stay inside functions, so that
+``--help``, tab completion and the listing load neither plugins nor each other's libraries.
 """
 
 from __future__ import annotations
@@ -61,19 +61,23 @@ def main() -> None:
 
 
 def _command(argv: Sequence[str]) -> None:
+    from servelab.core.commands import is_command, run_command
+
     args = _take_blocks(argv)
     if args[:1] == ["--version"]:
         from servelab.core import __version__
 
         print(f"servelab {__version__}")
-    elif args[:1] not in (["plugins"], ["show"]) and {"--help", "-h"} & set(args):
-        from servelab.core.help import show_help
-
-        show_help()
     elif args[:1] in (["plugins"], ["show"]):
         from servelab.core.listing import command
 
         command(args)
+    elif is_command(args):
+        run_command(args)
+    elif {"--help", "-h"} & set(args):
+        from servelab.core.help import show_help
+
+        show_help()
     else:
         _hydra(args)
 

@@ -65,6 +65,10 @@ class WorkloadError(ServeLabError):
     """A workload produced requests that cannot be served as stated."""
 
 
+class LogError(ServeLabError):
+    """A log that is damaged, incomplete at its beginning, or contradicts itself."""
+
+
 class StallError(ServeLabError):
     """Requests are waiting, nothing is in flight, and nothing will ever wake the engine."""
 

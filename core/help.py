@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from servelab.core.commands import BUILT_IN
 from servelab.core.overrides import TECHNIQUES
-from servelab.core.registry import config_packages
+from servelab.core.registry import Registry, config_packages
 
 USAGE = """\
 servelab: write an LLM-serving technique once as a plugin; run it on a real engine and in a simulator.
@@ -26,6 +27,7 @@ servelab: write an LLM-serving technique once as a plugin; run it on a real engi
   python run.py plugins [KIND] [--json]            all plugins: papers, tiers, what is disabled and why
   python run.py show KIND NAME                     the settings of one plugin
   python run.py show engine                        of a section: engine, slo, model, clock, hardware, quality
+  python run.py COMMAND --help                     what one of the commands below takes
   python run.py -p no:PACKAGE ...                  leave an installed package out
   python run.py ... --cfg job                      show the composed configuration and stop
   python run.py --version | --hydra-help           versions; Hydra's own flags
@@ -38,7 +40,12 @@ from.
 def show_help() -> None:
     """Print usage, groups with their choices, and the default configuration."""
     print(USAGE)
-    print("Choices")
+    print("Commands")
+    commands = list_commands()
+    width = max(map(len, commands))
+    for name, summary in commands.items():
+        print(f"  {name:<{width}}  {summary}")
+    print("\nChoices")
     groups = choices()
     for group in sorted(groups):
         sign = "+" if group in TECHNIQUES else " "
@@ -46,6 +53,12 @@ def show_help() -> None:
     print("\nThe default run")
     for line in _default_run():
         print(f"  {line}")
+
+
+def list_commands() -> dict[str, str]:
+    """Subcommand -> summary: those of the core, then declared ones."""
+    declared = Registry.load().commands
+    return BUILT_IN | {name: declared[name].summary for name in sorted(declared)}
 
 
 def choices() -> dict[str, set[str]]:

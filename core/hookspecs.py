@@ -1,4 +1,4 @@
-"""The index of hooks. Two sorts: registration (one per kind, called once) and events (observers only).
+"""The index of hooks: registration (one per kind, called once), subcommands, and events (observers only).
 
 Decisions are never hooks: they are methods of the selected objects (``core/families``), called directly.
 All hooks fire in the main process, whatever the executor or clock.
@@ -6,7 +6,7 @@ All hooks fire in the main process, whatever the executor or clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -125,6 +125,15 @@ class Registration:
     @hookspec
     def servelab_tasks(self) -> Iterable[PluginSpec]:
         """Tasks: what is done with a run (``families/task.py``)."""
+        raise NotImplementedError
+
+
+class Commands:
+    """Declare subcommands of the command line. As cheap as ``Registration``, and as isolated."""
+
+    @hookspec
+    def servelab_commands(self) -> Mapping[str, tuple[str, str]]:
+        """Name -> ("module:function", "one-line summary") of each; the function takes the arguments."""
         raise NotImplementedError
 
 

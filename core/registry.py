@@ -12,11 +12,12 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import pluggy
 
 from servelab.core import __version__
+from servelab.core.commands import BUILT_IN, Command, Main, check_command, check_table
 from servelab.core.errors import (
     INSTALL,
     ApiVersionError,
@@ -26,7 +27,7 @@ from servelab.core.errors import (
     nearest,
 )
 from servelab.core.families import KINDS
-from servelab.core.hookspecs import PROJECT, Events, Registration
+from servelab.core.hookspecs import PROJECT, Commands, Events, Registration
 from servelab.core.spec import PluginSpec
 from servelab.core.spec_check import WrongApi, check_spec
 
@@ -45,7 +46,11 @@ WITHOUT_MODEL = "python run.py +experiment=scripted"
 IN_TREE = "servelab."
 """In-tree families are packages of this prefix and their folder."""
 
+FOLDERS = sorted({kind.folder for kind in KINDS.values()} | {"commands"})
+"""Folders of in-tree tables."""
+
 HOOKS = {kind.hook: kind.name for kind in KINDS.values()}
+COMMANDS_HOOK = "servelab_commands"
 EVENT_HOOKS = frozenset(name for name in vars(Events) if name.startswith("servelab_"))
 
 
@@ -112,7 +117,7 @@ def check_blocks(names: Iterable[str]) -> None:
     Raises:
         ConfigError: no plugin package has one of these names.
     """
-    known = {f"{IN_TREE}{kind.folder}" for kind in KINDS.values()}
+    known = {f"{IN_TREE}{folder}" for folder in FOLDERS}
     known |= {entry.name for group in (GROUP, CONFIG_GROUP) for entry in _entry_points(group)}
     for name in names:
         if name not in known:
@@ -139,6 +144,9 @@ class Registry:
 
     specs: dict[tuple[str, str], PluginSpec] = field(default_factory=dict)
     providers: dict[tuple[str, str], Provider] = field(default_factory=dict)
+    commands: dict[str, Command] = field(default_factory=dict)
+    """Declared subcommands by name."""
+    command_providers: dict[str, Provider] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
     blocked: list[Provider] = field(default_factory=list)
     """Installed packages and in-tree families that were left out on request."""
@@ -150,7 +158,7 @@ class Registry:
         """In-tree plugins, then installed packages by name; the first to take a name keeps it."""
         registry = cls()
         loader = _Loader(registry)
-        for folder in sorted({kind.folder for kind in KINDS.values()}):
+        for folder in FOLDERS:
             loader.load_in_tree(folder)
         for entry in _entry_points(GROUP):
             loader.load_entry_point(entry)
@@ -257,6 +265,37 @@ class Registry:
                 do="correct the path in its PluginSpec, or reinstall its package",
             ) from exc
 
+    def command(self, name: str) -> Main:
+        """Import a subcommand.
+
+        Raises:
+            PluginLoadError: its import failed (the cause is chained), or a broken package may have it.
+            PluginError: nobody declares it, or it is no function.
+        """
+        if name not in self.commands:
+            for broken in self.broken:
+                if (broken.kind, broken.name) == ("command", name):
+                    raise _refusal(broken)
+            raise self._nobody("command", name, [*BUILT_IN, *self.commands])
+        command, where = self.commands[name], f"command {name!r} of {self.command_providers[name]}"
+        try:
+            main = _import(command.target)
+        except (Exception, SystemExit) as exc:
+            raise PluginLoadError(
+                f"command {name!r} could not be loaded",
+                where=where,
+                why=f"{command.target}: {_describe(exc)}",
+                do="correct the path in its table, or reinstall its package",
+            ) from exc
+        if not callable(main):
+            raise PluginError(
+                f"command {name!r} cannot be called",
+                where=where,
+                why=f"{command.target} is {type(main).__name__}, not a function",
+                do="correct the path in its table",
+            )
+        return cast("Main", main)
+
     def _remedy(self, kind: str, name: str) -> str:
         """What to do about a plugin that is disabled here."""
         ways: list[str] = []
@@ -292,20 +331,43 @@ class Registry:
         self.providers[key] = provider
         return None
 
+    def _register_command(self, name: object, entry: object, provider: Provider) -> Broken | None:
+        """Take a line of a table of commands in, or say why not."""
+        try:
+            command = check_command(name, entry)
+        except TypeError as exc:
+            return Broken(provider.package, provider, str(exc), "correct its table", "command", str(name))
+        if command.name in self.commands:
+            return Broken(
+                provider.package,
+                provider,
+                f"the name is already provided by {self.command_providers[command.name]}; kept that one",
+                "give the command another name",
+                "command",
+                command.name,
+            )
+        self.commands[command.name] = command
+        self.command_providers[command.name] = provider
+        return None
+
     def _unknown(self, kind: str, name: str) -> NoReturn:
         if kind not in KINDS:
             raise PluginError(f"unknown kind of plugin {kind!r}", do=nearest(kind, KINDS))
         for broken in self.broken:
             if (broken.kind, broken.name) == (kind, name):
                 raise _refusal(broken)
+        raise self._nobody(kind, name, self.names(kind))
+
+    def _nobody(self, kind: str, name: str, known: Iterable[str]) -> PluginError:
+        """Nobody declares it; names the packages that might have."""
         packages = [str(b) for b in self.broken if not b.name]
         error = PluginLoadError if packages else PluginError
         reasons = [f"package not loaded: {p}" for p in packages]
         reasons += [f"package left out by -p no:{who.package} ({who})" for who in self.blocked]
-        raise error(
+        return error(
             f"unknown {kind} {name!r}",
             why="\n         ".join(reasons),
-            do=nearest(name, self.names(kind)),
+            do=nearest(name, known),
         )
 
 
@@ -318,6 +380,7 @@ class _Loader:
         self.seen: set[str] = set()
         self.pm = pluggy.PluginManager(PROJECT)
         self.pm.add_hookspecs(Registration)
+        self.pm.add_hookspecs(Commands)
         self.pm.add_hookspecs(Events)  # known, so that a stranger's event hook gets its own advice
 
     def load_in_tree(self, folder: str) -> None:
@@ -368,7 +431,9 @@ class _Loader:
             if not caller.has_spec():
                 if all(impl.optionalhook for impl in impls):
                     continue
-                return f"there is no hook {caller.name!r}", nearest(caller.name, [*HOOKS, *EVENT_HOOKS])
+                return f"there is no hook {caller.name!r}", nearest(
+                    caller.name, [*HOOKS, COMMANDS_HOOK, *EVENT_HOOKS]
+                )
             if caller.name in EVENT_HOOKS:
                 return (
                     f"it implements the event hook {caller.name!r}, but installing activates nothing",
@@ -378,7 +443,7 @@ class _Loader:
             if any(impl.wrapper or impl.hookwrapper for impl in impls):
                 return (
                     f"its {caller.name!r} is a wrapper, which would change other packages' plugins",
-                    "return its own PluginSpecs from a plain @hookimpl",
+                    "return its own declarations from a plain @hookimpl",
                 )
         return None
 
@@ -387,6 +452,9 @@ class _Loader:
             for impl in getattr(self.pm.hook, hook).get_hookimpls():
                 if impl.plugin is module:
                     self._collect_kind(kind, hook, impl.function, provider)
+        for impl in getattr(self.pm.hook, COMMANDS_HOOK).get_hookimpls():
+            if impl.plugin is module:
+                self._collect_commands(impl.function, provider)
 
     def _collect_kind(
         self, kind: str, hook: str, declare: Callable[[], Iterable[object]], provider: Provider
@@ -401,6 +469,17 @@ class _Loader:
             return
         for spec in specs:
             if problem := self.registry._register(kind, spec, provider):
+                self.registry.broken.append(problem)
+
+    def _collect_commands(self, declare: Callable[[], object], provider: Provider) -> None:
+        try:
+            table = dict(check_table(declare()))
+        except (Exception, SystemExit) as exc:
+            reason = f"{COMMANDS_HOOK}: {_describe(exc)}"
+            self._broken(provider, reason, f"{COMMANDS_HOOK} must return its table of commands")
+            return
+        for name, entry in table.items():
+            if problem := self.registry._register_command(name, entry, provider):
                 self.registry.broken.append(problem)
 
     def _forget(self, name: str) -> None:

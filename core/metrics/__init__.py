@@ -4,9 +4,10 @@
 requests against their bounds, ``summarize`` puts all of it into one flat dict.
 """
 
+from servelab.core.errors import LogError
 from servelab.core.metrics.distribution import Distribution
 from servelab.core.metrics.summary import RESULT_SCHEMA, SummaryOptions, summarize
-from servelab.core.metrics.timeline import LogError, RequestFacts, Timeline
+from servelab.core.metrics.timeline import RequestFacts, Timeline
 
 __all__ = [
     "RESULT_SCHEMA",

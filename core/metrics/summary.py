@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
-from servelab.core.errors import ConfigError
+from servelab.core.errors import ConfigError, LogError
 from servelab.core.metrics.definitions import (
     NS_PER_MS,
     NS_PER_S,
@@ -20,7 +20,7 @@ from servelab.core.metrics.definitions import (
 )
 from servelab.core.metrics.distribution import Distribution
 from servelab.core.metrics.goodput import METRICS, Goodput, judge_all
-from servelab.core.metrics.timeline import STATES, EngineFacts, LogError, RequestFacts, Timeline
+from servelab.core.metrics.timeline import STATES, EngineFacts, RequestFacts, Timeline
 from servelab.core.records import to_dict
 
 RESULT_SCHEMA = 1

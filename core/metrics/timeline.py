@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
-from servelab.core.errors import ServeLabError
+from servelab.core.errors import LogError
 from servelab.core.metrics.definitions import e2el_ns, tpot_ns, ttft_ns
 from servelab.core.metrics.memory import MemoryFacts
 from servelab.core.records import (
@@ -29,10 +29,6 @@ from servelab.core.records import (
 
 STATES: tuple[Ending, ...] = get_args(Ending)
 """How requests end; one whose terminal record is missing counts as ``unfinished``."""
-
-
-class LogError(ServeLabError):
-    """A log that is damaged, incomplete at its beginning, or contradicts itself."""
 
 
 class RequestFacts:

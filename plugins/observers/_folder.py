@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from servelab.core.api import ConfigError
-
-EVENTS_FILE = "events.jsonl"
-PLANS_FILE = "plan.jsonl"
-RESULTS_FILE = "results.json"
+from servelab.core.logs import EVENTS_FILE as EVENTS_FILE
+from servelab.core.logs import PLANS_FILE as PLANS_FILE
+from servelab.core.run_folder import RESULTS_FILE as RESULTS_FILE
 
 
 def check_unused(folder: Path, observer: str) -> None:

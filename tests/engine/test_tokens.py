@@ -17,12 +17,12 @@ from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.engine.wall import WallDriver
 from servelab.core.events import Batch
 from servelab.core.hookspecs import hookimpl
+from servelab.core.logs import read_log
 from servelab.core.plan import Outcome
 from servelab.core.records import Record, RequestFinished, StepDone, TokensEmitted, from_dict, to_dict
 from servelab.core.registry import Registry
 from servelab.core.spec import PluginSpec
 from servelab.core.testing.fakes import Fcfs, ListWorkload, Rig, ToyCost, ToyExecutor, arrival, make_engine
-from servelab.plugins.observers.jsonl import read_log
 
 
 class Everything:

@@ -17,19 +17,18 @@ from servelab.core.bus import Bus
 from servelab.core.context import Context
 from servelab.core.errors import ConfigError, PluginCallError, ServeLabError
 from servelab.core.facts import Limits, ModelFacts
-from servelab.core.metrics import LogError, Timeline, summarize
-from servelab.core.records import Planned, Record, RequestFinished, RequestPreempted, RunStarted, StepDone
-from servelab.plugins.observers.jsonl import (
+from servelab.core.logs import (
     Decoder,
     Encoder,
-    JsonlConfig,
-    JsonlObserver,
     decode_counts,
     decode_list,
     encode_counts,
     encode_list,
     read_log,
 )
+from servelab.core.metrics import LogError, Timeline, summarize
+from servelab.core.records import Planned, Record, RequestFinished, RequestPreempted, RunStarted, StepDone
+from servelab.plugins.observers.jsonl import JsonlConfig, JsonlObserver
 
 names = st.sampled_from([f"r{i}" for i in range(8)]) | st.text(max_size=4)
 times = st.integers(0, 10**15)

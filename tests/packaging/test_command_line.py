@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from servelab.core.logs import read_log
 from servelab.core.overrides import USUAL_OBSERVERS
-from servelab.plugins.observers.jsonl import read_log
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 SCRIPTED = "+experiment=scripted"

@@ -12,11 +12,11 @@ import pytest
 
 from servelab.core.compose import compose
 from servelab.core.config import validate
+from servelab.core.logs import read_log
 from servelab.core.metrics import Timeline, summarize
 from servelab.core.registry import Registry
 from servelab.core.spec import PluginSpec
 from servelab.plugins.executors.scripted import ScriptedExecutor, ScriptedExecutorConfig
-from servelab.plugins.observers.jsonl import read_log
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 Run = Callable[..., Path]

@@ -1,0 +1,23 @@
+"""Subcommands of the command line, one line each: what reads the folders of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from servelab.core.api import hookimpl
+
+TABLE = {
+    "explain": (
+        "servelab.plugins.commands.explain.command:main",
+        "the life of one request of a run: why it waited, who preempted it and why",
+    ),
+    "compare": (
+        "servelab.plugins.commands.compare.command:main",
+        "runs side by side: what was set differently, and what came out",
+    ),
+}
+
+
+@hookimpl
+def servelab_commands() -> Mapping[str, tuple[str, str]]:
+    return TABLE

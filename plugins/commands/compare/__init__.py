@@ -1,0 +1,1 @@
+"""``servelab compare``: what runs were told, and what came out, side by side."""
