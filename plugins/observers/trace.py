@@ -293,6 +293,8 @@ class _TraceFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._stream: TextIO = path.open("x", encoding="utf-8", newline="\n", buffering=1 << 18)
         except FileExistsError as error:
+            if not path.exists():
+                raise self._cannot_write(error) from error  # the folder's own path is a file
             raise in_use(path.parent, "trace", [path.name]) from error
         except OSError as error:
             raise self._cannot_write(error) from error

@@ -43,6 +43,7 @@ TABLE: tuple[tuple[str, Measure], ...] = (
     (r"servelab\.slo_attainment_by_(metric|class)\..*", Measure("share", "more")),
     (r"servelab\.tbt_attainment", Measure("share", "more", True)),
     (r"servelab\.slo_good", Measure("req", "more")),
+    (r"servelab\.(slo_judged|length_capped_requests)", Measure("req", "")),
     (r"servelab\.token_goodput", Measure("tok/s", "more", True)),
     (r"servelab\.requests\.(rejected|aborted|failed|cancelled|unfinished)", Measure("req", "less")),
     (r"servelab\.requests\..*", Measure("req", "")),
