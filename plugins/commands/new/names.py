@@ -56,7 +56,9 @@ def checked_names(kind: str, name: str, package: str | None, registry: Registry)
         PluginError: the first thing that is wrong.
     """
     if kind not in OFFERS:
-        known = f"; {kind!r} is a kind of plugin, but none can be made from a template" if kind in KINDS else ""
+        known = (
+            f"; {kind!r} is a kind of plugin, but none can be made from a template" if kind in KINDS else ""
+        )
         raise PluginError(
             f"servelab new makes no {kind!r}{known}", where="command line: KIND", do=nearest(kind, OFFERS)
         )

@@ -110,7 +110,7 @@ def _words(names: Names) -> Mapping[str, str]:
         "depends": '"servelab", "torch"' if offer.torch else '"servelab"',
         "configs": configs,
         "package_data": data,
-        "conf_line": f"| `src/{names.package}/conf/` | the YAML that makes the name known to the command line |\n"
+        "conf_row": f"| `src/{names.package}/conf/` | the YAML that makes the name known |\n"
         if offer.configs
         else "",
     }
