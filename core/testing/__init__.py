@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from servelab.core.testing.cost import CostSuite as CostSuite
     from servelab.core.testing.executor import ExecutorSuite as ExecutorSuite
+    from servelab.core.testing.kernel import KernelSuite as KernelSuite
     from servelab.core.testing.kvcache import KVCacheSuite as KVCacheSuite
     from servelab.core.testing.prefix import PrefixSuite as PrefixSuite
+    from servelab.core.testing.quant import QuantSuite as QuantSuite
     from servelab.core.testing.scheduler import SchedulerSuite as SchedulerSuite
     from servelab.core.testing.suite import SUITE_API as SUITE_API
     from servelab.core.testing.suite import ConformanceError as ConformanceError
@@ -27,6 +29,8 @@ _SUITES = {
     "prefix": "PrefixSuite",
     "cost": "CostSuite",
     "executor": "ExecutorSuite",
+    "quant": "QuantSuite",
+    "kernel": "KernelSuite",
 }
 """Kind -> its suite, in the module of the kind's name."""
 _SHARED = ("SUITE_API", "ConformanceError", "PluginSuite", "Result", "failures", "results", "suite_of")
