@@ -68,7 +68,10 @@ def checked_names(kind: str, name: str, package: str | None, registry: Registry)
         _check_identifier("--package", package, f"servelab new {kind} {name} --package")
     if name == "none":
         raise PluginError(
-            "a plugin cannot be called 'none'", where="command line: NAME", why="'none' means no plugin"
+            "a plugin cannot be called 'none'",
+            where="command line: NAME",
+            why="'none' means no plugin",
+            do="choose another name",
         )
     if name in registry.names(kind):
         raise PluginError(
