@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from servelab.core.testing.suite import failures as failures
     from servelab.core.testing.suite import results as results
     from servelab.core.testing.suite import suite_of as suite_of
+    from servelab.core.testing.workload import WorkloadSuite as WorkloadSuite
 
     SUITES: dict[str, type[PluginSuite]]
 
@@ -31,6 +32,7 @@ _SUITES = {
     "executor": "ExecutorSuite",
     "quant": "QuantSuite",
     "kernel": "KernelSuite",
+    "workload": "WorkloadSuite",
 }
 """Kind -> its suite, in the module of the kind's name."""
 _SHARED = ("SUITE_API", "ConformanceError", "PluginSuite", "Result", "failures", "results", "suite_of")
