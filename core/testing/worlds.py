@@ -182,6 +182,7 @@ def serve(
     executor: Any = None,
     foresight: bool = True,
     checks: Any = "full",
+    started: Callable[[Engine], object] = lambda engine: None,
 ) -> Served:
     """Run a world to its end, or to the error that ends it, which is kept.
 
@@ -191,6 +192,7 @@ def serve(
         truths: filled with true lengths of live requests, for parts that may read them.
         foresight: the toy executor runs held steps in one launch.
         checks: as ``engine.checks``.
+        started: given the engine before anything happens.
     """
     truths = {} if truths is None else truths
     executor = executor or ToyExecutor(truths, foresight=foresight)
@@ -210,6 +212,7 @@ def serve(
         shares=world.shares,
     )
     engine.token_log = True
+    started(engine)
     records: list[Record] = []
     served = Served(world, engine, records)
     driver = VirtualDriver(

@@ -334,7 +334,8 @@ def test_true_lengths_are_asked_for_by_name_and_stamped() -> None:
     }
     for spec in specs.values():
         assert spec.provides == {"kvcache.contiguous_slot"}
-        assert spec.conflicts == {"scheduler.retains", "scheduler.swap"}
+        assert spec.conflicts - {"spec.drafts"} == {"scheduler.retains", "scheduler.swap"}
+        assert ("spec.drafts" in spec.conflicts) == spec.oracle, "no room beyond a true length"
     with pytest.raises(ConfigError, match="without the workload's truths"):
         cache("oracle", None)
     made = cache("pow2", {})
