@@ -99,7 +99,7 @@ def plot_findings() -> Iterator[Finding]:
         yield Finding(
             "plots",
             "fail",
-            f"matplotlib cannot draw: {said}",
+            f"matplotlib cannot draw: {said:.160}",
             "reinstall it; unset MPLBACKEND if that is set",
         )
     else:
