@@ -431,7 +431,7 @@ def _check_capacity(
 ) -> None:
     """Every pool must be able to hold one request of the greatest length, or that one would wait for ever."""
     executor, longest = config.executor.name, limits.max_model_len
-    for pages in filter(None, (capacity.device_pages, capacity.host_pages)):
+    for pages in (capacity.device_pages, capacity.host_pages or capacity.device_pages):
         if len(pages) != len(layout.pools):
             raise PluginError(
                 f"executor {executor!r} reports pages for {len(pages)} pools",

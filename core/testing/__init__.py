@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from servelab.core.testing.executor import ExecutorSuite as ExecutorSuite
     from servelab.core.testing.kernel import KernelSuite as KernelSuite
     from servelab.core.testing.kvcache import KVCacheSuite as KVCacheSuite
+    from servelab.core.testing.observer import ObserverSuite as ObserverSuite
     from servelab.core.testing.prefix import PrefixSuite as PrefixSuite
     from servelab.core.testing.quant import QuantSuite as QuantSuite
     from servelab.core.testing.scheduler import SchedulerSuite as SchedulerSuite
@@ -33,6 +34,7 @@ _SUITES = {
     "quant": "QuantSuite",
     "kernel": "KernelSuite",
     "workload": "WorkloadSuite",
+    "observer": "ObserverSuite",
 }
 """Kind -> its suite, in the module of the kind's name."""
 _SHARED = ("SUITE_API", "ConformanceError", "PluginSuite", "Result", "failures", "results", "suite_of")

@@ -116,7 +116,8 @@ class CostSuite(PluginSuite):
         bad = [p for p in prices if type(p) is not int or p < 1]
         if len(prices) != steps or bad:
             self.fail(
-                f"{self.name}: price() of {len(batch.requests)} requests, {batch.num_tokens()} tokens and {steps} "
+                f"{self.name}: price() of {len(batch.requests)} requests, {batch.num_tokens()} tokens and "
+                f"{steps} "
                 f"steps is {prices[:6]}",
                 rule="price() gives a whole number of nanoseconds for each step, at least 1",
                 do="round up, and return a list of `steps` ints; an empty price is no price",
@@ -152,9 +153,11 @@ class CostSuite(PluginSuite):
                 (alone,) = self.price(cost, moved)
                 if alone != together[k]:
                     self.fail(
-                        f"{self.name}: step {k} of {steps} decodes of {rows} requests costs {together[k]} ns in one "
+                        f"{self.name}: step {k} of {steps} decodes of {rows} requests costs {together[k]} "
+                        "ns in one "
                         f"call, and {alone} ns in a call of its own",
-                        rule="price(batch, k) equals k single calls on batches moved on by one token per step",
+                        rule="price(batch, k) equals k single calls on batches moved on by one token per "
+                        "step",
                         do="let contexts grow by one token per request and step, first_step by one",
                     )
 
@@ -220,8 +223,10 @@ class CostSuite(PluginSuite):
                 again = self.price(other, batch)
                 if again != first[k]:
                     self.fail(
-                        f"{self.name}: a batch that cost {first[k]} ns costs {again} ns when it is priced {name}",
-                        rule="no state that changes a price, no clock, no chance outside the seeded generator",
+                        f"{self.name}: a batch that cost {first[k]} ns costs {again} ns when it is priced "
+                        f"{name}",
+                        rule="no state that changes a price, no clock, no chance outside the seeded "
+                        "generator",
                         do="compute the price from the batch and the settings alone",
                     )
 

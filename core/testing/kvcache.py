@@ -42,6 +42,10 @@ class AnyPlans:
         self._shrinks = shrinks
         self._calls = 0
 
+    def started(self, engine: Engine) -> None:
+        """Given the engine whose pools it shrinks."""
+        self.engine = engine
+
     def plan(self, view: StepView) -> StepPlan:
         self._calls += 1
         if self._calls == 400:  # enough: what is paused or swapped comes back, and all run to their end
@@ -52,7 +56,7 @@ class AnyPlans:
                 ledger.resize(pool, 4 if pages <= PAGES * 3 // 4 else -4)
         plan = self._plans.plan(view)
         if not plan.work and plan.wake_at is None:
-            plan.wake_at = view.now_ns + 100
+            plan.wake_at = view.now_ns + 1000
         return plan
 
 
@@ -163,7 +167,8 @@ class KVCacheSuite(PluginSuite):
                 holds = kv.tokens_in(pool, pages)
                 if holds < tokens:
                     self.fail(
-                        f"{self.name}: {tokens} tokens are said to need {pages} pages of pool {pool.id!r}, which "
+                        f"{self.name}: {tokens} tokens are said to need {pages} pages of pool {pool.id!r}, "
+                        "which "
                         f"hold {holds}",
                         rule="pages_for() gives the pages that must be held so that the tokens are stored",
                         do="round up: -(-tokens // pool.page_tokens)",
@@ -239,7 +244,8 @@ class KVCacheSuite(PluginSuite):
                 trial = scratch.take(n)
                 if trial is not None and (len(set(trial)) != n or any(set(trial) & set(h) for h in held)):
                     self.fail(
-                        f"{self.name}: scratch({pool}).take({n}) gave {list(trial)}, which are not {n} free pages",
+                        f"{self.name}: scratch({pool}).take({n}) gave {list(trial)}, which are not {n} free "
+                        "pages",
                         rule="take() gives what choose() would give for one request, taken out",
                         do="copy the free pages as they are now, and take as choose() does",
                     )
@@ -255,7 +261,8 @@ class KVCacheSuite(PluginSuite):
                     fresh = kv.scratch(pool).take(n)
                     if fresh is None or list(fresh) != list(trial):
                         self.fail(
-                            f"{self.name}: taking from a scratch of pool {pool} changed what the next one shows",
+                            f"{self.name}: taking from a scratch of pool {pool} changed what the next one "
+                            "shows",
                             rule="changing a scratch changes nothing else",
                             do="return a copy",
                         )
@@ -309,7 +316,8 @@ class KVCacheSuite(PluginSuite):
                     and len(got) != expected[end.request]
                 ):
                     self.fail(
-                        f"{self.name}: request {end.request} was given {len(got)} tokens of {expected[end.request]}",
+                        f"{self.name}: request {end.request} was given {len(got)} tokens of "
+                        f"{expected[end.request]}",
                         rule="a request that fits alone is served whole",
                         where=ENGINE,
                         do="look at pages_for() near the end of the request",
@@ -327,7 +335,8 @@ class KVCacheSuite(PluginSuite):
         return max(int(need), tight)
 
     def test_any_plans_keep_the_books(self) -> None:
-        """Preemption, swapping, drafts, forks, shrinking pools in any order: no page is lost or given twice."""
+        """Preemption, swapping, drafts, forks, shrinking pools in any order: no page is lost or given "
+        "twice."""
         kinds = RandomPlans.KINDS
         if not self.provides("kvcache.swap"):
             kinds -= {"swap", "swap_in"}
@@ -352,7 +361,7 @@ class KVCacheSuite(PluginSuite):
                         scheduler=plans,
                         kvcache=self.kvcache(truths, limits=world.limits),
                         truths=truths,
-                        started=lambda engine, plans=plans: setattr(plans, "engine", engine),
+                        started=plans.started,
                     )
                 )
 
@@ -371,7 +380,8 @@ class KVCacheSuite(PluginSuite):
         ledger = served.engine.ledger
         if ledger.free() != ledger.total():
             self.fail(
-                f"{self.name}: {ledger.free()} of {ledger.total()} pages are free at the end of world {world!r}",
+                f"{self.name}: {ledger.free()} of {ledger.total()} pages are free at the end of world "
+                f"{world!r}",
                 rule="KV memory is conserved",
                 where=ENGINE,
                 do="look at released()",

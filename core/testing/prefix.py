@@ -94,7 +94,8 @@ class Desk:
 
 
 class Shadow(ToyExecutor):
-    """Remembers which text the KV in each slot of a page stands for, and compares where a request reads it."""
+    """Remembers which text the KV in each slot of a page stands for, and compares where a request reads "
+    "it."""
 
     def __init__(self, truths: dict[str, Truth]) -> None:
         super().__init__(truths)
@@ -163,7 +164,8 @@ class PrefixSuite(PluginSuite):
                     )
                 if stands_for != wanted:
                     self.fail(
-                        f"{self.name} matched page {page} for the text {_short(wanted)}, and its KV was computed "
+                        f"{self.name} matched page {page} for the text {_short(wanted)}, and its KV was "
+                        "computed "
                         f"behind {_short(stands_for)}",
                         rule="KV of a token depends on all tokens before it: only an equal text is a match",
                         do="let the key of a page contain the key of the page before it",
@@ -184,7 +186,8 @@ class PrefixSuite(PluginSuite):
             self.fail(
                 f"{self.name}: commit() of pages {list(offered)} took {taken} and replaced "
                 f"{[pair for pool in done.replaced for pair in pool]}",
-                rule="a store takes references on offered pages that it does not hold yet, and tables only grow",
+                rule="a store takes references on offered pages that it does not hold yet, and tables only "
+                "grow",
                 do="list in Commit.taken just the offered pages that are new to the store; replace none",
             )
 
@@ -280,7 +283,8 @@ class PrefixSuite(PluginSuite):
             changed: Any = {field: value}
             if desk.match(ids, replace(HOME, **changed)):
                 self.fail(
-                    f"{self.name} matches KV whose {field} is {getattr(HOME, field)!r} for a request with {value!r}",
+                    f"{self.name} matches KV whose {field} is {getattr(HOME, field)!r} for a request with "
+                    f"{value!r}",
                     rule="provenance is part of every key: entries that differ in it never match each other",
                     do="begin the chain of keys with the whole Provenance",
                 )
@@ -302,7 +306,8 @@ class PrefixSuite(PluginSuite):
             )
 
     def test_gives_up_what_nobody_uses(self) -> None:
-        """Any order of lookups, publications, releases and evictions: pages in use stay, all others can go."""
+        """Any order of lookups, publications, releases and evictions: pages in use stay, all others can "
+        "go."""
         self.exact()
         for seed in range(8):
             rng, desk, live = Random(seed), Desk(self, self.store()), list[str]()
@@ -331,9 +336,11 @@ class PrefixSuite(PluginSuite):
         most, told = len(desk.text.keys() - desk.busy), desk.store.evictable(0)
         if told > most or (not desk.busy and told < most):
             self.fail(
-                f"{self.name}: evictable(0) is {told}, and {most} of its {len(desk.text)} pages are in nobody's use",
+                f"{self.name}: evictable(0) is {told}, and {most} of its {len(desk.text)} pages are in "
+                "nobody's use",
                 rule="evictable() counts the pages that evict() could give back now",
-                do="count a page while it has no user: from the last release() to the next acquire() or fork()",
+                do="count a page while it has no user: from the last release() to the next acquire() or "
+                "fork()",
             )
 
     def test_fork(self) -> None:
@@ -347,7 +354,8 @@ class PrefixSuite(PluginSuite):
         desk.release("a")
         if desk.store.evictable(0):
             self.fail(
-                f"{self.name}: evictable(0) is {desk.store.evictable(0)} while a sample still uses the prompt",
+                f"{self.name}: evictable(0) is {desk.store.evictable(0)} while a sample still uses the "
+                "prompt",
                 rule="after fork() the new request uses the stored pages as if it had acquired them",
                 do="add a user to each of these pages that is stored",
             )
@@ -378,7 +386,8 @@ class PrefixSuite(PluginSuite):
                     )
         if not hits:
             self.fail(
-                f"{self.name} reused nothing in {len(self.prefix_worlds())} worlds of prompts that begin alike",
+                f"{self.name} reused nothing in {len(self.prefix_worlds())} worlds of prompts that begin "
+                "alike",
                 rule="the store finds stored KV for a prompt",
                 do="publish full pages of prompts in commit(), and find them in match()",
             )
@@ -416,8 +425,10 @@ class PrefixSuite(PluginSuite):
         world, error = served.world.name, served.error
         if error is not None:
             self.fail(
-                f"{self.name}, in world {world!r}: {getattr(error, 'what', error)}; {getattr(error, 'why', '')}",
-                rule="the engine asks the store at admission, when pages are full, at release and when pages are "
+                f"{self.name}, in world {world!r}: {getattr(error, 'what', error)}; "
+                f"{getattr(error, 'why', '')}",
+                rule="the engine asks the store at admission, when pages are full, at release and when "
+                "pages are "
                 "needed, and holds it to its answers",
                 where=ENGINE,
                 do=getattr(error, "do", "") or "mend the plugin; the cause is chained",
@@ -432,7 +443,8 @@ class PrefixSuite(PluginSuite):
         ledger = served.engine.ledger
         if ledger.free() != ledger.total():
             self.fail(
-                f"{self.name}: {ledger.free()} of {ledger.total()} pages are free or could be given up at the end "
+                f"{self.name}: {ledger.free()} of {ledger.total()} pages are free or could be given up at "
+                "the end "
                 f"of world {world!r}",
                 rule="pages that only the store holds count as free",
                 where=ENGINE,

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import FrozenInstanceError, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -95,14 +95,14 @@ class Watched:
                 name for name in after.keys() | before.keys() if after.get(name) != before.get(name)
             )
             raise _Changed(f"{changed} changed while step {view.step} was planned")
-        if not isinstance(plan, StepPlan):
-            return plan
-        for item in plan.work:
+        for item in getattr(plan, "work", ()):  # a plan that is none is for the core to refuse
             if isinstance(item, Tokens) and item.layers is not None:
                 self.layered.append(item.request.id)
             elif isinstance(item, Tokens) and item.advance == "append" and item.n < item.request._r.pending:
                 self.split.append(item.request.id)
-        return plan if self._hold or plan.hold is None else replace(plan, hold=None)
+        if self._hold or not isinstance(plan, StepPlan) or plan.hold is None:
+            return cast("StepPlan", plan)
+        return replace(plan, hold=None)
 
 
 def shown(view: StepView) -> dict[str, Any]:
@@ -206,7 +206,8 @@ class SchedulerSuite(PluginSuite):
             self.fail(
                 f"{self.name} made a plan that cannot be executed, in world {served.world.name!r}: "
                 f"{error.what} ({error.where}); {error.why}",
-                rule="a plan keeps to limits, memory and phases; the core refuses another, and never repairs it",
+                rule="a plan keeps to limits, memory and phases; the core refuses another, and never "
+                "repairs it",
                 where=ENGINE,
                 do=error.do,
             )
@@ -292,7 +293,8 @@ class SchedulerSuite(PluginSuite):
                     self.fail(
                         f"{self.name}: request {end.request} ended as {end.outcome!r} "
                         f"({end.reason or 'no reason'}) in world {served.world.name!r}",
-                        rule="requests end completed unless the client or the policy, with a reason, ends them",
+                        rule="requests end completed unless the client or the policy, with a reason, ends "
+                        "them",
                         do="give plan.reject() and plan.abort() a reason that its client can read",
                     )
 
@@ -452,7 +454,8 @@ class SchedulerSuite(PluginSuite):
                 if found:
                     self.fail(
                         f"{self.name} calls {found[0]}, in world {world.name!r}",
-                        rule="a policy reads no clock, draws no chance but its own and no environment: one seed "
+                        rule="a policy reads no clock, draws no chance but its own and no environment: one "
+                        "seed "
                         "gives one run",
                         where="CONTRIBUTING.md, five rules",
                         do="use view.now_ns for time, context.rng for chance, and a setting for the rest",
@@ -544,7 +547,8 @@ class SchedulerSuite(PluginSuite):
         )
         if done.returncode or done.stdout.strip():
             self.fail(
-                f"{self.name}: importing {module} brings in {done.stdout.strip() or done.stderr.strip()[-300:]}",
+                f"{self.name}: importing {module} brings in "
+                f"{done.stdout.strip() or done.stderr.strip()[-300:]}",
                 rule="policy code imports no tensor library: simulations run without one",
                 where="docs/explanation/families.md",
                 do="move the import to where it is needed, or compute with the standard library",

@@ -283,6 +283,12 @@ def _exempted(check: Callable[[PluginSuite], None], reason: str) -> Callable[[Pl
 # ------------------------------------------------------------ naming a plugin
 
 
+def registry_with(suite: type[PluginSuite]) -> tuple[Registry, str]:
+    """A registry of its own, to which more may be added, with the plugin of a suite, and its name there."""
+    registry, name = _registered(suite.kind, inspect.getattr_static(suite, "plugin"))
+    return copy.deepcopy(registry), name
+
+
 @functools.cache
 def _loaded(blocked: frozenset[str]) -> Registry:
     return Registry.load()

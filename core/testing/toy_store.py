@@ -14,7 +14,8 @@ Key = tuple[Any, ...]
 
 
 class ToyStore:
-    """For one pool. Keys are texts, so nothing is mistaken for another; the page released first goes first."""
+    """For one pool. Keys are texts, so nothing is mistaken for another; the page released first goes "
+    "first."""
 
     def __init__(self, config: Any = None, context: Any = None) -> None:
         self.page_tokens = 0

@@ -1,4 +1,5 @@
-"""Notices what a policy may not touch: clocks, chance that is not its own, the environment, what it is shown."""
+"""Notices what a policy may not touch: clocks, chance that is not its own, the environment, what it is "
+"shown."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Small worlds that plugins are run in: traffic, memory and limits, and the real engine on the virtual clock.
 
-Every world can be served: each request fits alone, and the clock ends. Times are nanoseconds; a step of the toy
-cost model takes about a microsecond.
+Every world can be served: each request fits alone, and the clock ends. Times are nanoseconds; a step of
+the toy cost model takes about a microsecond.
 """
 
 from __future__ import annotations
@@ -182,6 +182,7 @@ def serve(
     executor: Any = None,
     foresight: bool = True,
     checks: Any = "full",
+    emit: Callable[[Record], None] = lambda record: None,
     started: Callable[[Engine], object] = lambda engine: None,
 ) -> Served:
     """Run a world to its end, or to the error that ends it, which is kept.
@@ -192,6 +193,7 @@ def serve(
         truths: filled with true lengths of live requests, for parts that may read them.
         foresight: the toy executor runs held steps in one launch.
         checks: as ``engine.checks``.
+        emit: takes every record too.
         started: given the engine before anything happens.
     """
     truths = {} if truths is None else truths
@@ -215,13 +217,18 @@ def serve(
     started(engine)
     records: list[Record] = []
     served = Served(world, engine, records)
+
+    def take(record: Record) -> None:
+        records.append(record)
+        emit(record)
+
     driver = VirtualDriver(
         engines=[engine],
         executors=[executor],
         costs=[cost],
         workload=Chat(world.items, world.turns),
         truths=truths,
-        emit=records.append,
+        emit=take,
     )
     try:
         driver.run()

@@ -63,7 +63,7 @@ class WarmsUp(Line):
 
 class MovesTheBatch(Line):
     def price(self, batch: Batch, steps: int) -> Sequence[int]:
-        prices = []
+        prices: list[int] = []
         for _ in range(steps):
             prices += super().price(batch, 1)
             batch.starts[:] = [s + 1 for s in batch.starts]

@@ -45,8 +45,12 @@ class LeaksAPage(Pages):
 class FreesTwice(Pages):
     """A list instead of a set, to which a page is added once too often."""
 
+    def __init__(self, config: Any = None, context: Any = None) -> None:
+        super().__init__()
+        self.lists: dict[tuple[int, str], list[int]] = {}
+
     def attach(self, pool: int, tier: str, num_pages: int) -> None:
-        self.lists = {**getattr(self, "lists", {}), (pool, tier): list(range(num_pages))}
+        self.lists[pool, tier] = list(range(num_pages))
 
     def choose(self, pool: int, tier: str, n: int, request: RequestView | None) -> Sequence[int]:
         free = self.lists[pool, tier]

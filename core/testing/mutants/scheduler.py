@@ -73,7 +73,7 @@ class Backwards:
 
     def __init__(self, view: StepView) -> None:
         self._view = view
-        self.waiting = list(reversed(view.waiting))  # type: ignore[call-overload]
+        self.waiting = list(reversed(view.waiting))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._view, name)
