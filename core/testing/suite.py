@@ -60,6 +60,11 @@ class PluginSuite:
     contract: ClassVar[str] = ""
     """Where the contract of the kind is written; each suite sets it."""
 
+    advice: ClassVar[str] = (
+        "mend the factory; or give settings that a toy model can serve in 'config' of the suite"
+    )
+    """What to do about a factory that raises."""
+
     plugin: ClassVar[Any] = None
     """A registered name; or a ``PluginSpec``, a class, a factory ``(config, context)`` or an object.
 
@@ -158,7 +163,7 @@ class PluginSuite:
             self.fail(
                 f"{self.name} could not be built: its factory raised {type(exc).__name__}: {exc}",
                 rule="a factory takes (config, context) and builds the plugin from these alone",
-                do="mend the factory; give settings that a toy model can serve in 'config' of the suite",
+                do=self.advice,
                 cause=exc,
             )
         lacking = [n for n in members(KINDS[self.kind].protocol) if not hasattr(made, n)]

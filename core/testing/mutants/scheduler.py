@@ -341,7 +341,7 @@ MUTANTS = (
     ),
     _mutant(
         HoldsAcrossAnArrival,
-        "test_no_starvation",
+        "test_looks_at_arrivals",
         "steps while memory was plenty",
         "holds its decoding across arrivals",
     ),
