@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, product
 from random import Random
 from typing import Any
 
@@ -261,6 +261,21 @@ class World:
         )
         q = self._turned(step.q[layer][step.slices()[row]].double(), at)
         return attention(q, self._turned(k, keys_at), v, at, keys_at, self.window(layer))
+
+    def misplaced(self, step: Step) -> str | None:
+        """The first new token whose value is not where its page says; None: all are there."""
+        for row, (segments, at) in enumerate(step.rows):
+            own = segments[-1]
+            for i, pool in enumerate(self.layout.pools):
+                for layer, position in product(pool.layers, at):
+                    page, within = own.slot(i, position, pool.page_tokens)
+                    stored = self.buffers[layer]["v"][page, within]
+                    if not bool((stored == own.v[layer, position - own.offset]).all()):
+                        return (
+                            f"row {row}, position {position}, layer {layer}: its value is not in page {page} "
+                            f"of pool {pool.id!r}, place {within}"
+                        )
+        return None
 
     def _turned(self, x: Any, positions: Sequence[int]) -> Any:
         torch = torch_or_skip()

@@ -14,7 +14,6 @@ from servelab.core.plan import Tokens
 from servelab.core.request import RequestSpec
 from servelab.core.testing.fakes import TOY_MODEL, toy_limits
 from servelab.core.testing.suite import PluginSuite
-from servelab.core.testing.traps import forbidden_calls
 
 GRID = (
     1,
@@ -232,14 +231,10 @@ class CostSuite(PluginSuite):
 
     def test_no_clock_no_chance_no_environment(self) -> None:
         """Prices come from shapes alone."""
-        cost, found = self.cost(), list[str]()
-        for batch in self.batches():
-            with forbidden_calls(found.append):
-                cost.price(batch, 1)
-                cost.transfer_time(transfer_of(4096))
-        if found:
-            self.fail(
-                f"{self.name} calls {found[0]} while it prices a batch",
-                rule="no state that changes a price, no clock, no chance outside the seeded generator",
-                do="measure beforehand, and price from a table",
-            )
+        cost = self.cost()
+        self.calls_nothing_forbidden(lambda: [cost.price(batch, 1) for batch in self.batches()])
+        self.calls_nothing_forbidden(lambda: cost.transfer_time(transfer_of(4096)))
+
+    def test_imports_no_tensor_library(self) -> None:
+        """Policies run where no tensor library is installed."""
+        self.imports_no_tensor_library()

@@ -292,13 +292,16 @@ class KernelSuite(PluginSuite):
         """Pages before the window are given back and hold NaN: ``seg_gone`` says how many tokens went."""
         self._needs("masks", "window")
         self._needs("addressings", "block_table")
-        for windows, page in product(((1, None), (3, 5)), self._page_sizes(self.make())):
+        sizes = self._page_sizes(self.make())
+        cases = product(((1, None), (3, 5)), {sizes[0], sizes[-1]}, self._spaces())
+        for windows, page, space in cases:
             model = replace(_model(layers=2), windows=windows)
             pools = tuple(
                 _pool(
                     f"p{layer}",
                     (layer,),
                     page,
+                    key_space=space,
                     retention="window" if window else "full",
                     window_tokens=window,
                 )
@@ -321,11 +324,7 @@ class KernelSuite(PluginSuite):
 
     def test_key_spaces(self) -> None:
         """Each key space it claims gives the same results."""
-        backend = self.make()
-        tried = [space for space in ("post_rope", "pre_rope") if space in backend.caps.key_spaces]
-        if not tried:
-            pytest.skip(f"{self.name} reads neither post_rope nor pre_rope keys")
-        for space, dtype in product(tried, self.dtypes):
+        for space, dtype in product(self._spaces(), self.dtypes):
             world = self._world(dtype=dtype, space=space)
             a, b = world.segment(30), world.segment(30)
             for rows in (((a, 9), (b, 1)), ((a, 1), (b, 1)), ((a, 7),), ((b, 1),), ((b, 12), (a, 1))):
@@ -336,6 +335,25 @@ class KernelSuite(PluginSuite):
                     do="turn keys once: before storing (post_rope), or when reading, at their own positions "
                     "(pre_rope); turn queries always",
                 )
+
+    def test_pools_of_their_own(self) -> None:
+        """Layers in pools of different page sizes and key spaces: each layer reads its own pool's pages."""
+        self._needs("addressings", "block_table")
+        sizes, spaces = self._page_sizes(self.make()), self._spaces()
+        pools = (
+            _pool("a", (0, 2), sizes[0], key_space=spaces[0]),
+            _pool("b", (3, 1), sizes[-1], key_space=spaces[-1]),
+        )
+        layout = KVLayout(addressing="block_table", pools=pools)
+        world = self._world(model=_model(layers=4), layout=layout)
+        a, b, c = (world.segment(30) for _ in range(3))
+        for rows in (((a, 9), (b, 1)), ((a, 1), (b, 1)), ((a, 1), (c, 12), (b, 1)), ((c, 1), (a, 3))):
+            self._launch(
+                world,
+                *rows,
+                what="two pools of other layers, pages and key spaces",
+                do="take seg_pages, page size and key space of the pool that has the layer",
+            )
 
     def test_positions_with_gaps(self) -> None:
         """Tokens computed anew amid what is stored are written to and masked by their positions."""
@@ -454,8 +472,8 @@ class KernelSuite(PluginSuite):
         """States over some segments, merged in any order, give attention over all of them."""
         self.needs("kernel.partial")
         random = Random(3)
-        for dtype in self.dtypes:
-            world = self._world(dtype=dtype)
+        for dtype, space in product(self.dtypes, self._spaces()):
+            world = self._world(dtype=dtype, space=space)
             parts = [world.segment(12, offset) for offset in (0, 7, 12)]
             other = [world.segment(9)]
             self._launch(world, (parts[0], 7))
@@ -608,6 +626,11 @@ class KernelSuite(PluginSuite):
         found = [a for a in ("block_table", "contiguous_slot", "segments") if a in caps.addressings]
         return found or pytest.skip(f"{self.name} reads {sorted(caps.addressings)} only")
 
+    def _spaces(self) -> list[str]:
+        caps = self.make().caps
+        found = [space for space in ("post_rope", "pre_rope") if space in caps.key_spaces]
+        return found or pytest.skip(f"{self.name} reads keys as {sorted(caps.key_spaces)} only")
+
     def _needs(self, name: str, value: str) -> None:
         if value not in getattr(self.make().caps, name):
             pytest.skip(f"{self.name} has no {value!r} in caps.{name}")
@@ -671,6 +694,10 @@ class KernelSuite(PluginSuite):
     ) -> Step:
         """A launch whose every result is compared with the formula."""
         step = self._attend(world, *rows)
+        if wrong := world.misplaced(step):
+            self.fail(
+                f"{self.name}: {what + '; ' if what else ''}{wrong}", rule="append: store new tokens", do=do
+            )
         of = ", ".join(f"{len(at)} new of {len(s)}" for (s,), at in step.rows) or "no rows"
         for layer, (o, lse) in enumerate(step.got):
             q = step.q[layer]

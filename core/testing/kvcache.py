@@ -365,6 +365,21 @@ class KVCacheSuite(PluginSuite):
                     )
                 )
 
+    def test_no_clock_no_chance_no_environment(self) -> None:
+        """Which page is chosen follows from what was chosen and released before."""
+        kv, layout = self.attached()
+
+        def calls() -> None:
+            for pool, tier, pages in self.places(layout):
+                kv.pages_for(layout.pools[pool], None, 9)
+                kv.released(pool, tier, kv.choose(pool, tier, pages // 2, None))
+
+        self.calls_nothing_forbidden(calls)
+
+    def test_imports_no_tensor_library(self) -> None:
+        """Policies run where no tensor library is installed."""
+        self.imports_no_tensor_library()
+
     def _honest(self, served: Served) -> None:
         """The run came to its end, and every page came back: in the ledger, and in the plugin."""
         world, error = served.world.name, served.error

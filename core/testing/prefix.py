@@ -392,6 +392,21 @@ class PrefixSuite(PluginSuite):
                 do="publish full pages of prompts in commit(), and find them in match()",
             )
 
+    def test_no_clock_no_chance_no_environment(self) -> None:
+        """What is kept and given up follows from the calls and the times they are given."""
+        desk = self.filled()
+
+        def calls() -> None:
+            desk.serve("r9", stem(6, 17))
+            desk.release("r9")
+            desk.evict(min(1, desk.store.evictable(0)))
+
+        self.calls_nothing_forbidden(calls)
+
+    def test_imports_no_tensor_library(self) -> None:
+        """Policies run where no tensor library is installed."""
+        self.imports_no_tensor_library()
+
     def fresh(self) -> Any:
         """A store that the engine attaches."""
         return self.make(limits=toy_limits(), model=TOY_MODEL)

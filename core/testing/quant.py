@@ -220,6 +220,31 @@ class QuantSuite(PluginSuite):
             got = self._product(self._op(impl, [site], [weight]), x, site)
             self._close(got, x @ weight.T, format, site, "normal weights and inputs")
 
+    def test_products_are_those_of_one_weight(self) -> None:
+        """Without quantized inputs, a product is the input times the weight that single inputs show, as
+        precisely as the dtype allows.
+        """
+        tried = 0
+        for dtype in self.dtypes:
+            quantizer, impl = self._loaded(dtype)
+            for site, format in self._some(quantizer):
+                if format.act_bits < 16:
+                    continue
+                tried += 1
+                op = self._op(impl, [site], [self._weights(site)])
+                shown = self._product(op, torch_or_skip().eye(site.k, dtype=self._dtype), site)
+                for tokens in (1, 48):
+                    x = self._inputs(tokens, site.k)
+                    self._same(
+                        self._product(op, x, site),
+                        (x.double() @ shown.double()).to(self._dtype),
+                        f"{self.name}: {tokens} tokens of {site.name} in {dtype}: no product with one weight",
+                        rule="act_bits=16: inputs are taken as they are; apply: in the dtype of x",
+                        do="compute in the dtype of the inputs or wider, the same for few and many tokens",
+                    )
+        if not tried:
+            pytest.skip(f"{self.name} quantizes inputs too")
+
     def test_each_output_has_its_own_scale(self) -> None:
         """Outputs a million times smaller than others are as precise as those."""
         quantizer, impl = self._loaded()
@@ -236,7 +261,7 @@ class QuantSuite(PluginSuite):
                     want[:, row],
                     format,
                     site,
-                    f"output {row}, of weights around {float(weight[row].abs().mean()):.0e},",
+                    f"output {row}, of weights around {float(weight[row].abs().mean()):.0e}",
                     rule="weight [n, k], y = x W^T: scales are per output, groups run along the inputs",
                     do="take the scale over the inputs of one output (dim=1 of [n, k]), not over outputs",
                     margin=3.0,
@@ -266,7 +291,7 @@ class QuantSuite(PluginSuite):
                     x @ weight.T,
                     format,
                     site,
-                    f"inputs {first} to {first + group - 1}, one group of {group},",
+                    f"inputs {first} to {first + group - 1}, one group of {group}",
                     rule="groups run along the inputs: group i has inputs i g to (i + 1) g - 1",
                     do="check where groups begin and end, and which scale belongs to which input",
                     margin=3.0,
@@ -275,11 +300,13 @@ class QuantSuite(PluginSuite):
             pytest.skip(f"{self.name} has no groups within an output")
 
     def test_ranges_away_from_zero(self) -> None:
-        """Groups of weights on both sides of an offset come back, as far as the format has zeros or range."""
+        """Groups of weights that are nearly all above zero come back as well."""
         quantizer, impl = self._loaded()
         for site, format in self._some(quantizer):
             spread = self._weights(site)
-            weight = spread + 0.75 * float(spread.abs().max())  # most above zero, some below
+            weight = spread + 0.75 * float(spread.abs().max())
+            group = next((level.group for level in reversed(format.scales) if level.group), site.k)
+            weight[:, ::group] = -0.25 * float(spread.abs().max())  # 0 is within every group
             x = self._inputs(32, site.k)
             got, want = self._product(self._op(impl, [site], [weight]), x, site), x @ weight.T
             self._close(
@@ -524,10 +551,11 @@ class QuantSuite(PluginSuite):
             format = quantizer.format(site, self._model)
             if format is not None:
                 formats.append((format, site.k))
-                ops[site.name] = self._op(impl, [site], [weights[site.name]])
+                op = self._op(impl, [site], [weights[site.name]])
+                ops[site.name] = (op, site)
         ids = torch.arange(24) * 7 % self._model.vocab
-        dense = _logits(self._model, weights, {}, ids)
-        got = _logits(self._model, weights, ops, ids)
+        dense = _logits(self._model, weights, {}, ids, self._product)
+        got = _logits(self._model, weights, ops, ids, self._product)
         reached = decibels(dense, got - dense)
         least = min(floor_db(format, k) for format, k in formats) - 10
         if not reached >= least:
@@ -627,7 +655,8 @@ class QuantSuite(PluginSuite):
         return impl.linear(list(sites), tensors, biases or [None] * len(tensors), self.device)
 
     def _product(self, op: Any, x: Any, *sites: LinearSite) -> Any:
-        y = op.apply(op.prepare(x))
+        """What the operation of some linears gives."""
+        y = op.apply(op.prepare(x.to(self.device))).to(x.device)
         n = sum(site.n for site in sites)
         if tuple(y.shape) != (len(x), n) or y.dtype != x.dtype:
             self.fail(
@@ -664,10 +693,10 @@ class QuantSuite(PluginSuite):
         torch = torch_or_skip()
         tolerance = 32 * torch.finfo(got.dtype).eps
         # relative to the token's own size: cancellation leaves that much
-        off = (got.double() - want.double()).abs() / want.double().abs().amax(-1, keepdim=True).clamp(
-            min=1e-30
-        )
-        if got.shape != want.shape or not bool((off <= tolerance).all()):
+        got, want = got.double(), want.double()
+        largest = got.abs().maximum(want.abs()).amax(-1, keepdim=True)
+        off = (got - want).abs() / largest.clamp(min=1e-30)
+        if not bool((off <= tolerance).all()):
             self.fail(
                 f"{what}, by up to {float(off.max()):.2g} of a token's largest output", rule=rule, do=do
             )
@@ -706,13 +735,13 @@ def _bytes_of(owner: object) -> int:
     return sum(storages.values())
 
 
-def _logits(model: ModelFacts, weights: dict[str, Any], ops: dict[str, Any], ids: Any) -> Any:
+def _logits(model: ModelFacts, weights: dict[str, Any], ops: dict[str, Any], ids: Any, product: Any) -> Any:
     """A decoder without positions: enough to see errors add up."""
     torch = torch_or_skip()
 
     def linear(name: str, x: Any) -> Any:
-        op = ops.get(name)
-        return x @ weights[name].T if op is None else op.apply(op.prepare(x))
+        found = ops.get(name)
+        return x @ weights[name].T if found is None else product(found[0], x, found[1])
 
     def norm(x: Any) -> Any:
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()

@@ -16,7 +16,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
@@ -31,6 +34,7 @@ from servelab.core.facts import Limits, ModelFacts
 from servelab.core.families import KINDS
 from servelab.core.registry import Registry, blocked_names
 from servelab.core.spec import PluginSpec
+from servelab.core.testing.traps import forbidden_calls
 
 SUITE_API = "1"
 """Version of the suites. Within one version, checks are added only for rules that contracts already state."""
@@ -181,6 +185,46 @@ class PluginSuite:
         """Raise the ``ConformanceError``; ``where`` is the kind's contract unless given."""
         raise ConformanceError(what, rule=rule, where=where or self.contract, do=do) from cause
 
+    def imports_no_tensor_library(self) -> None:
+        """A check for policies: importing the plugin brings in none, as a process of its own shows."""
+        module = self.spec.factory.partition(":")[0]
+        if not isinstance(type(self).plugin, str):
+            pytest.skip("only a plugin that is registered by name is imported in a process of its own")
+        code = (
+            f"import sys, importlib; importlib.import_module({module!r}); "
+            f"print(*sorted({TENSOR_LIBRARIES} & set(sys.modules)))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        if done.returncode or done.stdout.strip():
+            self.fail(
+                f"{self.name}: importing {module} brings in "
+                f"{done.stdout.strip() or done.stderr.strip()[-300:]}",
+                rule="policy code imports no tensor library: simulations run without one",
+                where="docs/explanation/families.md",
+                do="move the import to where it is needed, or compute with the standard library",
+            )
+
+    def calls_nothing_forbidden(self, calls: Callable[[], object]) -> None:
+        """A check for policies: what they do reads no clock, no chance but their own, no environment."""
+        found: list[str] = []
+        with forbidden_calls(found.append):
+            calls()
+        if found:
+            self.fail(
+                f"{self.name} calls {found[0]}",
+                rule="a policy reads no clock, draws no chance but its own and no environment: one seed "
+                "gives "
+                "one run",
+                where="CONTRIBUTING.md, five rules",
+                do="use the time it is given, context.rng for chance, and a setting for the rest",
+            )
+
     # ------------------------------------------------------ of every kind
 
     def test_builds(self) -> None:
@@ -194,6 +238,7 @@ class PluginSuite:
             )
 
 
+TENSOR_LIBRARIES = {"jax", "tensorflow", "torch", "transformers", "triton"}
 TOY_SHAPE = ModelFacts(
     name="toy", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=256, max_position=4096
 )
@@ -343,7 +388,9 @@ def _declared(plugin: Any) -> PluginSpec:
 
 def _factory(kind: str, plugin: Any) -> Callable[[Any, Context], Any]:
     wanted = members(KINDS[kind].protocol)
-    if isinstance(plugin, type) or (callable(plugin) and not all(hasattr(plugin, name) for name in wanted)):
+    if isinstance(plugin, type) or (
+        callable(plugin) and not (wanted and all(hasattr(plugin, name) for name in wanted))
+    ):
         factory: Callable[[Any, Context], Any] = plugin
         return factory
     return lambda config, context: copy.deepcopy(plugin)

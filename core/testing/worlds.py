@@ -256,7 +256,7 @@ def traffic(
     n: int,
     *,
     prompt: int = 24,
-    output: int = 14,
+    output: int = 20,
     gaps: Sequence[int] = (0, 1, 700, 4000),
     more: Callable[[int, Random], dict[str, Any]] = lambda k, rng: {},
 ) -> Items:
@@ -264,7 +264,7 @@ def traffic(
     rng, now, items = Random(seed), 0, []
     for k in range(n):
         now += rng.choice(gaps)
-        cap = rng.randint(1, 2 * output)
+        cap = rng.choice([2 * output, 2 * output, rng.randint(1, output)])
         items.append(
             arrival(
                 f"r{k:03}", rng.randint(1, prompt), rng.randint(1, output), cap=cap, at=now, **more(k, rng)
@@ -306,7 +306,7 @@ def worlds(seed: int = 0) -> list[World]:
     """The worlds of the suites, the plainest first, so that the first failure is the easiest to read."""
     small = toy_limits(tokens=LEAST_TOKENS, requests=LEAST_REQUESTS, model_len=64)
     normal = toy_limits(model_len=64)
-    samples = traffic(seed + 7, 9, more=lambda k, rng: {"n": rng.choice([1, 2, 3])})
+    samples = traffic(seed + 7, 9, more=lambda k, rng: {"n": rng.choice([1, 2, 3, 3])})
     programs = traffic(
         seed + 9, 4, prompt=8, output=5, more=lambda k, rng: {"program": f"p{k}", "is_last_turn": False}
     )

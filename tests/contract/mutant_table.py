@@ -1,15 +1,17 @@
-"""The page docs/reference/mutants.md.
+"""The page docs/reference/mutants.md, and the table of checks in docs/reference/suites.md.
 
-``python tests/contract/mutant_table.py --write`` puts it in place; a test fails while it is out of date.
+``python tests/contract/mutant_table.py --write`` puts them in place; a test fails while they are out of date.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference" / "mutants.md"
+SUITES_PAGE = ROOT / "docs" / "reference" / "suites.md"
 
 HEAD = """\
 # Mutants: what the suites notice
@@ -40,9 +42,33 @@ def render() -> str:
     return "".join(parts)
 
 
+def checks() -> str:
+    """Every check of every suite, with the first line of its docstring."""
+    from servelab.core.testing import SUITES
+
+    parts: list[str] = []
+    for kind, suite in SUITES.items():
+        parts.append(f"### {kind}: `{suite.__name__}`\n\n| check | holds when |\n|---|---|\n")
+        for name in suite.checks():
+            text = (getattr(suite, name).__doc__ or "").strip().splitlines()[0]
+            parts.append(f"| `{name}` | {_cell(text)} |\n")
+        parts.append("\n")
+    return "".join(parts)
+
+
+def with_checks(page: str) -> str:
+    """The page about suites with its table of checks as the code has them now."""
+    begin, end = "<!-- checks: begin -->\n", "<!-- checks: end -->"
+    page, n = re.subn(f"({begin}).*?({end})", lambda m: f"{m[1]}{checks()}{m[2]}", page, flags=re.S)
+    if n != 1:
+        raise ValueError(f"{SUITES_PAGE.name} has {n} places for the checks, needs 1")
+    return page
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "src"))
     if "--write" in sys.argv:
         PAGE.write_text(render(), encoding="utf-8")
+        SUITES_PAGE.write_text(with_checks(SUITES_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         sys.stdout.write(render())

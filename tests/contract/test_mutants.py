@@ -59,6 +59,12 @@ def _tables() -> ModuleType:
     return module
 
 
+def test_the_checks_are_listed() -> None:
+    table = _tables()
+    page = table.SUITES_PAGE.read_text(encoding="utf-8")
+    assert table.with_checks(page) == page, "run: python tests/contract/mutant_table.py --write"
+
+
 def test_the_page_is_up_to_date() -> None:
     table = _tables()
     assert table.render() == table.PAGE.read_text(encoding="utf-8"), (

@@ -116,7 +116,7 @@ MUTANTS = (
     _mutant(
         MeasuresItself,
         "test_no_clock_no_chance_no_environment",
-        "calls time.perf_counter_ns while it prices",
+        "calls time.perf_counter_ns",
         "reads the wall clock",
     ),
     _mutant(FreeTransfers, "test_transfers", "of 1000 bytes is 0", "small transfers are free"),

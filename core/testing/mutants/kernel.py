@@ -230,6 +230,24 @@ class ForgetsWhatIsGone(Plain):
         return super().place(layer, batch, segment, position + gone if position < last else position)
 
 
+class FirstPoolForAll(Plain):
+    """Places tokens of all layers by the pages and the page size of the first pool."""
+
+    spec = _spec("first_pool_for_all")
+
+    def load(
+        self,
+        layout: KVLayout,
+        model: ModelFacts,
+        device: str,
+        buffers: Mapping[int, Mapping[str, Any]],
+        rotary: Rotary,
+    ) -> Any:
+        super().load(layout, model, device, buffers, rotary)
+        self.pool_of = dict.fromkeys(self.pool_of, 0)
+        return self
+
+
 class MaskOffByOne(Plain):
     spec = _spec("mask_off_by_one")
 
@@ -289,6 +307,19 @@ class TurnsTwice(Plain):
         if self.layout.pools[self.pool_of[layer]].key_space == "pre_rope":
             captures = {**captures, "k": self.turned(captures["k"], plan.q_positions)}
         super().append(layer, captures, plan)
+
+
+class TurnsByIndex(Plain):
+    """Turns keys by how many it has read before, not by where they are."""
+
+    spec = _spec("turns_by_index")
+
+    def read(self, layer: int, batch: BatchLayout, segments: Iterable[int]) -> tuple[Any, Any, list[int]]:
+        k, v, positions = super().read(layer, batch, segments)
+        if self.layout.pools[self.pool_of[layer]].key_space == "pre_rope":
+            back = self.turned(k, [-position for position in positions])
+            k = self.turned(back, range(len(positions)))
+        return k, v, positions
 
 
 class SeesSomethingInNothing(Plain):
@@ -367,6 +398,12 @@ MUTANTS = (
         "takes the first token that is left for the row's first",
     ),
     _mutant(
+        FirstPoolForAll,
+        "test_pools_of_their_own",
+        "take seg_pages, page size and key space of the pool that has the layer",
+        "takes the first pool's pages for all layers",
+    ),
+    _mutant(
         MaskOffByOne,
         "test_prefill",
         "compare with softmax(q k^T / sqrt(d)) v",
@@ -407,6 +444,12 @@ MUTANTS = (
         "test_key_spaces",
         "turn keys once",
         "rotates keys of a pre_rope pool when storing and when reading",
+    ),
+    _mutant(
+        TurnsByIndex,
+        "test_pages_that_left_the_window",
+        "the first stored token of a segment is at seg_offset + seg_gone",
+        "rotates keys by their index among those that are left",
     ),
     _mutant(
         SeesSomethingInNothing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from random import sample
 from typing import Any
 
 from servelab.core.families.prefix import Commit, Content, Provenance, Span
@@ -118,6 +119,14 @@ class HasNoFork(ToyStore):
     spec = replace(Store.spec, name="no_fork")
 
 
+class GivesUpByChance(Store):
+    def evict(self, pool: int, n: int, now_ns: int) -> Sequence[int]:
+        gone = sample(sorted(self.idle), n)
+        for page in gone:
+            self.forget(page)
+        return gone
+
+
 class FindsNothing(Store):
     def longest(self, content: Content) -> int:
         return 0
@@ -190,6 +199,12 @@ MUTANTS = (
     ),
     _mutant(
         HasNoFork, "test_has_what_it_declares", "has fork(): False", "declares fork and does not have it"
+    ),
+    _mutant(
+        GivesUpByChance,
+        "test_no_clock_no_chance_no_environment",
+        "calls random.sample",
+        "evicts at random, from the global generator",
     ),
     _mutant(FindsNothing, "test_requests_read_their_own_kv", "reused nothing", "never matches"),
 )

@@ -228,6 +228,23 @@ class OneScale(Product):
         return (x / scale).round() * scale
 
 
+class ComputesInHalf(Groups):
+    spec = _spec("computes_in_half")
+
+    def weight(self, tensor: QTensor) -> Any:
+        return super().weight(tensor).half()
+
+    def linear(
+        self, sites: Sequence[LinearSite], tensors: Sequence[QTensor], biases: Sequence[Any], device: str
+    ) -> Product:
+        return InHalf(self, tensors, biases)
+
+
+class InHalf(Product):
+    def prepare(self, x: Any) -> Any:
+        return x.half().to(x.dtype)
+
+
 class DescribesWithTorch(Groups):
     spec = _spec("describes_with_torch")
 
@@ -310,6 +327,12 @@ MUTANTS = (
         "test_rows_do_not_depend_on_the_batch",
         "quantize each token with a scale of its own",
         "quantizes the inputs of all tokens with one scale",
+    ),
+    _mutant(
+        ComputesInHalf,
+        "test_products_are_those_of_one_weight",
+        "compute in the dtype of the inputs or wider",
+        "rounds inputs and weights to half precision",
     ),
     _mutant(
         DescribesWithTorch,
