@@ -288,6 +288,17 @@ def _service(k: int, rng: Random) -> dict[str, Any]:
     return {"request_class": kind, "priority": rng.randrange(-1, 3), "slo": slo, "tenant": f"t{k % 3}"}
 
 
+def _unlike(items: Items, seed: int) -> Items:
+    """Samples of one prompt have lengths of their own; some are one token long."""
+    rng = Random(seed)
+    return tuple(
+        replace(x, truth=replace(x.truth, further=tuple(rng.choice([1, 6, 18]) for _ in range(x.spec.n - 1))))
+        if isinstance(x, Arrival) and x.truth is not None
+        else x
+        for x in items
+    )
+
+
 def stem(k: int, tokens: int) -> list[int]:
     """Token ids that begin as those of other texts of the same ``k % 3`` do."""
     return [*[k % 3 + 1] * 9, *range(20 + k, 20 + k + tokens)][:tokens]
@@ -306,7 +317,7 @@ def worlds(seed: int = 0) -> list[World]:
     """The worlds of the suites, the plainest first, so that the first failure is the easiest to read."""
     small = toy_limits(tokens=LEAST_TOKENS, requests=LEAST_REQUESTS, model_len=64)
     normal = toy_limits(model_len=64)
-    samples = traffic(seed + 7, 9, more=lambda k, rng: {"n": rng.choice([1, 2, 3, 3])})
+    samples = _unlike(traffic(seed + 7, 9, more=lambda k, rng: {"n": rng.choice([1, 2, 3, 3])}), seed)
     programs = traffic(
         seed + 9, 4, prompt=8, output=5, more=lambda k, rng: {"program": f"p{k}", "is_last_turn": False}
     )

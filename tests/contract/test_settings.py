@@ -10,8 +10,13 @@ from typing import Any, ClassVar
 import pytest
 
 from servelab.core.testing import (
+    CostSuite,
+    ExecutorSuite,
+    KVCacheSuite,
     ObserverSuite,
+    PrefixSuite,
     QuantSuite,
+    SchedulerSuite,
     WorkloadSuite,
     failures,
     suite_of,
@@ -39,6 +44,61 @@ class TestW8A8InHalf(QuantSuite):
     plugin = "w8a8"
     config: ClassVar = {"head": True}
     dtypes: ClassVar = ("float16", "bfloat16")
+
+
+class TestVllmV1InShortChunks(SchedulerSuite):
+    plugin = "vllm_v1"
+    config: ClassVar = {
+        "max_num_batched_tokens": 16,
+        "max_num_seqs": 4,
+        "long_prefill_token_threshold": 5,
+        "hold_steps": 3,
+    }
+
+
+class TestAggressiveOneByOne(SchedulerSuite):
+    plugin = "aggressive"
+    config: ClassVar = {
+        "max_num_batched_tokens": 16,
+        "max_num_seqs": 4,
+        "max_new_per_pass": 1,
+        "mixed": True,
+    }
+
+
+class TestPagedWithoutPages(KVCacheSuite):
+    plugin = "paged"
+    config: ClassVar = {"page_tokens": 1}
+
+
+class TestPagedWithAWatermark(KVCacheSuite):
+    plugin = "paged"
+    config: ClassVar = {"page_tokens": 7, "watermark": 0.2}
+
+
+class TestContiguousInBuddies(KVCacheSuite):
+    plugin = "contiguous"
+    config: ClassVar = {"placement": "buddy"}
+
+
+class TestContiguousOracleInBestFit(KVCacheSuite):
+    plugin = "contiguous_oracle"
+    config: ClassVar = {"placement": "best_fit", "page_tokens": 2}
+
+
+class TestHashForAllTenants(PrefixSuite):
+    plugin = "hash"
+    config: ClassVar = {"share_tenants": True}
+
+
+class TestScriptedPrices(CostSuite):
+    plugin = "scripted"
+    config: ClassVar = {"script_ns": (5, 3, 9)}
+
+
+class TestScriptedWithoutForesight(ExecutorSuite):
+    plugin = "scripted"
+    config: ClassVar = {"acceptance": 0.5, "foresight": False}
 
 
 class TestSyntheticOfEverything(WorkloadSuite):
