@@ -77,12 +77,12 @@ def _run(*command: object, cwd: Path, env: dict[str, str] | None = None) -> str:
 
 
 def test_ruff_finds_nothing(made: Path) -> None:
+    """Settings of suites are plain dictionaries on the class: RUF012 would want each annotated."""
+    ruff = (sys.executable, "-m", "ruff")
     for kind in OFFERS:  # in its own folder, as an author would: what is first-party depends on that
-        _run(
-            sys.executable, "-m", "ruff", "check", "--no-cache", *RUFF, "--select", "E,F,I,UP,B,SIM,RUF", ".",
-            cwd=made / kind,
-        )  # fmt: skip
-        _run(sys.executable, "-m", "ruff", "format", "--no-cache", "--check", *RUFF, ".", cwd=made / kind)
+        rules = ("--select", "E,F,I,UP,B,SIM,RUF", "--ignore", "RUF012")
+        _run(*ruff, "check", "--no-cache", *RUFF, *rules, ".", cwd=made / kind)
+        _run(*ruff, "format", "--no-cache", "--check", *RUFF, ".", cwd=made / kind)
 
 
 @pytest.mark.slow
