@@ -86,7 +86,8 @@ def test_step_3_the_suite_refuses_the_first_idea(package: Package, tmp_path: Pat
     assert "2 failed" in said
     shown = PAGE.read_text(encoding="utf-8").partition("```text\n")[2].partition("```")[0]
     (what,) = re.findall(r"ConformanceError: (scheduler 'patient': .*)", said)[:1]
-    assert what in " ".join(shown.split())
+    # which request and how often are the suite's own affair
+    assert re.sub(r"\d+", "0", what) in re.sub(r"\d+", "0", " ".join(shown.split()))
     assert "let age count in its order" in said
 
 
