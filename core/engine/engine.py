@@ -439,6 +439,7 @@ class Engine:
         if self.token_log:
             self._log_tokens(event, batch, emitted)
         if batch.forks:
+            self._break_holds()  # samples join those who run: this lane too asks again
             done += self.samples.landed(batch, event)
         for r, reason in done:
             self._end(r, "completed", reason)  # a hold it was part of ends here: see Lane.repeat

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from heapq import merge
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from servelab.core.families.scheduler import Scheduler, StepView
 from servelab.core.plan import Pin, StepPlan
@@ -23,6 +24,7 @@ from servelab.core.records import (
     RunStarted,
     StepDone,
 )
+from servelab.core.request import Cancel
 from servelab.core.testing.fakes import Fcfs, RandomPlans
 from servelab.core.testing.worlds import World, serve, worlds
 
@@ -110,11 +112,23 @@ def ended(
 @cache
 def recorded(world_name: str, scheduler: str = "fcfs", renamed: bool = False) -> tuple[Record, ...]:
     """What the engine emits in a world, tokens included."""
-    world = world_named(world_name)
+    world = _unordered(world_named(world_name))
     plugin = SCHEDULERS[scheduler]()
     served = serve(world.renamed() if renamed else world, scheduler=plugin, checks="basic")
     assert served.error is None, f"{world_name!r} ended early: {served.error}"
     return tuple(served.records)
+
+
+def _unordered(world: World) -> World:
+    """The same world with ids in reverse alphabetical order: who sorts a list of them changes it."""
+    reverse = str.maketrans("0123456789", "9876543210")
+    items = [
+        replace(x, request_id=x.request_id.translate(reverse))
+        if isinstance(x, Cancel)
+        else replace(x, spec=replace(x.spec, id=x.spec.id.translate(reverse)))
+        for x in world.items
+    ]
+    return replace(world, items=tuple(items))
 
 
 @cache
@@ -122,9 +136,18 @@ def world_named(name: str) -> World:
     return next(world for world in worlds() if world.name == name)
 
 
-@cache
 def whole() -> tuple[Log, ...]:
-    """Runs that came to their end. Together they have every sort of record."""
+    """Runs that came to their end. Together they have every sort of record. Each call gives copies."""
+    return cast("tuple[Log, ...]", pickle.loads(_whole()))
+
+
+def cut() -> tuple[Log, ...]:
+    """Runs that were interrupted or failed, at every stage; also before anything happened. Copies, too."""
+    return cast("tuple[Log, ...]", pickle.loads(_cut()))
+
+
+@cache
+def _whole() -> bytes:
     logs = [
         _log(name, scheduler)
         for name, scheduler in (
@@ -139,12 +162,11 @@ def whole() -> tuple[Log, ...]:
             ("host tier", "random"),
         )
     ]
-    return (*logs, _two_engines(), _with_quality(), _quality_alone())
+    return pickle.dumps((*logs, _two_engines(), _with_quality(), _quality_alone()))
 
 
 @cache
-def cut() -> tuple[Log, ...]:
-    """Runs that were interrupted or failed, at every stage; also before anything happened."""
+def _cut() -> bytes:
     logs = [
         Log("a run without requests", ended((), about=info(world_named("one request")))),
         Log("a run that failed at once", ended((), "failed", "the executor could not start")),
@@ -155,7 +177,7 @@ def cut() -> tuple[Log, ...]:
         for n in (1, 2, 3, 5, len(body) // 2, len(body) - 1):
             records = ended(body[:n], status, "keyboard interrupt", about=info(world_named(name)))  # type: ignore[arg-type]
             logs.append(Log(f"{name!r}, {status} after {n} records", records))
-    return tuple(logs)
+    return pickle.dumps(tuple(logs))
 
 
 def steps(requests: int) -> Iterator[Record]:

@@ -7,9 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
+
 from servelab.core.api import KeepHost, Pin, PluginSpec, Release, RequestView, StepPlan, StepView, TurnEnd
 from servelab.core.records import RequestAdmitted
-from servelab.core.testing import SchedulerSuite, failures, results, suite_of
+from servelab.core.testing import SUITES, SchedulerSuite, failures, results, suite_of
 from servelab.core.testing.fakes import Fcfs, RandomPlans
 from servelab.core.testing.kvcache import AnyPlans
 from servelab.core.testing.mutants.scheduler import FirstCome
@@ -138,3 +140,24 @@ def test_a_refused_setting_is_said_once() -> None:
     failed = failures(suite_of(SchedulerSuite, "vllm_v1"))
     assert list(failed) == ["test_builds"]
     assert "at most 16 tokens and 4 requests per launch" in str(failed["test_builds"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("plugin", ["vllm_v1", "pastfuture"])
+def test_other_worlds(plugin: str, seed: int) -> None:
+    config = {"max_num_batched_tokens": 16, "max_num_seqs": 4}
+    failed = failures(suite_of(SchedulerSuite, plugin, config=config, seed=seed))
+    assert not failed, "\n\n".join(map(str, failed.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize(
+    ("kind", "plugin"), [("kvcache", "paged"), ("kvcache", "contiguous"), ("prefix", "hash")]
+)
+def test_other_worlds_of_memory(kind: str, plugin: str, seed: int) -> None:
+    failed = failures(suite_of(SUITES[kind], plugin, seed=seed))
+    assert not failed, "\n\n".join(map(str, failed.values()))

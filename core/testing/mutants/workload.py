@@ -125,7 +125,6 @@ class SeedOfItsOwn(Steady):
     spec = _spec("seed_of_its_own")
 
     def __init__(self, config: None, context: Context) -> None:
-        context.rng.random()
         super().__init__(config, replace(context, rng=Random(42)))
 
 
