@@ -127,7 +127,7 @@ class Samples:
             engine.waiting[r.id] = r
         else:
             shared = r.computed = first.prompt_tokens
-            r.pending = 1 if r.max_new_tokens > 1 else 0
+            r.pending = 1
             engine.ledger.fork(first, r)
             if engine.reuse is not None:
                 engine.reuse.forked(first, r)

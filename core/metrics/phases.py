@@ -3,6 +3,9 @@
 ``queued`` until it is first admitted, ``prefill`` until its first token, then ``decode``. Taken off the
 device it is ``preempted`` (its KV dropped) until it is admitted again, and in ``recompute`` until its next
 token; or in ``swap out``, ``swapped``, ``swap in``; or ``paused``, its KV kept.
+
+A further sample of a prompt is in ``prefill`` while another computes the prompt for it. It then decodes; or,
+if it cannot share the prompt's KV, is ``preempted`` until it is admitted to compute that itself.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from servelab.core.records import (
     RequestAdmitted,
     RequestArrived,
     RequestFinished,
+    RequestForked,
     RequestPreempted,
     StepDone,
     TransferEnded,
@@ -71,6 +75,7 @@ class Phases:
             RequestArrived.ev: self._arrived,
             RequestAdmitted.ev: self._admitted,
             StepDone.ev: self._step,
+            RequestForked.ev: self._forked,
             RequestPreempted.ev: self._preempted,
             TransferStarted.ev: self._transfer_started,
             TransferEnded.ev: self._transfer_ended,
@@ -109,6 +114,12 @@ class Phases:
         if one is None:
             return ()
         return (self._enter(r, r.request, one, "recompute" if r.resumed else "prefill", r.t_ns),)
+
+    def _forked(self, r: RequestForked) -> Sequence[Change]:
+        one = self._get(r, r.request)
+        if one is None:
+            return ()
+        return (self._enter(r, r.request, one, "decode" if r.shared_tokens else "preempted", r.t_ns),)
 
     def _preempted(self, r: RequestPreempted) -> Sequence[Change]:
         one = self._get(r, r.request)

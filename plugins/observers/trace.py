@@ -158,7 +158,7 @@ class TraceObserver:
         self._quality_ns = r.t_ns
 
     def _quality(self, out: _TraceFile, r: QualityMeasured) -> None:
-        self._counter(out, RUN, "mean KL, nats", r.t_ns, {r.label: r.kl_mean})
+        self._counter(out, RUN, "mean KL in nats", r.t_ns, {r.label: r.kl_mean})
 
     # ------------------------------------------------------------ launches
 
@@ -181,12 +181,12 @@ class TraceObserver:
         self._slice(out, pid, r.lane + 1, name, r.start_ns, r.ends_ns[-1], args)
         end_ns, took_ns = r.ends_ns[-1], r.ends_ns[-1] - r.start_ns
         self._counter(out, pid, "requests", end_ns, {"waiting": r.waiting, "running": r.running})
-        for index, free in enumerate(r.free_pages):
+        for index, free in enumerate(r.free_pages):  # not stacked: pools have pages of their own sizes
             pool = self._pools[index] if index < len(self._pools) else str(index)
-            self._counter(out, pid, f"free KV pages, {pool}", end_ns, {"pages": free})
+            self._counter(out, pid, f"KV pool {pool}", end_ns, {"free pages": free})
         if took_ns > 0:
             rate = round(emitted * 1e9 / took_ns, 3)
-            self._counter(out, pid, f"output tok/s, lane {r.lane}", end_ns, {"tok/s": rate})
+            self._counter(out, pid, f"lane {r.lane}", end_ns, {"output tok/s": rate})
 
     # ------------------------------------------------------------ requests
 
@@ -268,8 +268,9 @@ class TraceObserver:
         t_ns: int,
         args: dict[str, Any] | None = None,
     ) -> None:
-        event: dict[str, Any] = {"ph": ph, "cat": cat, "id": number, "pid": _process(engine), "tid": 0}
-        event |= {"ts": _us(t_ns), "name": name}
+        # a local id, or viewers would put the track beside the processes instead of into its engine
+        event: dict[str, Any] = {"ph": ph, "cat": cat, "id2": {"local": number}, "pid": _process(engine)}
+        event |= {"tid": 0, "ts": _us(t_ns), "name": name}
         out.put({**event, "args": args} if args else event)
 
 

@@ -110,6 +110,10 @@ def test_what_is_not_comparable_is_said(runs: dict[str, Path], capsys: Out, othe
             {"servelab.samples.e2el": 4},
             "latencies are of completed requests only: 8 in A, 4 in B; the others are in no percentile",
         ),
+        (
+            {"servelab.samples.e2el": 4, "servelab.info.settings.workload.num_requests": 4},
+            "not the same workload: workload.num_requests",
+        ),
         ({"servelab.info.platform": "beos-m68k"}, "different machines: platform"),
         (
             {"servelab.info.settings.clock.name": "wall"},

@@ -15,7 +15,15 @@ from tests.metrics.logs import MS, admitted, arrived, ended, finished, preempted
 from servelab.core.errors import ServeLabError
 from servelab.core.metrics import Timeline
 from servelab.core.metrics.phases import WAITING
-from servelab.core.records import Planned, Record, TransferEnded, TransferStarted
+from servelab.core.records import (
+    Planned,
+    Record,
+    StepDone,
+    TransferEnded,
+    TransferStarted,
+    from_dict,
+    to_dict,
+)
 from servelab.core.run_folder import RunFolder, RunFolderError
 from servelab.plugins.commands.explain.command import main
 from servelab.plugins.commands.explain.life import Life
@@ -39,9 +47,8 @@ def planned(t: float, number: int, work: dict[str, int], **more: Any) -> Planned
 
 def a_small_run() -> list[Record]:
     """``a`` runs; ``b`` waits for pages, is admitted, preempted for ``a``'s sake, and ends. Pages of 16."""
-    info = {"settings": {"engine": {"lanes": 1, "max_in_flight": 1}, "spec": None}}
     return [
-        started(**info),
+        started(settings=SURE),
         arrived(0, "a", 29),
         planned(0, 0, {"a": 29}),
         admitted(0, "a"),
@@ -93,8 +100,8 @@ b of RUN: completed (stop)
 +18.00 ms   Admitted by the plan of step 3. 20 tokens of its prompt ran in one step of 10.00 ms, in
             a batch of 2.
 +28.00 ms   First token: TTFT 28.00 ms.
-+28.00 ms   Preempted by the plan of step 4, mode recompute: "full". 20 tokens of its KV were lost;
-            1 output token had come.
++28.00 ms   Preempted by the plan of step 4, mode recompute: "full". The KV of 20 tokens was lost; 1
+            output token had come.
             That plan went on with a. Counting tokens, a began a new page of 16 in it.
             Waited 11.00 ms to be admitted again, 18.3 % of its life.
             What 1 plan said in that time:
@@ -118,9 +125,22 @@ def test_the_story_of_a_small_run(tmp_path: Path, capsys: Out) -> None:
     assert capsys.readouterr().out.replace(str(tmp_path), "RUN") == GOLDEN
 
 
-def test_pages_are_counted_only_where_they_can_be(tmp_path: Path, capsys: Out) -> None:
+SURE: dict[str, Any] = {"engine": {"lanes": 1, "max_in_flight": 1}, "spec": None}
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {},  # does not say that one launch at a time flies
+        {"settings": SURE | {"engine": {"lanes": 2, "max_in_flight": 1}}},
+        {"settings": SURE | {"engine": {"lanes": 1, "max_in_flight": 2}}},
+        {"settings": SURE | {"spec": {"name": "ngram"}}},
+        {"settings": SURE, "kv": {"pools": [{"id": "x", "page_tokens": 16}, {"id": "y", "page_tokens": 8}]}},
+    ],
+)
+def test_pages_are_counted_only_where_they_can_be(tmp_path: Path, capsys: Out, info: dict[str, Any]) -> None:
     records = a_small_run()
-    records[0] = started()  # does not say that one launch at a time flies
+    records[0] = started(**info)
     write(tmp_path, records)
     main([str(tmp_path), "b"])
     out = capsys.readouterr().out
@@ -147,6 +167,43 @@ def test_the_same_for_machines(tmp_path: Path, capsys: Out) -> None:
         }
     ]
     assert told["stretches"][3]["overtakers"] == ["c"]
+    assert [(gap["ns"], gap["steps"]) for gap in told["slowest_gaps"]] == [
+        (22 * MS, 3), (5 * MS, 1), (5 * MS, 1),
+    ]  # fmt: skip
+
+
+def test_who_comes_back_overtakes_once(tmp_path: Path) -> None:
+    records = a_small_run()
+    (place,) = (
+        i for i, r in enumerate(records) if r.ev == "finished" and r.t_ns == 41 * MS and r.request == "a"
+    )  # type: ignore[attr-defined]
+    run = write(
+        tmp_path,
+        [*records[:place], preempted(40, "c", 5), admitted(40.5, "c", resumed=True), *records[place:]],
+    )
+    (wait,) = (s for s in life_of(run, "b").stretches if s.phase == "preempted")
+    assert (wait.admitted, wait.overtakers) == (["c", "c"], ["c"])
+
+
+def test_other_engines_do_not_matter(tmp_path: Path) -> None:
+    records = a_small_run()
+    mixed = [records[0]]
+    for record in records[1:]:  # engine 1 does the same half a millisecond later, with others
+        mixed.append(record)
+        twin = from_dict(json.loads(json.dumps(to_dict(record)).replace('"a"', '"x"').replace('"c"', '"y"')))
+        twin.engine, twin.t_ns = 1, twin.t_ns + MS // 2
+        if record.ev in ("arrived", "admitted", "step", "planned") and "b" not in str(
+            getattr(record, "request", "")
+        ):
+            if isinstance(twin, StepDone):
+                twin.requests, twin.free_pages, twin.running = (
+                    ["x" if n == "b" else n for n in twin.requests],
+                    (0,),
+                    9,
+                )
+            mixed.append(twin)
+    alone = as_json(life_of(write(tmp_path / "alone", records), "b"))
+    assert as_json(life_of(write(tmp_path / "mixed", mixed), "b")) == alone
 
 
 def test_reasons_that_differ_in_numbers_only_are_one() -> None:
@@ -155,14 +212,16 @@ def test_reasons_that_differ_in_numbers_only_are_one() -> None:
     reasons.say(3, "no room: 12 of r12 pages, 5 free", own=True)
     reasons.say(5, "no room: 9 of r12 pages, 10 free", own=True)
     reasons.say(9, "batch full", own=True)
+    reasons.say(9, "no room: 9 of r14 pages, 1 free", own=True)  # of another, so another reason
     reasons.say(10, "no room: 9 of r13 pages, 10 free", own=False, other="r13")
     reasons.close(30)
     assert [(one.text, one.plans, one.ns, one.own) for one in reasons] == [
         ("no room: 9 of r13 pages, 10 free", 1, 20, False),
         ("no room: 9 to 12 of r12 pages, 5 to 10 free", 2, 6, True),
-        ("batch full", 1, 1, True),
+        ("no room: 9 of r14 pages, 1 free", 1, 1, True),
+        ("batch full", 1, 0, True),
     ]
-    assert reasons.unanswered_ns == 3 and reasons.plans == 4
+    assert reasons.unanswered_ns == 3 and reasons.plans == 5
 
 
 @pytest.mark.parametrize(
@@ -223,10 +282,14 @@ def check(run: RunFolder, life: Life) -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
-    seed=st.integers(0, 1000), lanes=st.integers(1, 2), flights=st.integers(1, 2), pages=st.integers(12, 20)
+    seed=st.integers(0, 1000),
+    lanes=st.integers(1, 2),
+    flights=st.integers(1, 2),
+    pages=st.integers(12, 20),
+    samples=st.integers(1, 2),
 )
 def test_any_legal_plans(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, lanes: int, flights: int, pages: int
+    tmp_path_factory: pytest.TempPathFactory, seed: int, lanes: int, flights: int, pages: int, samples: int
 ) -> None:
     run = serve(
         tmp_path_factory.mktemp("run"),
@@ -235,6 +298,7 @@ def test_any_legal_plans(
         executor={"num_kv_pages": pages, "num_host_pages": 30},
         workload={
             "request_rate": 300,
+            "samples": samples,
             "cancel_fraction": 0.2,
             "patience_ms": {"law": "constant", "value": 60},
         },
@@ -263,6 +327,7 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def test_swapping_is_told(swapped: RunFolder, capsys: Out) -> None:
     life = life_of(swapped, "r3")
     check(swapped, life)
+    assert lane(life).count(">") == lane(life).count("<") == 1  # however short
     assert [s.phase for s in life.stretches] == [
         "queued", "prefill", "decode", "swap out", "swapped", "swap in", "decode",
     ]  # fmt: skip
@@ -282,11 +347,52 @@ def test_swapping_is_told(swapped: RunFolder, capsys: Out) -> None:
         assert part in out
 
 
+@pytest.mark.parametrize(
+    ("kvcache", "parts"),
+    [
+        ("paged", ["It shares the KV of 9 tokens with r1. 7 further tokens in"]),
+        (
+            "contiguous",
+            [
+                "drawn when r1 had computed the prompt. It cannot share that: the kvcache or",
+                "10 tokens, its prompt and its output so far, ran",
+            ],
+        ),
+    ],
+)
+def test_a_further_sample_of_a_prompt(tmp_path: Path, capsys: Out, kvcache: str, parts: list[str]) -> None:
+    run = serve(
+        tmp_path,
+        seed=3,
+        kvcache={"name": kvcache},
+        executor={"num_kv_pages": 64},
+        workload={"num_requests": 2, "samples": 2, "request_rate": 500},
+    )
+    check(run, life_of(run, "r1#1"))
+    main([str(tmp_path), "r1#1"])
+    out = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "a further sample of the prompt of r1",
+        "Admitted with r1, which computes the prompt.",
+        *parts,
+    ):
+        assert part in out
+
+
 def test_a_client_that_gives_up_in_the_queue(swapped: RunFolder, capsys: Out) -> None:
     main([str(swapped), "r5"])
     out = " ".join(capsys.readouterr().out.split())
     assert "SLO missed: no TTFT, bound 20.00 ms, missed; no TPOT, bound 6.00 ms, undecided" in out
     assert "Cancelled: the client gave up" in out and "0 output tokens, 0 preemptions." in out
+
+
+def test_a_long_life_keeps_to_its_columns(tmp_path: Path, capsys: Out) -> None:
+    day = 86_400_000.0
+    write(tmp_path, [started(), arrived(0, "a"), finished(day, "a", 0, "cancelled", "tired"), ended(day)])
+    main([str(tmp_path), "a"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "+86,400.0 s Cancelled: tired before it ever ran. 0 output tokens, 0 preemptions."
+    assert any("life       1440 min 0.0 s: 100.0 % queued" in line for line in lines)
 
 
 def test_a_rejected_request(tmp_path: Path, capsys: Out) -> None:
@@ -353,7 +459,7 @@ def test_transfers_of_others_and_of_the_dead_do_not_matter(tmp_path: Path) -> No
 
 
 def test_plans_are_read_only_as_far_as_the_life_goes(tmp_path: Path) -> None:
-    run = write(tmp_path, a_small_run())
+    run = write(tmp_path, [*a_small_run(), planned(70, 9, {})])
     read: list[float] = []
 
     def watched() -> Any:

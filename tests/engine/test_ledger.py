@@ -197,6 +197,48 @@ def test_a_copy_needs_a_page_of_its_own() -> None:
         book.reserve(parent, 1)
 
 
+def _copied_in_flight() -> tuple[Ledger, Any, Any, Any, int]:
+    """Three samples share a tail page; the second copies it in a launch in flight, the third is gone.
+
+    The ledger, the samples and the page.
+    """
+    book = ledger(8)
+    samples = [request(book, name) for name in ("r", "r#1", "r#2")]
+    first, second, third = samples
+    write(book, first, 6)
+    for other in (second, third):
+        other.computed = 6
+        book.fork(first, other)
+    tail = first.lease.tables[0][1]
+    write(book, second, 1)
+    second.lease.in_flight += 1
+    assert [source for _, source, _ in book.take_copies()] == [tail]
+    book.release(third.lease)
+    return book, first, second, third, tail
+
+
+def test_a_page_that_another_sample_copies_from_is_not_free_when_its_last_holder_gives_it_up() -> None:
+    book, first, second, _, tail = _copied_in_flight()
+    assert book.releasable([first.lease]) == [0]  # the full page is the second's too, the tail is being read
+    before = book.free()
+    book.release(first.lease)
+    assert book.free() == before
+    book.landed([second.lease])
+    assert book.free() == (before[0] + 1,) and book._device[0].refs[tail] == 0
+    book.check_integrity()
+
+
+def test_a_page_that_another_sample_copies_from_is_not_published() -> None:
+    """The store could evict it before the copy is made."""
+    book, first, second, _, _ = _copied_in_flight()
+    assert book.leading_own(first.lease, 0, 2) == 0, "the full page is the second's too, and not stored"
+    for page in first.lease.tables[0][:1]:
+        book.retain(0, page)
+    assert book.leading_own(first.lease, 0, 2) == 1, "the tail is being read"
+    book.landed([second.lease])
+    assert book.leading_own(first.lease, 0, 2) == 2
+
+
 def test_fork_into_a_request_with_pages_is_refused() -> None:
     book = ledger(4)
     a, b = request(book, "a"), request(book, "b")

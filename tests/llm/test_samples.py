@@ -103,6 +103,9 @@ def test_a_stream_closed_early_gives_up_all_outputs(llm: LLM, recorder: Any) -> 
 def test_many_prompts_with_unlike_numbers_of_outputs(llm: LLM) -> None:
     done = llm.generate(["a", "b", "c"], [drawn(), drawn(n=3), drawn(n=2)])
     assert [len(one.samples) for one in done] == [1, 3, 2]
+    for prompt, one in zip("abc", done, strict=True):  # their prompts end in one launch
+        alone = [llm.generate(prompt, drawn(seed=7 + k))[0].token_ids for k in range(len(one.samples))]
+        assert [each.token_ids for each in one.samples] == alone
 
 
 def test_greedy_outputs_would_be_equal() -> None:

@@ -69,7 +69,7 @@ def check(events: list[Event]) -> None:
             assert all(isinstance(value, int | float) for value in event["args"].values())
             counters[pid, event["name"]] = event["ts"]
         elif phase in "bne":
-            key = pid, event["cat"], event["id"]
+            key = pid, event["cat"], event["id2"]["local"]
             stack = stacks[key]
             if phase == "b":
                 assert not stack or event["ts"] >= stack[-1][1]
@@ -115,7 +115,7 @@ def of(events: list[Event], **fields: Any) -> list[Event]:
 
 def track(events: list[Event], request: str) -> list[tuple[str, str, float]]:
     (first,) = of(events, ph="b", cat="request", name=request)
-    return [(e["ph"], e["name"], e["ts"]) for e in of(events, cat="request", id=first["id"])]
+    return [(e["ph"], e["name"], e["ts"]) for e in of(events, cat="request", id2=first["id2"])]
 
 
 def test_launches_and_counters(tmp_path: Path) -> None:
@@ -132,12 +132,12 @@ def test_launches_and_counters(tmp_path: Path) -> None:
         "emitted": 2,
     }  # fmt: skip
     assert (launches[2]["args"]["steps"], launches[2]["args"]["tokens"]) == (2, 2)
-    free = of(events, ph="C", name="free KV pages, full")
-    assert [(e["ts"], e["args"]["pages"]) for e in free] == [
+    free = of(events, ph="C", name="KV pool full")
+    assert [(e["ts"], e["args"]["free pages"]) for e in free] == [
         (10000, 60), (20000.001, 40), (30000, 50), (40000, 50),
     ]  # fmt: skip
     assert [e["args"] for e in of(events, ph="C", name="requests")][1] == {"waiting": 0, "running": 2}
-    assert [e["args"]["tok/s"] for e in of(events, name="output tok/s, lane 0")] == [100, 200, 210.526, 100]
+    assert [e["args"]["output tok/s"] for e in of(events, ph="C", name="lane 0")] == [100, 200, 210.526, 100]
     names = {(e["pid"], e.get("tid")): e["args"]["name"] for e in of(events, ph="M") if "name" in e["args"]}
     assert names == {
         (1, None): "run", (1, 0): "phases", (2, None): "engine 0", (2, 1): "lane 0",
@@ -172,7 +172,15 @@ def test_quality_has_a_slice_of_its_own(tmp_path: Path) -> None:
     events = trace(tmp_path, [*three()[:-1], began, one, ended(70)])
     slices = [(e["name"], e["ts"], e["dur"]) for e in of(events, ph="X", pid=1)]
     assert slices == [("serving", 0, 50000), ("quality", 50000, 20000)]
-    assert [e["args"] for e in of(events, name="mean KL, nats")] == [{"w4": 0.25}]
+    assert [e["args"] for e in of(events, name="mean KL in nats")] == [{"w4": 0.25}]
+
+
+def test_a_transfer_under_way_ends_with_the_run(tmp_path: Path) -> None:
+    move = TransferStarted(t_ns=39 * MS, transfer=26, request="b", direction="out", pages=2, bytes=64)
+    events = trace(tmp_path, [*three()[:-1], move, ended(41)])
+    assert [(e["ph"], e["ts"], e["id2"]["local"], e["name"]) for e in of(events, cat="transfer")] == [
+        ("b", 39000, "0x1a", "swap out b"), ("e", 41000, "0x1a", "swap out b"),
+    ]  # fmt: skip
 
 
 def test_tracks_are_bounded_and_that_is_said(tmp_path: Path) -> None:
@@ -212,6 +220,7 @@ def test_any_legal_run(tmp_path_factory: pytest.TempPathFactory, seed: int, lane
         executor={"num_kv_pages": 13, "num_host_pages": 30},
         workload={
             "request_rate": 300,
+            "samples": 2,
             "cancel_fraction": 0.2,
             "patience_ms": {"law": "constant", "value": 60},
         },

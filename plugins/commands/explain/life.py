@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from servelab.core.metrics import RequestFacts
 from servelab.core.metrics.phases import Phase
-from servelab.core.records import RequestArrived
+from servelab.core.records import RequestArrived, RequestForked
 from servelab.plugins.commands.explain.reasons import Reasons
 
 
@@ -149,6 +149,8 @@ class Life:
     """Every gap between its chunks, in ns."""
     slowest: list[Gap] = field(default_factory=list)
     """The greatest of them first."""
+    fork: RequestForked | None = None
+    """How it began, if it is a further sample of a prompt that another computed."""
     preemptions: list[Preemption] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     end_ns: int = 0

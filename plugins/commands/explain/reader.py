@@ -22,6 +22,7 @@ from servelab.core.records import (
     RequestAdmitted,
     RequestArrived,
     RequestFinished,
+    RequestForked,
     RequestPreempted,
     RunFinished,
     RunStarted,
@@ -98,6 +99,7 @@ class _Events:
             RequestArrived.ev: self._arrived,
             RequestAdmitted.ev: self._admitted,
             StepDone.ev: self._step,
+            RequestForked.ev: self._forked,
             RequestPreempted.ev: self._preempted,
             TransferStarted.ev: self._transfer_started,
             TransferEnded.ev: self._transfer_ended,
@@ -197,6 +199,19 @@ class _Events:
             stretch.overtakers.append(r.request)
         if life.preemptions and life.preemptions[-1].t_ns == r.t_ns:
             life.preemptions[-1].admitted.append(r.request)
+
+    def _forked(self, r: RequestForked) -> None:
+        changes = self._follow(r)
+        if r.shared_tokens:
+            self._computed[r.request] = r.shared_tokens
+        life = self._concerned(r.engine)
+        if life is None or not changes:
+            return
+        self._enter(life, changes[0])
+        life.fork = r
+        life.facts.add(array("q", [r.t_ns]), 1)
+        life.stretches[-1].tokens += 1
+        self._gap = Gap(r.t_ns, r.t_ns)
 
     def _preempted(self, r: RequestPreempted) -> None:
         changes = self._follow(r)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
+from servelab.core.metrics.definitions import NS_PER_S
 from servelab.core.metrics.goodput import judge, overall
 from servelab.core.metrics.phases import WAITING, Phase
 from servelab.plugins.commands.explain.life import Gap, Life, Preemption, Stretch
@@ -77,6 +78,8 @@ def _head(life: Life, folder: str) -> Iterator[str]:
         parts.append(f"tenant {arrived.tenant}")
     if arrived.program is not None:
         parts.append(f"turn {arrived.turn} of program {arrived.program}")
+    if arrived.parent is not None:
+        parts.append(f"a further sample of the prompt of {arrived.parent}")
     if arrived.engine:
         parts.append(f"engine {arrived.engine}")
     yield from wrapped(f"  asked      {', '.join(parts)}", " " * 13)
@@ -156,6 +159,10 @@ def _stretch(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     phase = stretch.phase
     if stretch.preemption is not None:
         yield from _preemption(life, stretch.preemption)
+    elif phase == "preempted" and life.fork is not None:
+        text = f"First token: TTFT {duration(life.facts.ttft_ns or 0)}, drawn when {life.fork.parent} had"
+        text += f" computed the prompt. It cannot share that: {life.fork.reason}."
+        yield from _at(life, stretch.start_ns, text)
     if phase in WAITING:
         if phase == "swapped":
             yield from _at(life, stretch.start_ns, f"{_moved(life, 'out', stretch.start_ns)} on the host.")
@@ -165,18 +172,17 @@ def _stretch(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     elif phase == "decode":
         yield from _decode(life, index, stretch)
     elif phase == "swap in":
-        move = next(m for m in life.moves if m.direction == "in" and m.start_ns == stretch.start_ns)
+        move = [m for m in life.moves if m.direction == "in" and m.start_ns <= stretch.start_ns][-1]
         why = f': "{move.reason}"' if move.reason else ""
-        yield from _at(
-            life, stretch.start_ns, f"Its KV, {count(move.pages, 'page')}, began to come back{why}."
-        )
+        text = f"Its KV, {count(move.pages, 'page')}, began to come back{why}."
+        yield from _at(life, stretch.start_ns, text)
 
 
 def _preemption(life: Life, p: Preemption) -> Iterator[str]:
     by = f" by the plan of step {p.plan.step}" if p.plan else ""
     out = sum(s.tokens for s in life.stretches if s.end_ns <= p.t_ns)
     text = f'Preempted{by}, mode {p.mode}: "{p.reason}". '
-    text += f"{count(p.lost_tokens, 'token')} of its KV were lost" if p.lost_tokens else "No KV was lost"
+    text += f"The KV of {count(p.lost_tokens, 'token')} was lost" if p.lost_tokens else "No KV was lost"
     text += f"; {count(out, 'output token')} had come."
     yield from _at(life, p.t_ns, text)
     yield from _behalf(life, p)
@@ -194,17 +200,10 @@ def _behalf(life: Life, p: Preemption) -> Iterator[str]:
         yield from _below("That plan ran nobody.")
     else:
         text = f"That plan went on with {listed(list(work))}."
-        if admitted:
-            text += (
-                " It admitted "
-                + joined([f"{name} ({count(work[name], 'token')})" for name in admitted])
-                + "."
-            )
-        if chunks:
-            text += " A chunk of prompt ran for " + joined(
-                [f"{n} ({count(work[n], 'token')})" for n in chunks]
-            )
-            text += "."
+        for begin, names in (("It admitted", admitted), ("A chunk of prompt ran for", chunks)):
+            if names:
+                shown = [f"{name} ({count(work[name], 'token')})" for name in names]
+                text += f" {begin} {joined(shown)}."
         yield from _below(text + _grown(life, p, work))
     if p.plan.victims:
         yield from _below(f"It preempted {listed(p.plan.victims)} as well.")
@@ -227,17 +226,16 @@ def _grown(life: Life, p: Preemption, work: dict[str, int]) -> str:
 
 
 def _waiting(life: Life, stretch: Stretch) -> Iterator[str]:
-    total = life.end_ns - life.arrived.t_ns
+    if not stretch.ns and stretch.phase == "queued" and life.facts.admitted_ns is not None:
+        return  # taken at once
     what = {
         "queued": "Waited {} to be admitted",
         "preempted": "Waited {} to be admitted again",
         "swapped": "Waited {} on the host",
         "paused": "Paused for {}, its pages kept",
     }[stretch.phase]
-    text = what.format(duration(stretch.ns)) + f", {percent(stretch.ns, total)} of its life."
-    if not stretch.ns and stretch.phase == "queued" and life.facts.admitted_ns is not None:
-        return  # taken at once
-    yield from _below(text)
+    share = percent(stretch.ns, life.end_ns - life.arrived.t_ns)
+    yield from _below(f"{what.format(duration(stretch.ns))}, {share} of its life.")
     yield from _said(life, stretch)
     yield from _meanwhile(life, stretch)
 
@@ -301,7 +299,9 @@ def _prefill(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
         text = f"{BACK[before]}."
     else:
         text = "Admitted again" if again else "Admitted"
-        text += f" by the plan of step {plan[0]}." if plan else "."
+        parent = None if again else life.arrived.parent
+        whose = f" with {parent}, which computes the prompt" if parent else ""
+        text += f" by the plan of step {plan[0]}." if plan else f"{whose}."
     if stretch.cached_tokens:
         text += f" {count(stretch.cached_tokens, 'token')} of KV came from the prefix store."
     chunks = stretch.chunks
@@ -318,7 +318,7 @@ def _prefill(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
             text += f", {duration(took)} in all"
         batches = [chunk.batch for chunk in chunks]
         text += f", in a batch of {span(min(batches), max(batches))}." if max(batches) > 1 else ", alone."
-    elif stretch.ns:
+    elif stretch.ns and (again or not life.arrived.parent):
         text += " No step of it ended."
     yield from _at(life, stretch.start_ns, text)
 
@@ -327,6 +327,8 @@ def _decode(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     facts = life.facts
     if facts.times and stretch.start_ns == facts.times[0]:
         text = f"First token: TTFT {duration(facts.ttft_ns or 0)}."
+        if life.fork is not None:
+            text += f" It shares the KV of {count(life.fork.shared_tokens, 'token')} with {life.fork.parent}."
         if stretch.tokens > 1:
             text += f" {count(stretch.tokens - 1, 'further token')} in {duration(stretch.ns)}."
     else:
@@ -407,7 +409,8 @@ def _silences(life: Life) -> Iterator[str]:
 
 
 def _since(life: Life, t_ns: int) -> str:
-    return f"+{duration(t_ns - life.arrived.t_ns)}"
+    ns = t_ns - life.arrived.t_ns
+    return f"+{duration(ns)}" if ns < 60 * NS_PER_S else f"+{ns / NS_PER_S:,.1f} s"  # fits the margin
 
 
 def _at(life: Life, t_ns: int, text: str) -> list[str]:
