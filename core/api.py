@@ -19,6 +19,7 @@ from servelab.core.families.observer import Observer
 from servelab.core.families.scheduler import CostView, KVBudget, KVView, Queue, Scheduler, StepView
 from servelab.core.families.task import Task
 from servelab.core.families.workload import Workload
+from servelab.core.findings import Finding
 from servelab.core.hookspecs import hookimpl
 from servelab.core.layout import Capacity, KVLayout, Pool
 from servelab.core.plan import (
@@ -75,6 +76,7 @@ __all__ = [
     "CostModel",
     "CostView",
     "Executor",
+    "Finding",
     "HardwareFacts",
     "Hold",
     "KVBudget",

@@ -230,7 +230,7 @@ class Registry:
         if spec.probe is None:
             return None
         try:
-            reason = _import(spec.probe)()
+            reason = import_target(spec.probe)()
         except (Exception, SystemExit) as exc:
             return f"its probe failed: {_describe(exc)}"
         if reason is None or isinstance(reason, str):
@@ -256,7 +256,7 @@ class Registry:
         if target is None:
             return None
         try:
-            return _import(target)
+            return import_target(target)
         except (Exception, SystemExit) as exc:
             raise PluginLoadError(
                 f"the {what} of {kind} {name!r} could not be loaded",
@@ -279,7 +279,7 @@ class Registry:
             raise self._nobody("command", name, [*BUILT_IN, *self.commands])
         command, where = self.commands[name], f"command {name!r} of {self.command_providers[name]}"
         try:
-            main = _import(command.target)
+            main = import_target(command.target)
         except (Exception, SystemExit) as exc:
             raise PluginLoadError(
                 f"command {name!r} could not be loaded",
@@ -510,7 +510,8 @@ def _provider(entry: EntryPoint) -> Provider:
     return Provider(entry.name, entry.dist.name, entry.dist.version)
 
 
-def _import(target: str) -> Any:
+def import_target(target: str) -> Any:
+    """What ``"package.module:Attribute"`` names; raises whatever importing it raises."""
     module, _, attributes = target.partition(":")
     value: Any = importlib.import_module(module)
     for attribute in attributes.split("."):

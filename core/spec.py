@@ -64,5 +64,8 @@ class PluginSpec:
     describe_model: str | None = None
     """Executors only: import path of ``describe(model: ModelConfig) -> dict``, which reads the fields of a
     model's shape from its files where the configuration leaves them open."""
+    diagnose: str | None = None
+    """Import path of ``diagnose(model, online) -> Iterable[Finding]``: what the plugin needs of this machine,
+    for ``servelab doctor`` (``core/findings.py``)."""
     oracle: bool = False
     """True if it may read true output lengths; every report of such a run is stamped."""

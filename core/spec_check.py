@@ -35,7 +35,7 @@ def check_spec(spec: object) -> PluginSpec:
     _require(_matches(_NAME, spec.name), "name", spec.name, "lower-case letters, digits and _ . -")
     _require(spec.name != "none", "name", spec.name, "another word: 'none' means no plugin")
     _require(_matches(_PATH, spec.factory), "factory", spec.factory, '"package.module:Attribute"')
-    for field in ("config", "probe", "describe_model"):
+    for field in ("config", "probe", "describe_model", "diagnose"):
         value = getattr(spec, field)
         _require(value is None or _matches(_PATH, value), field, value, '"package.module:Attribute" or None')
     _require(isinstance(spec.summary, str), "summary", spec.summary, "a string")

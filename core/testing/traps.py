@@ -1,9 +1,9 @@
-"""Notices what a policy may not touch: clocks, chance that is not its own, the environment, what it is "
-"shown."""
+"""Notices what a policy may not touch: clocks, chance that is not its own, the environment."""
 
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import random
 import sys
@@ -60,7 +60,8 @@ def _forbidden_frame(frame: FrameType) -> str | None:
 def forbidden_calls(report: Callable[[str], None]) -> Iterator[None]:
     """While it lasts, calls of clocks, of the global generator and of the environment are reported by name.
 
-    It sees calls, not names: also of a function that was imported from its module before.
+    It sees calls, not names: also of a function that was imported from its module before. No garbage is
+    collected meanwhile, because what others do at collections (hypothesis reads a clock) is not the policy's.
     """
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
@@ -72,9 +73,12 @@ def forbidden_calls(report: Callable[[str], None]) -> Iterator[None]:
         if found is not None:
             report(found)
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()
     sys.setprofile(profile)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()

@@ -1,4 +1,4 @@
-"""Subcommands of the command line, one line each: what reads the folders of runs."""
+"""Subcommands of the command line, one line each."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ TABLE = {
     "sweep": (
         "servelab.plugins.sweeps.command:main",
         "the comparison of a sweep's jobs, made again from its folder",
+    ),
+    "new": (
+        "servelab.plugins.commands.new.command:main",
+        "a package of one's own: a plugin that works, its settings, its tests",
+    ),
+    "doctor": (
+        "servelab.plugins.commands.doctor.command:main",
+        "what works here and what does not: versions, model, plugin packages; and what to do",
     ),
 }
 

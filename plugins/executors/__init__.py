@@ -12,6 +12,7 @@ TABLE = (
         factory="servelab.plugins.executors.torch.executor:TorchExecutor",
         config="servelab.plugins.executors.torch.executor:TorchExecutorConfig",
         describe_model="servelab.plugins.executors.checkpoint.find:describe",
+        diagnose="servelab.plugins.executors.torch.diagnose:diagnose",
         summary="real weights and tokens on this machine's CPU",
         runs=("torch",),
         provides=frozenset({"executor.torch", "executor.tokenizer", "executor.quant", "executor.quality"}),

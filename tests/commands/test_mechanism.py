@@ -76,7 +76,8 @@ def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert run(monkeypatch, "explian", "last") == 1
     error = capsys.readouterr().err
     assert "unknown command 'explian'" in error
-    assert "did you mean 'explain'? known: compare, explain, export, plugins, report, show, sweep" in error
+    known = "compare, doctor, explain, export, new, plugins, report, show, sweep"
+    assert f"did you mean 'explain'? known: {known}" in error
 
 
 def test_errors_of_a_command_are_shown_as_others(

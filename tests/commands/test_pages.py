@@ -12,9 +12,11 @@ import pytest
 from servelab.core.commands import BUILT_IN
 from servelab.plugins.commands import TABLE
 from servelab.plugins.commands.compare.command import _parser as compare_parser
+from servelab.plugins.commands.doctor.command import _parser as doctor_parser
 from servelab.plugins.commands.explain.command import _parser as explain_parser
 from servelab.plugins.commands.explain.command import main as explain
 from servelab.plugins.commands.explain.table import SORTABLE
+from servelab.plugins.commands.new.command import _parser as new_parser
 
 BLOCK = re.compile(r"^```(sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -40,7 +42,7 @@ def test_every_command_and_option_is_in_the_reference(repository: Path) -> None:
     page = (repository / "docs/reference/commands.md").read_text(encoding="utf-8")
     for name in (*BUILT_IN, *TABLE):
         assert f"\n| `{name} " in page, name
-    for parser in (explain_parser(), compare_parser()):
+    for parser in (explain_parser(), compare_parser(), new_parser(), doctor_parser()):
         for action in parser._actions:
             for option in action.option_strings:
                 assert option in ("-h", "--help") or f"| `{option}" in page, option

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from servelab.core.testing import ConformanceError, suite_of
 from servelab.core.testing.quant import QuantSuite, floor_db
 from servelab.core.testing.recorded import cut, steps, whole
 from servelab.core.testing.tensors import check_describes_without_tensors
+from servelab.core.testing.traps import forbidden_calls
 from servelab.core.testing.workload import _rank_correlation
 from servelab.core.testing.written import files_written
 
@@ -76,3 +79,26 @@ def test_ranks() -> None:
     assert _rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     assert _rank_correlation([5, 5, 5], [1, 2, 3]) == 0
     assert abs(_rank_correlation([1, 1, 2, 2], [1, 2, 1, 2])) < 1e-12
+
+
+def test_what_others_do_when_garbage_is_collected_is_not_the_policys() -> None:
+    """Hypothesis reads a clock then."""
+    found: list[str] = []
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        time.perf_counter()
+
+    gc.callbacks.append(watch)
+    try:
+        with forbidden_calls(found.append):
+            rings: list[list[object]] = [[] for _ in range(20_000)]
+            for ring in rings:
+                ring.append(ring)
+            del rings
+        assert not found
+        assert gc.isenabled()
+        with forbidden_calls(found.append):
+            time.perf_counter()
+        assert found == ["time.perf_counter"]
+    finally:
+        gc.callbacks.remove(watch)

@@ -24,6 +24,12 @@ def pip() -> Pip:
     return _pip
 
 
+@pytest.fixture(scope="session")
+def module_pip() -> Pip:
+    """For fixtures that live longer than a test."""
+    return _pip
+
+
 @pytest.fixture
 def demo_source(tmp_path: Path) -> Path:
     """A copy of the stranger's package: an editable install leaves files beside it."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from servelab.core.logs import read_log
 from servelab.core.metrics import Timeline, summarize
 from servelab.core.registry import Registry
 from servelab.core.spec import PluginSpec
+from servelab.core.testing import SchedulerSuite, failures, suite_of
 from servelab.plugins.executors.scripted import ScriptedExecutor, ScriptedExecutorConfig
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -61,6 +64,19 @@ def run(tmp_path: Path) -> Run:
         return tmp_path
 
     return serve
+
+
+def test_the_scheduler(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what its spec says, and fails what the page exempts it from, and nothing else."""
+    page = repository / "docs/howto/add_a_scheduler.md"
+    shown = _blocks(page)
+    (spec,) = shown["servelab_schedulers"]()
+    module = ModuleType("servelab_newest.scheduler")
+    vars(module).update(Newest=shown["Newest"], NewestConfig=shown["NewestConfig"])
+    monkeypatch.setitem(sys.modules, "servelab_newest", ModuleType("servelab_newest"))
+    monkeypatch.setitem(sys.modules, "servelab_newest.scheduler", module)
+    suite = suite_of(SchedulerSuite, spec, exempt=shown["TestNewest"].exempt)
+    assert failures(suite) == {}
 
 
 def test_the_observer(repository: Path, run: Run) -> None:

@@ -1,0 +1,1 @@
+"""``servelab doctor``: what works on this machine, what does not, and what to do."""
