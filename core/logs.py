@@ -313,5 +313,6 @@ def _damaged(path: Path, number: int, reason: str) -> LogError:
         "the log has a damaged line",
         where=f"{path}, line {number}",
         why=reason,
-        do="restore the file from a copy; lines after a damaged one cannot be read, as they build on it",
+        do="if a newer ServeLab wrote it, read it with that one; else restore the file from a copy: lines "
+        "after a damaged one cannot be read, as they build on it",
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -68,3 +68,33 @@ def run_py(tmp_path: Path) -> Command:
         )
 
     return call
+
+
+@pytest.fixture
+def package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocking_all_but: Callable[..., None]
+) -> Iterator[Callable[..., None]]:
+    """Make a distribution: metadata and one module, in a folder on the path."""
+    before = set(sys.modules)
+    brought: set[str] = set()
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def make(
+        name: str, code: str | None = None, *, entry: str | None = None, configs: str = "", module: str = ""
+    ) -> None:
+        brought.add(entry or name)
+        blocking_all_but(*brought)
+        module = module or f"fake_{name.replace('-', '_')}"
+        if code is not None:
+            (tmp_path / f"{module}.py").write_text(code, encoding="utf-8")
+        info = tmp_path / f"fake_{name}-0.9.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fake-{name}\nVersion: 0.9\n", "utf-8")
+        lines = [] if code is None else ["[servelab]", f"{entry or name} = {module}"]
+        lines += ["[servelab.configs]", f"{entry or name} = {configs}"] if configs else []
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    yield make
+    for name in set(sys.modules) - before:
+        if name.startswith("fake_"):
+            del sys.modules[name]

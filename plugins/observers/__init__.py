@@ -29,6 +29,13 @@ TABLE = (
         summary="run card, table of results, results.json",
         tier="stable",
     ),
+    PluginSpec(
+        name="trace",
+        factory="servelab.plugins.observers.trace:TraceObserver",
+        config="servelab.plugins.observers.trace:TraceConfig",
+        summary="trace.json for Perfetto and chrome://tracing: launches, counters, requests, transfers",
+        tier="stable",
+    ),
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from servelab.core.compose import compose
 from servelab.core.config import validate
-from servelab.core.hookspecs import EVENT_OF_RECORD, Events, Registration
+from servelab.core.hookspecs import EVENT_OF_RECORD, Commands, Events, Registration
 from servelab.core.registry import Registry
 from servelab.core.spec import PluginSpec
 
@@ -109,7 +109,7 @@ def test_every_kind_has_its_registration_hook() -> None:
 
 
 def test_every_hook_says_what_it_is_for() -> None:
-    for group in (Registration, Events):
+    for group in (Registration, Commands, Events):
         for name, hook in vars(group).items():
             if name.startswith("servelab_"):
                 assert hook.__doc__ and hook.__doc__.strip().endswith("."), name

@@ -46,20 +46,28 @@ def _values(
 ) -> Iterator[str]:
     rows = table(sides, equal=everything)
     if not rows:
-        yield f"No {title} differ." if title != "settings" else "No setting differs."
+        yield f"Equal: {title}."
         yield ""
         return
     names = labels(runs)
     width = min(max(len(key) for key in [*rows, title]), 44)
-    each = max((WIDTH - 2 - width) // len(runs) - 2, VALUES)
-    yield "  " + title.ljust(width) + "".join(f"  {name:<{each}}" for name in names).rstrip()
-    for key, row in rows.items():
-        cells = [wrap(key, width) or [""], *(wrap(_shown(value), each) or [""] for value in row)]
-        for line in range(max(map(len, cells))):
-            texts = [cell[line] if line < len(cell) else "" for cell in cells]
-            padded = [texts[0].ljust(width), *(text.ljust(each) for text in texts[1:])]
-            yield ("  " + "  ".join(padded)).rstrip()
-    yield ""
+    for others in _blocks(len(runs)):
+        shown = (0, *others)
+        each = max((WIDTH - 2 - width) // len(shown) - 2, VALUES)
+        yield ("  " + title.ljust(width) + "".join(f"  {names[i]:<{each}}" for i in shown)).rstrip()
+        for key, row in rows.items():
+            cells = [wrap(key, width) or [""], *(wrap(_shown(row[i]), each) or [""] for i in shown)]
+            for line in range(max(map(len, cells))):
+                texts = [cell[line] if line < len(cell) else "" for cell in cells]
+                padded = [texts[0].ljust(width), *(text.ljust(each) for text in texts[1:])]
+                yield ("  " + "  ".join(padded)).rstrip()
+        yield ""
+
+
+def _blocks(runs: int) -> Iterator[range]:
+    """The runs after the first one, in groups that fit beside it."""
+    for start in range(1, runs, BLOCK):
+        yield range(start, min(start + BLOCK, runs))
 
 
 def _shown(value: Any) -> str:
@@ -74,8 +82,7 @@ def _figures(runs: Sequence[RunFacts], everything: bool) -> Iterator[str]:
     names = labels(runs)
     keys = [key for key in _order(runs) if everything or (measure(key).main and _says_something(key, runs))]
     pair = len(runs) == 2
-    for start in range(1, len(runs), BLOCK):
-        others = range(start, min(start + BLOCK, len(runs)))
+    for others in _blocks(len(runs)):
         head = ["figure", "unit", names[0]]
         for i in others:
             ratio = f"{names[i]}/{names[0]}"

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import Literal
 
 from servelab.core.metrics import RequestFacts
-from servelab.core.records import RequestArrived
+from servelab.core.metrics.phases import Phase
+from servelab.core.records import RequestArrived, RequestForked
 from servelab.plugins.commands.explain.reasons import Reasons
-
-Phase = Literal[
-    "queued", "prefill", "decode", "preempted", "recompute", "swap out", "swapped", "swap in", "paused"
-]
-WAITING: frozenset[Phase] = frozenset({"queued", "preempted", "swapped", "paused"})
-"""Phases that end by a decision of the scheduler, so that plans say why they last."""
 
 
 @dataclass(slots=True)
@@ -64,6 +58,8 @@ class Stretch:
     reasons: Reasons = field(default_factory=Reasons)
     tokens: int = 0
     """Output tokens that came in it."""
+    preemption: Preemption | None = None
+    """What it began with."""
 
     @property
     def ns(self) -> int:
@@ -153,6 +149,8 @@ class Life:
     """Every gap between its chunks, in ns."""
     slowest: list[Gap] = field(default_factory=list)
     """The greatest of them first."""
+    fork: RequestForked | None = None
+    """How it began, if it is a further sample of a prompt that another computed."""
     preemptions: list[Preemption] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     end_ns: int = 0

@@ -22,6 +22,7 @@ def as_json(life: Life) -> dict[str, Any]:
         "request": facts.id,
         "engine": facts.engine,
         "class": facts.request_class,
+        "parent": life.arrived.parent,
         "prompt_tokens": facts.prompt_tokens,
         "max_new_tokens": life.arrived.max_new_tokens,
         "output_tokens": facts.output_tokens,

@@ -13,13 +13,16 @@ from heapq import heappush, heapreplace
 from itertools import count, pairwise
 from typing import Any
 
-from servelab.core.metrics import LogError, RequestFacts
+from servelab.core.errors import LogError
+from servelab.core.metrics import RequestFacts
+from servelab.core.metrics.phases import ON_DEVICE, WAITING, Change, Phases
 from servelab.core.records import (
     Planned,
     Record,
     RequestAdmitted,
     RequestArrived,
     RequestFinished,
+    RequestForked,
     RequestPreempted,
     RunFinished,
     RunStarted,
@@ -28,12 +31,10 @@ from servelab.core.records import (
     TransferStarted,
 )
 from servelab.plugins.commands.explain.life import (
-    WAITING,
     Chunk,
     Gap,
     Life,
     Move,
-    Phase,
     PreemptingPlan,
     Preemption,
     Range,
@@ -43,9 +44,6 @@ from servelab.plugins.commands.explain.life import (
 
 SLOWEST = 3
 """Gaps that are kept with what happened in them."""
-
-OFF: dict[str, Phase] = {"recompute": "preempted", "swap": "swap out", "pause": "paused"}
-"""Mode of a preemption -> what follows; a mode unknown here is told as waiting."""
 
 
 class UnknownRequest(Exception):
@@ -77,22 +75,19 @@ def read_life(request: str, events: Iterable[Record], plans: Iterable[Planned] |
 
 
 class _Events:
-    """State: who waits and who runs on each engine, and the life so far."""
+    """State: where every live request is, and the life so far."""
 
     def __init__(self, request: str) -> None:
         self._name = request
         self._life: Life | None = None
         self._known: list[str] = []
-        self._waiting: dict[int, dict[str, None]] = {}
-        self._running: dict[int, dict[str, None]] = {}
-        self._off: dict[int, set[str]] = {}
-        self._moving: dict[tuple[int, int], TransferStarted] = {}
+        self._phases = Phases()
+        self._moving: dict[tuple[int, int], Move] = {}
         self._free: dict[int, tuple[int, ...]] = {}
         self._computed: dict[str, int] = {}
+        """Tokens with KV of requests on the device."""
         self._later: set[str] = set()
         """Arrived after it and never admitted yet."""
-        self._active: Phase = "prefill"
-        """The phase it was last in on the device."""
         self._gap: Gap | None = None
         self._heap: list[tuple[int, int, Gap]] = []
         self._order = count()
@@ -104,6 +99,7 @@ class _Events:
             RequestArrived.ev: self._arrived,
             RequestAdmitted.ev: self._admitted,
             StepDone.ev: self._step,
+            RequestForked.ev: self._forked,
             RequestPreempted.ev: self._preempted,
             TransferStarted.ev: self._transfer_started,
             TransferEnded.ev: self._transfer_ended,
@@ -121,11 +117,11 @@ class _Events:
         life = self._life
         if life is None:
             raise UnknownRequest(self._known)
+        last = life.stretches[-1]
         if life.facts.ended_ns is None:
-            self._leave(self._last_ns)
-        life.end_ns = life.stretches[-1].end_ns
-        life.log_end_ns = self._last_ns
-        life.slowest = [gap for _, _, gap in sorted(self._heap, key=lambda entry: (-entry[0], entry[1]))]
+            last.end_ns = max(self._last_ns, last.start_ns)
+        life.end_ns, life.log_end_ns = last.end_ns, self._last_ns
+        life.slowest = [gap for _, _, gap in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
         if self._end is not None:
             life.run_status, life.run_reason = self._end.status, self._end.reason
         return life
@@ -140,165 +136,156 @@ class _Events:
 
     # ------------------------------------------------------------ its life
 
-    @property
-    def _alive(self) -> Life | None:
+    def _follow(self, record: Record) -> list[Change]:
+        """Let the phases take the record in; what changed for the request."""
+        return [change for change in self._phases.feed(record) if change.request == self._name]
+
+    def _enter(self, life: Life, change: Change) -> None:
+        last = life.stretches[-1]
+        last.end_ns = change.t_ns
+        if change.phase is None or (last.phase, last.start_ns) == (change.phase, change.t_ns):
+            return
+        stretch = Stretch(change.phase, change.t_ns)
+        stretch.reasons.begin(change.t_ns)
+        life.stretches.append(stretch)
+
+    def _concerned(self, engine: int) -> Life | None:
+        """The life, while it goes on and what happens on this engine concerns it."""
         life = self._life
-        return life if life is not None and life.facts.ended_ns is None else None
-
-    def _enter(self, phase: Phase, t_ns: int) -> Stretch:
-        """A new stretch; the one before ends."""
-        assert self._life is not None
-        self._leave(t_ns)
-        start_ns = max(t_ns, self._life.stretches[-1].end_ns)
-        if phase in ("prefill", "decode", "recompute"):
-            self._active = phase
-        stretch = Stretch(phase, start_ns)
-        stretch.reasons.begin(start_ns)
-        self._life.stretches.append(stretch)
-        return stretch
-
-    def _leave(self, t_ns: int) -> None:
-        assert self._life is not None
-        last = self._life.stretches[-1]
-        last.end_ns = max(t_ns, last.start_ns)
+        return life if life and life.facts.ended_ns is None and life.arrived.engine == engine else None
 
     def _arrived(self, r: RequestArrived) -> None:
-        waiting = self._waiting.setdefault(r.engine, {})
-        running = self._running.setdefault(r.engine, {})
-        if r.request == self._name:
-            if self._life is not None:
-                raise LogError(
-                    f"request {r.request} arrives twice",
-                    where=f"record 'arrived' at {r.t_ns} ns",
-                    why="ids are unique over a run",
-                    do="look for two runs in one log",
-                )
-            scene = Scene(list(running), list(waiting), self._free.get(r.engine, ()))
-            first = Stretch("queued", r.t_ns)
-            first.reasons.begin(r.t_ns)
-            self._life = Life(r, RequestFacts(r), scene, [first])
-            self._life.pools = list((self._info.get("kv") or {}).get("pools") or ())
-            self._life.exact = _exact(self._info)
-        elif self._life is None:
-            self._known.append(r.request)
-        else:
-            self._later.add(r.request)
-        waiting[r.request] = None
+        if r.request != self._name:
+            if self._life is None:
+                self._known.append(r.request)
+            else:
+                self._later.add(r.request)
+            self._follow(r)
+            return
+        if self._life is not None:
+            raise LogError(
+                f"request {r.request} arrives twice",
+                where=f"record 'arrived' at {r.t_ns} ns",
+                why="ids are unique over a run",
+                do="look for two runs in one log",
+            )
+        running = self._phases.names(r.engine, ON_DEVICE)
+        waiting = self._phases.names(r.engine, WAITING)
+        self._follow(r)
+        first = Stretch("queued", r.t_ns)
+        first.reasons.begin(r.t_ns)
+        scene = Scene(running, waiting, self._free.get(r.engine, ()))
+        self._life = Life(r, RequestFacts(r), scene, [first])
+        self._life.pools = list((self._info.get("kv") or {}).get("pools") or ())
+        self._life.exact = _exact(self._info)
 
     def _admitted(self, r: RequestAdmitted) -> None:
-        self._waiting.setdefault(r.engine, {}).pop(r.request, None)
-        self._running.setdefault(r.engine, {})[r.request] = None
+        changes = self._follow(r)
         self._computed[r.request] = r.cached_tokens
-        life = self._alive
-        if life is None or r.engine != life.arrived.engine:
+        first = r.request in self._later
+        self._later.discard(r.request)
+        life = self._concerned(r.engine)
+        if life is None:
             return
-        if r.request == self._name:
+        if changes:
             if life.facts.admitted_ns is None:
                 life.facts.admitted_ns = r.t_ns
-            self._enter("recompute" if r.resumed else "prefill", r.t_ns).cached_tokens = r.cached_tokens
+            self._enter(life, changes[0])
+            life.stretches[-1].cached_tokens = r.cached_tokens
             return
         stretch = life.stretches[-1]
         stretch.admitted.append(r.request)
-        if r.request in self._later:
-            self._later.discard(r.request)
+        if first:
             stretch.overtakers.append(r.request)
         if life.preemptions and life.preemptions[-1].t_ns == r.t_ns:
             life.preemptions[-1].admitted.append(r.request)
 
+    def _forked(self, r: RequestForked) -> None:
+        changes = self._follow(r)
+        if r.shared_tokens:
+            self._computed[r.request] = r.shared_tokens
+        life = self._concerned(r.engine)
+        if life is None or not changes:
+            return
+        self._enter(life, changes[0])
+        life.fork = r
+        life.facts.add(array("q", [r.t_ns]), 1)
+        life.stretches[-1].tokens += 1
+        self._gap = Gap(r.t_ns, r.t_ns)
+
     def _preempted(self, r: RequestPreempted) -> None:
-        running = self._running.setdefault(r.engine, {})
-        running.pop(r.request, None)
-        if r.mode == "recompute":
-            waiting = self._waiting.setdefault(r.engine, {})
-            self._waiting[r.engine] = {r.request: None, **waiting}  # it goes to the front
-        else:
-            self._off.setdefault(r.engine, set()).add(r.request)
+        changes = self._follow(r)
         if r.mode == "recompute":
             self._computed.pop(r.request, None)
-        life = self._alive
-        if life is None or r.request != self._name:
+        life = self._concerned(r.engine)
+        if life is None or not changes:
             return
         life.facts.preemptions += 1
-        others = {name: self._computed[name] for name in running if name in self._computed}
-        life.preemptions.append(Preemption(r.t_ns, r.mode, r.reason, r.lost_tokens, computed=others))
+        running = self._phases.names(r.engine, ON_DEVICE)
+        computed = {name: self._computed[name] for name in running if name in self._computed}
+        life.preemptions.append(Preemption(r.t_ns, r.mode, r.reason, r.lost_tokens, computed=computed))
         if self._gap is not None:
             self._gap.preempted += 1
-        self._enter(OFF.get(r.mode, "preempted"), r.t_ns)
+        self._enter(life, changes[0])
+        life.stretches[-1].preemption = life.preemptions[-1]
 
     def _transfer_started(self, r: TransferStarted) -> None:
-        self._moving[r.engine, r.transfer] = r
-        life = self._alive
+        changes = self._follow(r)
+        life = self._concerned(r.engine)
         if life is None or r.request != self._name:
             return
-        life.moves.append(Move(r.transfer, r.direction, r.t_ns, r.pages, r.bytes))
-        if r.direction == "in":
-            self._enter("swap in", r.t_ns)
+        move = Move(r.transfer, r.direction, r.t_ns, r.pages, r.bytes)
+        life.moves.append(move)
+        self._moving[r.engine, r.transfer] = move
+        for change in changes:
+            self._enter(life, change)
 
     def _transfer_ended(self, r: TransferEnded) -> None:
-        started = self._moving.pop((r.engine, r.transfer), None)
-        if started is None:
-            return
-        if started.direction == "in" and started.request in self._off.get(r.engine, ()):
-            self._off[r.engine].discard(started.request)
-            self._running.setdefault(r.engine, {})[started.request] = None
-        life = self._alive
-        if life is None or started.request != self._name:
-            return
-        life.moves[-1].end_ns = r.t_ns
-        phase = life.stretches[-1].phase
-        if phase == "swap out":
-            self._enter("swapped", r.t_ns)
-        elif phase == "swap in":
-            self._enter(self._active, r.t_ns)
+        changes = self._follow(r)
+        if (move := self._moving.pop((r.engine, r.transfer), None)) is not None:
+            move.end_ns = r.t_ns
+        if (life := self._concerned(r.engine)) is not None:
+            for change in changes:
+                self._enter(life, change)
 
     def _finished(self, r: RequestFinished) -> None:
-        for queue in (self._waiting, self._running):
-            queue.setdefault(r.engine, {}).pop(r.request, None)
-        self._off.get(r.engine, set()).discard(r.request)
+        changes = self._follow(r)
         self._computed.pop(r.request, None)
         self._later.discard(r.request)
-        life = self._alive
-        if life is None or r.engine != life.arrived.engine:
+        life = self._concerned(r.engine)
+        if life is None:
             return
-        if r.request != self._name:
+        if not changes:
             life.stretches[-1].finished += 1
             return
+        self._enter(life, changes[0])
         facts = life.facts
         facts.outcome, facts.reason, facts.ended_ns = r.outcome, r.reason, r.t_ns
         facts.reported_tokens, facts.cached_tokens = r.output_tokens, r.cached_tokens
-        self._leave(r.t_ns)
 
     # ------------------------------------------------------------ steps
 
     def _step(self, r: StepDone) -> None:
+        changes = self._follow(r)
         self._free[r.engine] = r.free_pages
         steps = len(r.ends_ns)
         if not steps:
             return
-        off = self._off.get(r.engine)
         computed = self._computed
         for name, tokens, emitted in zip(r.requests, r.tokens, r.emitted, strict=True):
             if name in computed:
                 computed[name] += emitted if emitted > steps else tokens + steps - 1
-            if off and name in off and emitted:  # it had been paused
-                off.discard(name)
-                self._running.setdefault(r.engine, {})[name] = None
-        life = self._alive
-        if life is None or r.engine != life.arrived.engine:
+        life = self._concerned(r.engine)
+        if life is None:
             return
         self._surroundings(life.stretches[-1], r)
-        try:
+        if changes and changes[0].phase != "decode":  # it had been paused
+            self._enter(life, changes.pop(0))
+        if self._name in r.requests:
             place = r.requests.index(self._name)
-        except ValueError:
-            if self._gap is not None:
-                self._happened(self._gap, r, steps)
-            return
-        stretch = life.stretches[-1]
-        if r.start_ns < stretch.start_ns and stretch.phase in OFF.values():
-            return  # it was taken off while this launch ran: what came for it was dropped
-        if stretch.phase == "paused":
-            stretch = self._enter(self._active, r.start_ns)
-        self._ran(life, stretch, r, r.tokens[place], r.emitted[place])
+            self._ran(life, r, r.tokens[place], r.emitted[place], changes)
+        elif self._gap is not None:
+            self._happened(self._gap, r, steps)
 
     def _surroundings(self, stretch: Stretch, r: StepDone) -> None:
         if stretch.running is None:
@@ -309,26 +296,24 @@ class _Events:
         for seen, free in zip(stretch.free_pages, r.free_pages, strict=True):
             seen.add(free)
 
-    def _ran(self, life: Life, stretch: Stretch, r: StepDone, tokens: int, emitted: int) -> None:
-        ends, steps = r.ends_ns, len(r.ends_ns)
-        if stretch.first_step is None:
-            stretch.first_step = r.step
-        if stretch.phase in ("prefill", "recompute"):
-            stretch.chunks.append(Chunk(r.start_ns, ends[0], tokens, len(r.requests)))
-            if emitted:
-                stretch = self._enter("decode", ends[0])
+    def _ran(self, life: Life, r: StepDone, tokens: int, emitted: int, changes: list[Change]) -> None:
+        ends, steps, batch = r.ends_ns, len(r.ends_ns), len(r.requests)
+        if life.stretches[-1].phase in ("prefill", "recompute"):
+            life.stretches[-1].chunks.append(Chunk(r.start_ns, ends[0], tokens, batch))
+        for change in changes:
+            self._enter(life, change)
         if not emitted:
             if self._gap is not None:
                 self._happened(self._gap, r, steps)
             return
         life.facts.add(array("q", ends), emitted // steps)
-        stretch.tokens += emitted
+        life.stretches[-1].tokens += emitted
         if self._gap is not None:  # ended by the first step of this launch
             self._happened(self._gap, r, 1)
-            self._gap.end_ns, self._gap.batch = ends[0], len(r.requests)
+            self._gap.end_ns, self._gap.batch = ends[0], batch
             self._keep(life, self._gap)
         for start_ns, end_ns in pairwise(ends):
-            self._keep(life, Gap(start_ns, end_ns, 1, batch=len(r.requests)))
+            self._keep(life, Gap(start_ns, end_ns, 1, batch=batch))
         self._gap = Gap(ends[-1], ends[-1])
 
     def _happened(self, gap: Gap, r: StepDone, steps: int) -> None:
@@ -361,7 +346,7 @@ def _exact(info: dict[str, Any]) -> bool:
 def _read_plans(life: Life, plans: Iterable[Planned]) -> None:
     name, engine = life.arrived.request, life.arrived.engine
     starts = [stretch.start_ns for stretch in life.stretches]
-    preemptions = {p.t_ns: p for p in life.preemptions}
+    preemptions = list(life.preemptions)  # in order, those whose plan is not found yet
     moves = {move.start_ns: move for move in life.moves if move.direction == "in"}
     life.plans_end_ns = 0
     for plan in plans:
@@ -373,9 +358,11 @@ def _read_plans(life: Life, plans: Iterable[Planned]) -> None:
         t_ns = plan.t_ns
         tokens = next((n for one, n in plan.work if one == name), None)
         victim = any(one == name for one, _, _ in plan.preempted)
-        if victim and t_ns in preemptions:
+        while preemptions and preemptions[0].t_ns < t_ns:
+            preemptions.pop(0)
+        if victim and preemptions and preemptions[0].t_ns == t_ns:
             others = [one for one, _, _ in plan.preempted if one != name]
-            preemptions[t_ns].plan = PreemptingPlan(plan.step, list(plan.work), others)
+            preemptions.pop(0).plan = PreemptingPlan(plan.step, list(plan.work), others)
         for one, reason in plan.swapped_in:
             if one == name and t_ns in moves:
                 moves[t_ns].reason = reason

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
+from servelab.core.metrics.definitions import NS_PER_S
 from servelab.core.metrics.goodput import judge, overall
-from servelab.plugins.commands.explain.life import WAITING, Gap, Life, Phase, Preemption, Stretch
+from servelab.core.metrics.phases import WAITING, Phase
+from servelab.plugins.commands.explain.life import Gap, Life, Preemption, Stretch
 from servelab.plugins.commands.explain.reasons import Reason
 from servelab.plugins.commands.explain.words import (
     SHOWN,
@@ -38,6 +40,10 @@ SIGNS: dict[Phase, str] = {
     "swap in": "<",
     "paused": "-",
 }
+
+
+BACK: dict[Phase, str] = {"swap in": "Back on the device", "paused": "Resumed"}
+"""Phase -> how what follows begins, for requests that kept their KV."""
 
 
 def tell(life: Life, folder: str) -> Iterator[str]:
@@ -72,6 +78,8 @@ def _head(life: Life, folder: str) -> Iterator[str]:
         parts.append(f"tenant {arrived.tenant}")
     if arrived.program is not None:
         parts.append(f"turn {arrived.turn} of program {arrived.program}")
+    if arrived.parent is not None:
+        parts.append(f"a further sample of the prompt of {arrived.parent}")
     if arrived.engine:
         parts.append(f"engine {arrived.engine}")
     yield from wrapped(f"  asked      {', '.join(parts)}", " " * 13)
@@ -149,31 +157,32 @@ def _arrival(life: Life) -> Iterator[str]:
 
 def _stretch(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     phase = stretch.phase
-    if phase in ("preempted", "swap out", "paused"):
-        yield from _preemption(life, stretch)
+    if stretch.preemption is not None:
+        yield from _preemption(life, stretch.preemption)
+    elif phase == "preempted" and life.fork is not None:
+        text = f"First token: TTFT {duration(life.facts.ttft_ns or 0)}, drawn when {life.fork.parent} had"
+        text += f" computed the prompt. It cannot share that: {life.fork.reason}."
+        yield from _at(life, stretch.start_ns, text)
     if phase in WAITING:
         if phase == "swapped":
             yield from _at(life, stretch.start_ns, f"{_moved(life, 'out', stretch.start_ns)} on the host.")
         yield from _waiting(life, stretch)
     elif phase in ("prefill", "recompute"):
-        yield from _prefill(life, stretch)
+        yield from _prefill(life, index, stretch)
     elif phase == "decode":
         yield from _decode(life, index, stretch)
     elif phase == "swap in":
-        move = next(m for m in life.moves if m.direction == "in" and m.start_ns == stretch.start_ns)
+        move = [m for m in life.moves if m.direction == "in" and m.start_ns <= stretch.start_ns][-1]
         why = f': "{move.reason}"' if move.reason else ""
-        yield from _at(life, stretch.start_ns, f"Its {number(move.pages)} pages began to come back{why}.")
+        text = f"Its KV, {count(move.pages, 'page')}, began to come back{why}."
+        yield from _at(life, stretch.start_ns, text)
 
 
-def _preemption(life: Life, stretch: Stretch) -> Iterator[str]:
-    found = [p for p in life.preemptions if p.t_ns == stretch.start_ns]
-    if not found:
-        return
-    p = found[-1]
+def _preemption(life: Life, p: Preemption) -> Iterator[str]:
     by = f" by the plan of step {p.plan.step}" if p.plan else ""
     out = sum(s.tokens for s in life.stretches if s.end_ns <= p.t_ns)
     text = f'Preempted{by}, mode {p.mode}: "{p.reason}". '
-    text += f"{count(p.lost_tokens, 'token')} of its KV were lost" if p.lost_tokens else "No KV was lost"
+    text += f"The KV of {count(p.lost_tokens, 'token')} was lost" if p.lost_tokens else "No KV was lost"
     text += f"; {count(out, 'output token')} had come."
     yield from _at(life, p.t_ns, text)
     yield from _behalf(life, p)
@@ -191,17 +200,10 @@ def _behalf(life: Life, p: Preemption) -> Iterator[str]:
         yield from _below("That plan ran nobody.")
     else:
         text = f"That plan went on with {listed(list(work))}."
-        if admitted:
-            text += (
-                " Of them it admitted "
-                + joined([f"{name} ({count(work[name], 'token')})" for name in admitted])
-                + "."
-            )
-        if chunks:
-            text += " A chunk of prompt ran for " + joined(
-                [f"{n} ({count(work[n], 'token')})" for n in chunks]
-            )
-            text += "."
+        for begin, names in (("It admitted", admitted), ("A chunk of prompt ran for", chunks)):
+            if names:
+                shown = [f"{name} ({count(work[name], 'token')})" for name in names]
+                text += f" {begin} {joined(shown)}."
         yield from _below(text + _grown(life, p, work))
     if p.plan.victims:
         yield from _below(f"It preempted {listed(p.plan.victims)} as well.")
@@ -224,17 +226,16 @@ def _grown(life: Life, p: Preemption, work: dict[str, int]) -> str:
 
 
 def _waiting(life: Life, stretch: Stretch) -> Iterator[str]:
-    total = life.end_ns - life.arrived.t_ns
+    if not stretch.ns and stretch.phase == "queued" and life.facts.admitted_ns is not None:
+        return  # taken at once
     what = {
         "queued": "Waited {} to be admitted",
         "preempted": "Waited {} to be admitted again",
         "swapped": "Waited {} on the host",
         "paused": "Paused for {}, its pages kept",
     }[stretch.phase]
-    text = what.format(duration(stretch.ns)) + f", {percent(stretch.ns, total)} of its life."
-    if not stretch.ns and stretch.phase == "queued" and life.facts.admitted_ns is not None:
-        return  # taken at once
-    yield from _below(text)
+    share = percent(stretch.ns, life.end_ns - life.arrived.t_ns)
+    yield from _below(f"{what.format(duration(stretch.ns))}, {share} of its life.")
     yield from _said(life, stretch)
     yield from _meanwhile(life, stretch)
 
@@ -275,9 +276,10 @@ def _meanwhile(life: Life, stretch: Stretch) -> Iterator[str]:
     parts = []
     if stretch.running is not None:
         low, high = stretch.running.low, stretch.running.high
-        parts.append(f"{span(low, high)} requests were running")
+        parts.append(f"{span(low, high)} {'request was' if high == 1 else 'requests were'} running")
         for index, free in enumerate(stretch.free_pages):
-            parts.append(f"{span(free.low, free.high)} {_pool(life, index)} were free")
+            were = "was" if free.high == 1 else "were"
+            parts.append(f"{span(free.low, free.high)} {_pool(life, index)} {were} free")
     text = f"Meanwhile {joined(parts)} at the ends of launches." if parts else ""
     if stretch.admitted:
         text += f" Admitted meanwhile: {listed(list(dict.fromkeys(stretch.admitted)))}."
@@ -289,11 +291,17 @@ def _meanwhile(life: Life, stretch: Stretch) -> Iterator[str]:
         yield from _below(text.strip())
 
 
-def _prefill(life: Life, stretch: Stretch) -> Iterator[str]:
+def _prefill(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     plan = life.admitting_steps.get(stretch.start_ns)
-    again = " again" if stretch.phase == "recompute" else ""
-    text = f"Admitted{again}"
-    text += f" by the plan of step {plan[0]}." if plan else "."
+    again = stretch.phase == "recompute"
+    before = life.stretches[index - 1].phase
+    if before in BACK:
+        text = f"{BACK[before]}."
+    else:
+        text = "Admitted again" if again else "Admitted"
+        parent = None if again else life.arrived.parent
+        whose = f" with {parent}, which computes the prompt" if parent else ""
+        text += f" by the plan of step {plan[0]}." if plan else f"{whose}."
     if stretch.cached_tokens:
         text += f" {count(stretch.cached_tokens, 'token')} of KV came from the prefix store."
     chunks = stretch.chunks
@@ -310,7 +318,7 @@ def _prefill(life: Life, stretch: Stretch) -> Iterator[str]:
             text += f", {duration(took)} in all"
         batches = [chunk.batch for chunk in chunks]
         text += f", in a batch of {span(min(batches), max(batches))}." if max(batches) > 1 else ", alone."
-    elif stretch.ns:
+    elif stretch.ns and (again or not life.arrived.parent):
         text += " No step of it ended."
     yield from _at(life, stretch.start_ns, text)
 
@@ -319,11 +327,12 @@ def _decode(life: Life, index: int, stretch: Stretch) -> Iterator[str]:
     facts = life.facts
     if facts.times and stretch.start_ns == facts.times[0]:
         text = f"First token: TTFT {duration(facts.ttft_ns or 0)}."
+        if life.fork is not None:
+            text += f" It shares the KV of {count(life.fork.shared_tokens, 'token')} with {life.fork.parent}."
         if stretch.tokens > 1:
             text += f" {count(stretch.tokens - 1, 'further token')} in {duration(stretch.ns)}."
     else:
-        begin = {"swap in": "Back on the device", "paused": "Resumed", "recompute": "Tokens again"}
-        text = f"{begin.get(life.stretches[index - 1].phase, 'Decoding')}: "
+        text = f"{BACK.get(life.stretches[index - 1].phase, 'Tokens again')}: "
         text += f"{count(stretch.tokens, 'token')} in {duration(stretch.ns)}."
     yield from _at(life, stretch.start_ns, text)
     last = max(i for i, s in enumerate(life.stretches) if s.phase == "decode")
@@ -335,16 +344,13 @@ def _pace(life: Life) -> Iterator[str]:
     if not life.gaps:
         return
     median = statistics.median(life.gaps)
-    text = f"In all {count(len(life.gaps), 'gap')} between tokens, {duration(median)} at the median"
-    text += f", TPOT {duration(life.facts.tpot_ns)}"
-    slow = [gap for gap in life.slowest if gap.ns >= SLOW * median] if median else []
-    if not slow:
-        yield from _below(f"{text}; none was {SLOW:g} times the median.")
-        return
-    yield from _below(f"{text}. The slowest:")
+    text = f"{count(len(life.gaps), 'gap')} between its tokens, {duration(median)} at the median; "
+    text += f"TPOT {duration(life.facts.tpot_ns)}."
+    slow = [gap for gap in life.slowest if gap.ns >= SLOW * median or gap.preempted]
+    yield from _below(text + (" The slowest:" if slow else f" None was {SLOW:g} times the median."))
     for gap in slow:
-        times = f"{gap.ns / median:.1f} times the median"
-        lead = f"{duration(gap.ns):>10} ({times}, from {_since(life, gap.start_ns)}): "
+        times = f"{gap.ns / median:.1f} times the median, " if median and gap.ns != median else ""
+        lead = f"{duration(gap.ns):>10} ({times}from {_since(life, gap.start_ns)}): "
         yield from wrapped(" " * MARGIN + lead + _inside(gap), " " * (MARGIN + 14))
 
 
@@ -403,7 +409,8 @@ def _silences(life: Life) -> Iterator[str]:
 
 
 def _since(life: Life, t_ns: int) -> str:
-    return f"+{duration(t_ns - life.arrived.t_ns)}"
+    ns = t_ns - life.arrived.t_ns
+    return f"+{duration(ns)}" if ns < 60 * NS_PER_S else f"+{ns / NS_PER_S:,.1f} s"  # fits the margin
 
 
 def _at(life: Life, t_ns: int, text: str) -> list[str]:
@@ -435,8 +442,8 @@ def _moved(life: Life, direction: str, until_ns: int) -> str:
     for move in life.moves:
         if move.direction != direction or move.end_ns != until_ns:
             continue
-        return f"Its {number(move.pages)} pages are, after {duration(until_ns - move.start_ns)},"
-    return "Its pages are"
+        return f"Its KV, {count(move.pages, 'page')}, is, after {duration(until_ns - move.start_ns)},"
+    return "Its KV is"
 
 
 def _people(names: Sequence[str], one: str, many: str) -> str:
