@@ -47,7 +47,7 @@ class PluginSpec:
     paper: Paper | Literal["baseline"] = "baseline"
     api: str = str(HOOK_API[0])
     deviations: tuple[str, ...] = ()
-    """How it differs from its paper, one sentence each."""
+    """How it differs from its source: equal to what the docstring of its module lists, which a test checks."""
     tier: Tier = "prototype"
     runs: tuple[Runs, ...] = ("torch", "sim")
     """Executor classes it works with; see ``families/executor.py``."""
