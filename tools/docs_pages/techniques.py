@@ -63,7 +63,8 @@ def pages() -> dict[Path, str]:
         text = found.get(path) or path.read_text(encoding="utf-8")
         where = str(path.relative_to(DOCS))
         text = fill(text, f"facts of {kind} {name}", _facts(kind, name, spec), where)
-        found[path] = fill(text, f"deviations of {kind} {name}", _held(kind, name, spec), where)
+        text = fill(text, f"deviations of {kind} {name}", _deviations(spec), where)
+        found[path] = fill(text, f"tests of {kind} {name}", _tests(kind, name), where)
     return found
 
 
@@ -95,8 +96,10 @@ def _facts(kind: str, name: str, spec: PluginSpec) -> str:
     return table((f"{kind} `{name}`", ""), [row for row in rows.items() if row[1]])
 
 
-def _held(kind: str, name: str, spec: PluginSpec) -> str:
+def _deviations(spec: PluginSpec) -> str:
     items = [item.replace("``", "`") for item in stated_deviations(spec)]
-    listed = "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1)) or "None."
-    tests = "\n".join(f"- `{test}`" for test in golden_tests(kind, name))
-    return f"{listed}\n\nTests that hold it to its source:\n\n{tests}"
+    return "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1)) or "None."
+
+
+def _tests(kind: str, name: str) -> str:
+    return "\n".join(["Held to its source by:", "", *(f"- `{test}`" for test in golden_tests(kind, name))])
