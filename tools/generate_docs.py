@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "src"), str(Path(__file__).resolve().parent)]
-
 from docs_pages import api, command_line, configuration, errors, families, hooks, indexes, records, techniques
 from docs_pages.markdown import DOCS, ROOT, fill
 
@@ -36,7 +34,9 @@ def outputs() -> dict[Path, str]:
         DOCS / "techniques" / "index.md": techniques.index(),
         **techniques.pages(),
         FAMILIES: fill(
-            fill(FAMILIES.read_text(encoding="utf-8"), "capabilities", families.capabilities(), FAMILIES.name),
+            fill(
+                FAMILIES.read_text(encoding="utf-8"), "capabilities", families.capabilities(), FAMILIES.name
+            ),
             "conflicts",
             families.conflicts(),
             FAMILIES.name,

@@ -27,9 +27,7 @@ def cost(**settings: object) -> ScriptedCost:
     rng = seeded(0, "cost", "scripted")
     return ScriptedCost(
         config,
-        Context(
-            kind="cost", name="scripted", rng=rng, model=TOY_MODEL, hardware=None, limits=toy_limits()
-        ),
+        Context(kind="cost", name="scripted", rng=rng, model=TOY_MODEL, hardware=None, limits=toy_limits()),
     )
 
 

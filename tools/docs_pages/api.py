@@ -13,10 +13,11 @@ from servelab.core.families import scheduler
 from servelab.core.layout import Capacity, KVLayout, Pool
 from servelab.core.spec import Paper, PluginSpec
 
-INTRO = """The data that crosses the border between the core and plugins, from `core/plan.py`, `core/request.py`,
-`core/families/scheduler.py`, `core/layout.py`, `core/facts.py` and `core/spec.py`. Authors import all of it from
-`servelab.core.api`. The contracts of the other kinds: [families](../explanation/families.md). Times are in nanoseconds,
-lengths in tokens; tuples "per pool" are in the order of the layout."""
+INTRO = """The data that crosses the border between the core and plugins, from `core/plan.py`,
+`core/request.py`, `core/families/scheduler.py`, `core/layout.py`, `core/facts.py` and `core/spec.py`.
+Authors import all of it from `servelab.core.api`. The contracts of the other kinds:
+[families](../explanation/families.md). Times are in nanoseconds, lengths in tokens; tuples "per pool" are
+in the order of the layout."""
 
 GROUPS: dict[str, tuple[str, tuple[type, ...]]] = {
     "What a scheduler sees": (
@@ -84,8 +85,8 @@ def _class(cls: type) -> list[str]:
         parts.append(table(("field", "type", "meaning"), rows))
     calls = [m for m in found if m.kind == "method"]
     if calls:
-        rows = [(f"`{m.name}{m.signature}`", prose(m.doc)) for m in calls]
-        parts.append(table(("method", "what it does"), rows))
+        lines = [(f"`{m.name}{m.signature}`", prose(m.doc)) for m in calls]
+        parts.append(table(("method", "what it does"), lines))
     return parts
 
 

@@ -12,13 +12,17 @@ from docs_pages.markdown import page
 from servelab.core import commands, help, listing
 from servelab.core.registry import Registry
 
-INTRO = """The words of the program itself. What the commands do and how they are used: [commands](commands.md). `servelab`
-and, in a checkout, `python run.py` are the same."""
+INTRO = """The words of the program itself. What the commands do and how they are used:
+[commands](commands.md). `servelab` and, in a checkout, `python run.py` are the same."""
 COLUMNS = "100"
 
 
 def render() -> str:
-    parts = [INTRO, "## servelab --help", "Below it come the choices of every group and the settings of the default run."]
+    parts = [
+        INTRO,
+        "## servelab --help",
+        "Below it come the choices of every group and the settings of the default run.",
+    ]
     parts.append(f"```text\n{help.USAGE.strip()}\n```")
     registry = Registry.load()
     names = [*commands.BUILT_IN]

@@ -12,14 +12,17 @@ from servelab.core.listing import SECTIONS, default_text, type_text
 from servelab.core.registry import selection
 
 INTRO = """Every setting of a run. On the command line they are written `section.field=value`, as in
-`engine.max_model_len=2048`; `servelab show SECTION` and `servelab show KIND NAME` print the same with what is installed
-beside it. Unknown names and values out of bounds are refused, all in one message. Defaults here are those of the code;
-files in `configs/` may state others, and `resolved_config.yaml` of a run has what was in force."""
+`engine.max_model_len=2048`; `servelab show SECTION` and `servelab show KIND NAME` print the same with
+what is installed beside it. Unknown names and values out of bounds are refused, all in one message.
+Defaults here are those of the code; files in `configs/` may state others, and `resolved_config.yaml` of a
+run has what was in force."""
 
 
 def settings(model: type[BaseModel]) -> str:
     """The fields of a settings model as a table."""
-    return table(("setting", "type", "default", "meaning"), [_row(*item) for item in model.model_fields.items()])
+    return table(
+        ("setting", "type", "default", "meaning"), [_row(*item) for item in model.model_fields.items()]
+    )
 
 
 def _row(name: str, field: FieldInfo) -> tuple[str, str, str, str]:

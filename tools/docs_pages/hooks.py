@@ -9,12 +9,13 @@ from servelab.core.hookspecs import EVENT_OF_RECORD, Commands, Events, Registrat
 from servelab.core.records import RECORDS
 from servelab.core.spec import HOOK_API
 
-INTRO = f"""All hooks of ServeLab, from `core/hookspecs.py`; version {HOOK_API[0]}.{HOOK_API[1]}. What they are for, when they
-may change and why decisions are never hooks: [Hooks and their version](../explanation/hook_api.md). All of them fire
-in the main process, whatever the executor or clock, on a real engine and in simulation alike.
+INTRO = f"""All hooks of ServeLab, from `core/hookspecs.py`; version {HOOK_API[0]}.{HOOK_API[1]}. What
+they are for, when they may change and why decisions are never hooks: [Hooks and their
+version](../explanation/hook_api.md). All of them fire in the main process, whatever the executor or
+clock, on a real engine and in simulation alike.
 
-An implementation carries `@hookimpl` from `servelab.core.api`, leaves `self` out in a module, and may name fewer
-arguments than the hook has."""
+An implementation carries `@hookimpl` from `servelab.core.api`, leaves `self` out in a module, and may
+name fewer arguments than the hook has."""
 
 
 def render() -> str:
@@ -38,13 +39,17 @@ def _hooks(group: type) -> list[str]:
     record_of = {hook: RECORDS[ev] for ev, hook in EVENT_OF_RECORD.items()}
     parts = []
     for hook in members(group):
-        parts += [f"### `{hook.name}`", f"```python\ndef {hook.name}{hook.signature}: ...\n```", prose(hook.doc)]
+        parts += [
+            f"### `{hook.name}`",
+            f"```python\ndef {hook.name}{hook.signature}: ...\n```",
+            prose(hook.doc),
+        ]
         if kind := kind_of.get(hook.name):
             module, _, cls = kind.protocol.partition(":")
             path = module.removeprefix("servelab.").replace(".", "/") + ".py"
             parts.append(
-                f"Kind `{kind.name}`: decides {kind.decides}. Each factory returns a `{cls}` (`{path}`); the specs' "
-                f"fields are in [plugins and their data](api.md#pluginspec)."
+                f"Kind `{kind.name}`: decides {kind.decides}. Each factory returns a `{cls}` (`{path}`). "
+                f"Fields of what is declared: [`PluginSpec`](api.md#pluginspec)."
             )
         if record := record_of.get(hook.name):
             name = record.__name__

@@ -59,7 +59,9 @@ def docstring(spec: PluginSpec) -> str:
 
 def stated_deviations(spec: PluginSpec) -> list[str]:
     """What the module's docstring lists under "Deviations", in full."""
-    found = re.search(r"^Deviations\b[^:]*:(.*?)(?=^\s*$\n?|Faithful when|^Tier|\Z)", docstring(spec), re.S | re.M)
+    found = re.search(
+        r"^Deviations\b[^:]*:(.*?)(?=^\s*$\n?|Faithful when|^Tier|\Z)", docstring(spec), re.S | re.M
+    )
     if found is None:
         return []
     text = " ".join(found[1].split())

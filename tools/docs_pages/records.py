@@ -7,10 +7,11 @@ from docs_pages.source import members
 from servelab.core.hookspecs import EVENT_OF_RECORD
 from servelab.core.records import LOG_SCHEMA, RECORDS
 
-INTRO = f"""What the engine reports, from `core/records.py`; version {LOG_SCHEMA} of the fields (`LOG_SCHEMA`). Observers
-and learning schedulers get these objects, `events.jsonl` and `plan.jsonl` hold them as JSON with `"ev"` naming the type
-([how to read the files](logs.md)). Every record also has `t_ns` (when, in ns of the run's clock) and `engine` (index of
-the instance, 0 where there is one). True output lengths never appear before a request has finished."""
+INTRO = f"""What the engine reports, from `core/records.py`; version {LOG_SCHEMA} of the fields
+(`LOG_SCHEMA`). Observers and learning schedulers get these objects, `events.jsonl` and `plan.jsonl` hold
+them as JSON with `"ev"` naming the type ([how to read the files](logs.md)). Every record also has `t_ns`
+(when, in ns of the run's clock) and `engine` (index of the instance, 0 where there is one). True output
+lengths never appear before a request has finished."""
 
 
 def render() -> str:

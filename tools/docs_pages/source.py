@@ -25,7 +25,11 @@ def members(cls: type) -> list[Member]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = tree.body[0]
     assert isinstance(body, ast.ClassDef)
-    found = [one for node, after in zip(body.body, [*body.body[1:], None], strict=True) if (one := _member(node, after))]
+    found = [
+        one
+        for node, after in zip(body.body, [*body.body[1:], None], strict=True)
+        if (one := _member(node, after))
+    ]
     return [one for one in found if not one.name.startswith("_")]
 
 
@@ -51,7 +55,11 @@ def _member(node: ast.stmt, after: ast.stmt | None) -> Member | None:
 
 
 def _string(node: ast.stmt | None) -> str:
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+    if (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ):
         return inspect.cleandoc(node.value.value)
     return ""
 

@@ -11,10 +11,11 @@ from servelab.core.families import KINDS
 from servelab.core.registry import selection
 from servelab.core.spec import Paper, PluginSpec
 
-INTRO = """Every technique this repository has, from its own declaration (`plugins/*/__init__.py`). *Source* is the
-paper it is held to, or baseline; *runs* says whether it works on a real model (`torch`) and in simulation (`sim`); an
-*oracle* reads true output lengths, which no real server knows, and stamps the run. *Deviations* counts how it knowingly
-differs from its source: they are on its page. `servelab plugins` shows the same with the packages you have installed."""
+INTRO = """Every technique this repository has, from its own declaration (`plugins/*/__init__.py`).
+*Source* is the paper it is held to, or baseline; *runs* says whether it works on a real model (`torch`)
+and in simulation (`sim`); an *oracle* reads true output lengths, which no real server knows, and stamps
+the run. *Deviations* counts how it knowingly differs from its source: they are on its page. `servelab
+plugins` shows the same with the packages you have installed."""
 
 
 def index() -> str:
@@ -39,7 +40,10 @@ def index() -> str:
             parts += [f"## {kind.name}", f"Decides: {kind.decides}.", table(head, rows)]
     empty = [f"`{kind}`" for kind in KINDS if not any(kind == k for k, _ in IN_TREE)]
     if empty:
-        parts += ["## Kinds without a plugin here", f"{', '.join(empty)}: contracts only, in `core/families/`."]
+        parts += [
+            "## Kinds without a plugin here",
+            f"{', '.join(empty)}: contracts only, in `core/families/`.",
+        ]
     return page("Techniques", *parts)
 
 
@@ -69,7 +73,11 @@ def pages() -> dict[Path, str]:
 
 
 def _source(spec: PluginSpec) -> str:
-    return f"{spec.paper.title}, {spec.paper.year}, {spec.paper.id}" if isinstance(spec.paper, Paper) else "baseline"
+    return (
+        f"{spec.paper.title}, {spec.paper.year}, {spec.paper.id}"
+        if isinstance(spec.paper, Paper)
+        else "baseline"
+    )
 
 
 def _code(names: object) -> str:
