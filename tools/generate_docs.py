@@ -9,10 +9,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from docs_pages import api, command_line, configuration, errors, families, hooks, indexes, records, techniques
+from docs_pages import (
+    api,
+    capabilities,
+    command_line,
+    configuration,
+    errors,
+    hooks,
+    indexes,
+    records,
+    techniques,
+)
 from docs_pages.markdown import DOCS, ROOT, fill
 
-FAMILIES = DOCS / "explanation" / "families.md"
+CAPABILITIES = DOCS / "explanation" / "capabilities.md"
 README = ROOT / "README.md"
 
 
@@ -33,13 +43,16 @@ def outputs() -> dict[Path, str]:
         reference / "errors.md": errors.render(),
         DOCS / "techniques" / "index.md": techniques.index(),
         **techniques.pages(),
-        FAMILIES: fill(
+        CAPABILITIES: fill(
             fill(
-                FAMILIES.read_text(encoding="utf-8"), "capabilities", families.capabilities(), FAMILIES.name
+                CAPABILITIES.read_text(encoding="utf-8"),
+                "capabilities",
+                capabilities.vocabulary(),
+                str(CAPABILITIES),
             ),
             "conflicts",
-            families.conflicts(),
-            FAMILIES.name,
+            capabilities.conflicts(),
+            str(CAPABILITIES),
         ),
         README: fill(README.read_text(encoding="utf-8"), "plugins", techniques.readme(), README.name),
     }

@@ -1,4 +1,4 @@
-"""The tables of docs/explanation/families.md."""
+"""The tables of docs/explanation/capabilities.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from docs_pages.markdown import table
 from servelab.core.vocabulary import CAPABILITIES, CONFLICTS
 
 
-def capabilities() -> str:
+def vocabulary() -> str:
     rows = [(f"`{name}`", meaning) for name, meaning in CAPABILITIES.items()]
     return table(("capability", "meaning"), rows)
 
