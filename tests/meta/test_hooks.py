@@ -62,8 +62,8 @@ def _any(hint: Any) -> Any:
         return get_args(hint)[0]
     if origin in (list, tuple):
         return origin()
-    plain = {int: 1, float: 1.0, str: "x", bool: False}
-    return plain[hint] if hint in plain else {}
+    plain: dict[Any, Any] = {int: 1, float: 1.0, str: "x", bool: False}
+    return plain.get(hint, {})
 
 
 def _record(ev: str) -> Record:

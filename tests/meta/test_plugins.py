@@ -16,17 +16,20 @@ from servelab.core.spec import Paper
 
 EACH = pytest.mark.parametrize(("kind", "name"), IN_TREE, ids=[f"{kind}-{name}" for kind, name in IN_TREE])
 POLICIES = (
-    "schedulers",
-    "kvcache",
-    "prefix",
-    "workloads",
-    "costmodels",
-    "quant",
-    "observers",
-    "tasks",
     "commands",
+    "costmodels",
+    "kvcache",
+    "observers",
+    "prefix",
+    "quant",
+    "schedulers",
+    "tasks",
+    "workloads",
 )
-"""Folders whose modules describe and decide; what computes lies in modules named ``*_impl`` and in executors."""
+"""Folders whose modules describe and decide; what computes is named ``*_impl``, or is an executor."""
+
+TENSORS = {"_integers", "_rows"}
+"""Shared halves of quantizers that compute."""
 
 
 @cache
@@ -95,7 +98,3 @@ def test_importing_all_policies_imports_no_tensor_library() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-
-
-TENSORS = {"_integers", "_rows"}
-"""Shared halves of quantizers that compute."""
