@@ -1,7 +1,7 @@
 """Makes the parts of the documentation that come from code.
 
 ``python tools/generate_docs.py`` says what is out of date; ``--write`` puts it in place. A test fails while
-anything is out of date.
+anything is out of date. Needs the extra ``run``: settings of the torch executor are read from its module.
 """
 
 from __future__ import annotations
