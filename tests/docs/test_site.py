@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,14 +21,34 @@ needs_mkdocs = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """As ``.ci/run`` does it: ``--quiet`` would hide warnings from ``--strict`` too."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = build(ROOT, folder)
     assert done.returncode == 0, done.stderr
-    yield folder
+    return folder
+
+
+@needs_mkdocs
+@pytest.mark.parametrize("link", ["nowhere.md", "logs.md#nowhere"])
+def test_a_link_that_leads_nowhere_stops_the_build(link: str, tmp_path: Path) -> None:
+    for name in ("mkdocs.yml", "tools/mkdocs_hooks.py", "docs/site.css", "docs/reference/logs.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "docs" / "reference" / "logs.md").write_text("# Logs\n", encoding="utf-8")
+    page = tmp_path / "docs" / "reference" / "index.md"
+    page.write_text("# Start\n\n[logs](logs.md)\n", encoding="utf-8")
+    assert build(tmp_path, tmp_path / "site").returncode == 0
+    page.write_text(f"# Start\n\n[away]({link})\n", encoding="utf-8")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode != 0 and link in done.stderr
 
 
 @needs_mkdocs
