@@ -10,11 +10,13 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from servelab.core.interrupt import Interruptions, Terminated, taking
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 TRACEBACK_ENV = "SERVELAB_TRACEBACK"
 DEPENDENCIES = frozenset({"hydra", "omegaconf", "pluggy", "pydantic"})
@@ -22,10 +24,6 @@ PRINTS = frozenset({"-c", "--cfg", "-i", "--info", "--hydra-help"})
 """Flags with which Hydra prints something and runs nothing."""
 
 log = logging.getLogger("servelab")
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, taken the way of Ctrl-C: the run ends as interrupted and its files are written."""
 
 
 def main() -> None:
@@ -92,57 +90,41 @@ def _flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """While a run goes on in the main thread, SIGTERM does what Ctrl-C does, unless others handle it."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated("SIGTERM")
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def _hydra(args: Sequence[str]) -> None:
     import hydra
-    from hydra.errors import CompactHydraException
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    from servelab.core.errors import ServeLabError
     from servelab.core.overrides import check_choices, normalize
     from servelab.core.searchpath import install
+    from servelab.core.sweep import sweeper
+    from servelab.core.verbosity import take_level
 
     if PRINTS & {arg.partition("=")[0] for arg in args}:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Hydra would print a traceback
-    sys.argv[1:] = check_choices(normalize(args))
+    sys.argv[1:] = check_choices(normalize(take_level(args)))
     install()
+    sweeper.install()
     if _wants_traceback():
         os.environ["HYDRA_FULL_ERROR"] = "1"
+    hydra.main(version_base="1.3", config_path="pkg://servelab.configs", config_name="config")(job)()
 
-    @hydra.main(version_base="1.3", config_path="pkg://servelab.configs", config_name="config")
-    def task(cfg: DictConfig) -> float | None:
-        try:
-            raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-            with _sigterm_interrupts():
-                return run(raw)  # type: ignore[arg-type]
-        except (ServeLabError, OmegaConfBaseException) as exc:
-            # of this class Hydra prints the message alone and exits with 1, and in a sweep the other jobs
-            # still run; SystemExit would end the sweep at the first bad job
-            raise CompactHydraException(f"servelab: {_with_notes(_explained(exc))}") from (
-                exc if _wants_traceback() else None
-            )
 
-    task()
+def job(cfg: DictConfig) -> float | None:
+    """One job of Hydra's, a run of its own or one of a sweep."""
+    from hydra.errors import CompactHydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from servelab.core.errors import ServeLabError
+
+    try:
+        raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        with taking(Interruptions()):
+            return run(raw)  # type: ignore[arg-type]
+    except (ServeLabError, OmegaConfBaseException) as exc:
+        # of this class Hydra prints the message alone and exits with 1
+        raise CompactHydraException(f"servelab: {_with_notes(_explained(exc))}") from (
+            exc if _wants_traceback() else None
+        )
 
 
 def run(raw: dict[str, Any]) -> float | None:
@@ -154,6 +136,7 @@ def run(raw: dict[str, Any]) -> float | None:
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from servelab.core.compose import compose
     from servelab.core.config import validate
@@ -166,7 +149,7 @@ def run(raw: dict[str, Any]) -> float | None:
     config = validate(raw, registry)
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    composed = compose(config, registry, run_dir=folder)
+    composed = compose(config, registry, run_dir=folder, sweep=hydra.mode == RunMode.MULTIRUN)
     try:
         begin(folder, composed.config, hydra.overrides.task)
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
@@ -23,6 +24,8 @@ from servelab.core.layout import Capacity, KVLayout
 from servelab.core.registry import Registry
 from servelab.core.request import SLO, Arrival, Cancel, Truth
 from servelab.core.sites import linear_sites
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from servelab.core.families.cost import CostModel
@@ -62,7 +65,12 @@ class Run:
 
 
 def compose(
-    config: RunConfig, registry: Registry, *, run_dir: Path | None = None, fit_length: bool = False
+    config: RunConfig,
+    registry: Registry,
+    *,
+    run_dir: Path | None = None,
+    fit_length: bool = False,
+    sweep: bool = False,
 ) -> Run:
     """Build a run.
 
@@ -72,6 +80,7 @@ def compose(
         run_dir: where observers and tasks may write; None: nowhere.
         fit_length: where ``engine.max_model_len`` is not stated and KV memory holds less than the model's
             context, serve the longest request that it holds, instead of refusing.
+        sweep: it is a job of a sweep (``Context.sweep``).
 
     Raises:
         CapabilityError: parts that cannot work together, all problems at once, or too small a KV pool.
@@ -79,17 +88,22 @@ def compose(
     """
     selected = _checked_selection(config, registry)
     config = _with_shape(config, registry)
-    build = _Builder(config, registry, run_dir)
+    build = _Builder(config, registry, run_dir, sweep)
+
+    for kind, choice in config.choices():
+        provider = registry.provider(kind, choice.name)
+        log.debug("%s %s of %s: %s", kind, choice.name, provider, choice.settings() or "no settings")
+    log.debug("model %s: %s", config.model.name, build.model)
 
     kvcache: KVCache = build.one("kvcache")
     layout = build.ask("kvcache", kvcache.layout, build.model)
-    _check_layout(layout, config.kvcache.name, build.model)
+    check_layout(layout, config.kvcache.name, build.model)
     if config.kernel is not None:
         build.kernel = build.one("kernel")
         layout = build.ask("kernel", build.kernel.adapt, layout, build.model)
         refused = build.ask("kernel", build.kernel.refuses, layout, build.model, build.hardware)
         _check_accepted(config.kernel.name, config.kvcache.name, refused)
-        _check_layout(layout, config.kvcache.name, build.model)  # as adapted
+        check_layout(layout, config.kvcache.name, build.model)  # as adapted
     if config.quant is not None:
         build.quantizer = build.checked_quantizer()
     executor: Executor = build.one("executor")
@@ -100,6 +114,9 @@ def compose(
         if (fit_length or offline) and config.engine.max_model_len is None:
             config = build.fit(layout, capacity, kvcache)
         _check_capacity(capacity, layout, kvcache, config, build.limits)
+        for pool, pages in zip(layout.pools, capacity.device_pages, strict=True):
+            log.debug("KV pool of %s pages: %s", f"{pages:,}", pool)
+        log.debug("limits: %s", build.limits)
         workload = build.one("workload")
         by_class = {name: one.bounds() for name, one in config.slo.classes.items()}
         if config.slo.bounds() or any(by_class.values()):
@@ -109,7 +126,7 @@ def compose(
         observers = tuple(build("observer", choice) for choice in config.observers)
         prefix = None
         if config.prefix is not None:
-            _check_shareable(layout, config.prefix.name)
+            check_shareable(layout, config.prefix.name)
             prefix = build.one("prefix")
             build.ask("prefix", prefix.attach, layout)
         engine = Engine(
@@ -246,8 +263,10 @@ def _with_shape(config: RunConfig, registry: Registry) -> RunConfig:
 class _Builder:
     """Calls factories, each with its settings and its own context."""
 
-    def __init__(self, config: RunConfig, registry: Registry, run_dir: Path | None) -> None:
-        self.config, self.registry, self.run_dir = config, registry, run_dir
+    def __init__(
+        self, config: RunConfig, registry: Registry, run_dir: Path | None, sweep: bool = False
+    ) -> None:
+        self.config, self.registry, self.run_dir, self.sweep = config, registry, run_dir, sweep
         shape = config.model.model_dump(include={f.name for f in fields(ModelFacts)}, exclude_none=True)
         self.model = ModelFacts(**shape, dtype_bytes=DTYPE_BYTES[config.model.dtype])
         self.hardware = HardwareFacts(**config.hardware.model_dump()) if config.hardware else None
@@ -332,6 +351,7 @@ class _Builder:
             seed=self.config.seed,
             tokenizer=self.tokenizer,
             run_dir=self.run_dir,
+            sweep=self.sweep,
         )
         try:
             made = factory(choice.config, context)
@@ -364,7 +384,13 @@ def members(protocol: str) -> list[str]:
     return sorted(member for member in declared if not member.startswith("_"))
 
 
-def _check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
+def check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
+    """Whether a kvcache's layout fits the model.
+
+    Raises:
+        CapabilityError: the model has windows, and the layout keeps every token.
+        PluginError: no layout, or a pool that keeps less than a layer sees.
+    """
     if not isinstance(layout, KVLayout) or not layout.pools:
         raise PluginError(
             f"kvcache {kvcache!r} proposed no usable layout",
@@ -394,7 +420,7 @@ def _check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
                 )
 
 
-def _check_shareable(layout: KVLayout, prefix: str) -> None:
+def check_shareable(layout: KVLayout, prefix: str) -> None:
     """Full pages of all pools must stand for the same tokens, and stay where they are."""
     windows = [pool.id for pool in layout.pools if pool.retention != "full"]
     sizes = {pool.page_tokens for pool in layout.pools}
@@ -424,7 +450,7 @@ def _check_capacity(
 ) -> None:
     """Every pool must be able to hold one request of the greatest length, or that one would wait for ever."""
     executor, longest = config.executor.name, limits.max_model_len
-    for pages in filter(None, (capacity.device_pages, capacity.host_pages)):
+    for pages in (capacity.device_pages, capacity.host_pages or capacity.device_pages):
         if len(pages) != len(layout.pools):
             raise PluginError(
                 f"executor {executor!r} reports pages for {len(pages)} pools",

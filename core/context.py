@@ -51,6 +51,8 @@ class Context:
     """The executor's, given to what is built after it (workload, cost, scheduler, observers, task)."""
     run_dir: Path | None = None
     """Where observers and tasks write; None when nothing may be written."""
+    sweep: bool = False
+    """The run is one of many: what takes long and can be made later from its files is left for later."""
 
 
 def seeded(seed: int, kind: str, name: str) -> random.Random:

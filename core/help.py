@@ -22,8 +22,11 @@ servelab: write an LLM-serving technique once as a plugin; run it on a real engi
   python run.py +scheduler=NAME +quant=NAME         choose parts (kind=name and +kind=name are the same)
   python run.py engine.max_batch_tokens=2048       set a field
   python run.py -m +experiment=scripted seed=0,1,2
-                                                   a sweep; with hydra/launcher=joblib in parallel,
-                                                   which needs: pip install -e ".[sweep]"
+                                                   a sweep: one job per combination, then a comparison;
+                                                   the same with hydra.sweep.dir=FOLDER goes on where it
+                                                   ended; with hydra/launcher=joblib in parallel, which
+                                                   needs: pip install -e ".[sweep]"
+  python run.py -v ... | -vv ... | -q ...          log what is composed | of all libraries | warnings only
   python run.py plugins [KIND] [--json]            all plugins: papers, tiers, what is disabled and why
   python run.py show KIND NAME                     the settings of one plugin
   python run.py show engine                        of a section: engine, slo, model, clock, hardware, quality
@@ -68,7 +71,7 @@ def choices() -> dict[str, set[str]]:
     for root in _folders(packages):
         for file in root.rglob("*.yaml"):
             group = file.parent.relative_to(root).as_posix()
-            if group != ".":
+            if group != "." and not group.startswith("hydra/"):
                 found[group].add(file.stem)
     return found
 

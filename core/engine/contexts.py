@@ -136,6 +136,7 @@ class Contexts:
         engine.ledger.adopted(r)
         if context.tier == "host":
             del engine.waiting[r.id]
+            engine.samples.unqueued(r)
             moving = next((t for t in engine.transfers.values() if t.lease is context.lease), None)
             if moving is not None:
                 moving.request_id = r.id
@@ -163,6 +164,7 @@ class Contexts:
                 engine.swapped.pop(heir.id, None)
                 heir.phase = Phase.WAITING
                 engine.waiting[heir.id] = heir
+                engine.samples.requeued(heir)
         self._emit_end(program, reason)
 
     def expire(self) -> None:

@@ -114,6 +114,7 @@ class Engine:
         self.epoch = 0
         """Changes after every call of the scheduler."""
         self.ledger = Ledger(kvcache, kvcache_name, layout, capacity)
+        self.ledger.any_order = limits.lanes > 1
         self.reuse = Reuse(self, prefix, prefix_name) if prefix is not None else None
         self.ledger.reuse = self.reuse
         self.requests: dict[str, Request] = {}
@@ -299,6 +300,7 @@ class Engine:
             del self.waiting[r.id]
             self._admitted(r)
             if r.forks:
+                self.samples.unqueued(r)
                 self.samples.admitted(r)
         r.phase = Phase.RUNNING
         self.running[r.id] = r
@@ -440,6 +442,7 @@ class Engine:
         if self.token_log:
             self._log_tokens(event, batch, emitted)
         if batch.forks:
+            self._break_holds()  # samples join those who run: this lane too asks again
             done += self.samples.landed(batch, event)
         for r, reason in done:
             self._end(r, "completed", reason)  # a hold it was part of ends here: see Lane.repeat
@@ -482,6 +485,7 @@ class Engine:
             self.running[r.id] = r
             if r.admitted_ns is None:  # it adopted a context on the host
                 self._admitted(r)
+                self.samples.admitted(r)
 
     def start_transfer(self, transfer: Transfer) -> None:
         self.transfers[transfer.id] = transfer
@@ -550,17 +554,15 @@ class Engine:
         del self.requests[r.id]
         r.home, was = None, r.phase
         r.phase = Phase.FINISHED
-        if retain is None:
-            self.ledger.release(r.lease)
         self.ended[outcome] += 1
         self.contexts.forget_heir(r)
+        over = None
         if spec.program is not None:
             program = self.programs[spec.program]
             program.live -= 1
             if spec.is_last_turn and not program.live:
                 del self.programs[program.id]
-                if program.id in self.contexts.kept:
-                    self.contexts.drop(program.id, "its program is over")
+                over = program.id
         self.emit(
             RequestFinished(
                 t_ns=self.now_ns,
@@ -573,7 +575,12 @@ class Engine:
                 cached_tokens=r.cached,
             )
         )
-        if retain is not None:
+        # pages go back only now: what a plugin raises must not take the record away
+        if over is not None and over in self.contexts.kept:
+            self.contexts.drop(over, "its program is over")
+        if retain is None:
+            self.ledger.release(r.lease)
+        else:
             self.contexts.keep(r, retain)
         for orphan in self.samples.ended(r, was):
             self._end(orphan, outcome, reason)

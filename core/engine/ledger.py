@@ -7,9 +7,9 @@ pool is free, held (one reference per table that lists it and per outside holder
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import LedgerError, PluginCallError, ServeLabError
@@ -19,6 +19,7 @@ from servelab.core.layout import Capacity, KVLayout
 if TYPE_CHECKING:
     from servelab.core.engine.reuse import Reuse
 
+T = TypeVar("T")
 WITHDRAWN = -1
 """Reference count of a page that a resize took out of its pool."""
 
@@ -79,11 +80,18 @@ class Ledger:
         self.windows = [(i, p.page_tokens, w) for i, p in enumerate(self.pools) if (w := p.window_tokens)]
         """Pools that let go of old tokens: index, tokens per page, tokens seen."""
         watermark = getattr(kvcache, "watermark", lambda pool, pages: 0)
-        self.watermark: tuple[int, ...] = tuple(map(watermark, self.pools, capacity.device_pages))
+        self.watermark: tuple[int, ...] = tuple(
+            self._ask(watermark, pool, pages)
+            for pool, pages in zip(self.pools, capacity.device_pages, strict=True)
+        )
         """Device pages per pool that admissions leave free."""
         self._scratch = getattr(kvcache, "scratch", None)
         self.reuse: Reuse | None = None
         """The run's prefix store. Pages that it alone holds count as free; it gives them up when needed."""
+        self.any_order = False
+        """There are several lanes: launches in flight may run in another order than they were sent in."""
+        self.broken = False
+        """The kvcache or the prefix store raised, perhaps halfway: the run ends, no page is given back."""
         self._leases: dict[int, Lease] = {}
         self._transfers = 0
         self._promises: dict[int, list[int]] = {}
@@ -91,9 +99,9 @@ class Ledger:
         """True once any page was shared: until then nothing need be copied on write."""
         self._copies: list[tuple[Lease, int, int, int]] = []
         for i in range(len(self.pools)):
-            kvcache.attach(i, "device", capacity.device_pages[i])
+            self._ask(kvcache.attach, i, "device", capacity.device_pages[i])
             if host[i]:
-                kvcache.attach(i, "host", host[i])
+                self._ask(kvcache.attach, i, "host", host[i])
 
     # ------------------------------------------------------------ questions
 
@@ -174,14 +182,17 @@ class Ledger:
 
     def scratches(self) -> list[Scratch] | None:
         """Where the free pages of each pool are, to try a plan on; None: any free pages will do."""
-        return None if self._scratch is None else [self._scratch(i) for i in range(len(self.pools))]
+        if self._scratch is None:
+            return None
+        return [self._ask(self._scratch, i) for i in range(len(self.pools))]
 
     def unusable(self, r: Request) -> tuple[int, ...]:
         """Free pages, per pool, that are of no use to the request or any like it; empty: all are."""
         if self._scratch is None:
             return ()
         needs = enumerate(self.missing(r, 1))
-        return tuple(self.kvcache.unusable(i, n) if n else 0 for i, n in needs)  # type: ignore[attr-defined]
+        unusable: Callable[[int, int], int] = self.kvcache.unusable  # type: ignore[attr-defined]
+        return tuple(self._ask(unusable, i, n) if n else 0 for i, n in needs)
 
     def withdrawing(self) -> list[int]:
         """Device pages, per pool, that leave the pool as soon as they are given up."""
@@ -192,12 +203,18 @@ class Ledger:
         return all(lease.first[i] * page <= max(0, tokens + 1 - window) for i, page, window in self.windows)
 
     def _shared_tail(self, i: int, lease: Lease, tokens: int) -> int | None:
-        """Index in the table of the partly filled page that the next token is written to, if shared."""
+        """Index in the table of the partly filled page that the next token is written to, if shared with
+        another request or with a copy that another's launch is to make.
+        """
         table = lease.tables[i]
         index, offset = divmod(tokens, self.pools[i].page_tokens)
         index -= lease.first[i]
-        if offset and index < len(table) and self._device[i].refs[table[index]] > 1:
-            return index
+        tier = self._device[i]
+        if offset and index < len(table):
+            page = table[index]
+            # a launch on another lane may copy it before or after this one writes to it
+            if tier.refs[page] > 1 or (self.any_order and page in tier.reading):
+                return index
         return None
 
     def _slack(self, r: Request) -> int:
@@ -206,7 +223,7 @@ class Ledger:
         for i, pool in enumerate(self.pools):
             if self._shares and self._shared_tail(i, r.lease, scheduled) is not None:
                 return 0  # the next write must come through reserve() to copy the page first
-            tokens = self.kvcache.tokens_in(pool, r.lease.first[i] + len(r.lease.tables[i]))
+            tokens = self._ask(self.kvcache.tokens_in, pool, r.lease.first[i] + len(r.lease.tables[i]))
             capacity = tokens if capacity is None or tokens < capacity else capacity
         return (capacity or 0) - scheduled
 
@@ -302,7 +319,8 @@ class Ledger:
         tokens = child.computed
         for i, pool in enumerate(self.pools):
             first = child.lease.first[i] = parent.lease.first[i]
-            shared = parent.lease.tables[i][: self.kvcache.pages_for(pool, child.view, tokens) - first]
+            pages = self._ask(self.kvcache.pages_for, pool, child.view, tokens) - first
+            shared = parent.lease.tables[i][:pages]
             refs = self._device[i].refs
             for page in shared:
                 refs[page] += 1
@@ -319,7 +337,9 @@ class Ledger:
             )
         for i, pool in enumerate(self.pools):
             table = r.lease.tables[i]
-            keep = self.kvcache.pages_for(pool, r.view, tokens) - r.lease.first[i] if tokens else 0
+            keep = 0
+            if tokens:
+                keep = self._ask(self.kvcache.pages_for, pool, r.view, tokens) - r.lease.first[i]
             extra = table[keep:]
             del table[keep:]
             if extra:
@@ -377,6 +397,8 @@ class Ledger:
 
     def release(self, lease: Lease) -> None:
         """The owner is done. Pages return now, or when the last launch or transfer naming them ends."""
+        if self.broken:
+            return
         if lease.released:
             raise LedgerError(f"lease of {lease.owner} released twice")
         lease.released = True
@@ -509,7 +531,7 @@ class Ledger:
             tier.free += len(back)
             tier.total += len(back)
             if back:
-                self.kvcache.released(pool, "device", back)
+                self._ask(self.kvcache.released, pool, "device", back)
             return
         tier.withdraw += min(-delta, tier.total - tier.withdraw)
         self._withdraw_free(pool)
@@ -589,10 +611,8 @@ class Ledger:
         tier = (self._device if tier_name == "device" else self._host)[i]
         if n > tier.free and self.reuse is not None and tier_name == "device":
             self._evict(i, n - tier.free)
-        try:
-            pages = list(self.kvcache.choose(i, tier_name, n, r.view if r is not None else None))
-        except Exception as exc:
-            raise self._fault(exc, "choose") from exc
+        choose = self.kvcache.choose
+        pages = list(self._ask(choose, i, tier_name, n, r.view if r is not None else None))
         refs = tier.refs
         if len(pages) != n:
             raise LedgerError(
@@ -631,10 +651,7 @@ class Ledger:
             del tier.external[page]
             tier.refs[page] = 0
         tier.free += len(pages)
-        try:
-            self.kvcache.released(i, "device", pages)
-        except Exception as exc:
-            raise self._fault(exc, "released") from exc
+        self._ask(self.kvcache.released, i, "device", pages)
 
     def _drop_refs(self, i: int, tier_name: str, pages: Sequence[int]) -> None:
         tier = (self._device if tier_name == "device" else self._host)[i]
@@ -664,13 +681,18 @@ class Ledger:
             pages = pages[len(gone) :]
         tier.free += len(pages)
         if pages:
-            try:
-                self.kvcache.released(i, tier_name, pages)
-            except Exception as exc:
-                raise self._fault(exc, "released") from exc
+            self._ask(self.kvcache.released, i, tier_name, pages)
+
+    def _ask(self, method: Callable[..., T], *args: Any) -> T:
+        """Call the kvcache; what it raises is reported with its name."""
+        try:
+            return method(*args)
+        except Exception as exc:
+            raise self._fault(exc, getattr(method, "__name__", str(method))) from exc
 
     def _fault(self, exc: Exception, method: str) -> Exception:
         """What to raise when the kvcache plugin raised."""
+        self.broken = True
         if isinstance(exc, ServeLabError):
             return exc
         return PluginCallError(
@@ -750,11 +772,14 @@ class Ledger:
             )
 
 
-def place(scratches: Sequence[Scratch], needs: Sequence[int]) -> bool:
-    """Take pages for one request out of every scratch; False (and nothing) if one has no place for them."""
+def place(scratches: Sequence[Scratch], needs: Sequence[int], tables: Sequence[Sequence[int]]) -> bool:
+    """Take pages for one request out of every scratch; False (and nothing) if one has no place for them.
+
+    What it holds (``tables``) cannot grow: another place would not be beside it.
+    """
     placed: list[Sequence[int]] = []
-    for scratch, n in zip(scratches, needs, strict=True):
-        pages = scratch.take(n) if n else ()
+    for scratch, n, table in zip(scratches, needs, tables, strict=True):
+        pages = (scratch.take(n) if not table else None) if n else ()
         if pages is None:
             for other, taken in zip(scratches, placed, strict=False):
                 other.give_back(taken)

@@ -34,7 +34,11 @@ class Reuse:
         self._probed: dict[str, Request] = {}
         """Requests looked up for the plan in progress."""
         self._stays = 0
-        self.evictable = store.evictable
+
+    def evictable(self, pool: int) -> int:
+        """Pages of a pool that the store would give up now."""
+        pages: int = self._call(self._store.evictable, pool)
+        return pages
 
     # ----------------------------------------------------------- admission
 
@@ -187,6 +191,7 @@ class Reuse:
         except ServeLabError:
             raise
         except Exception as exc:
+            self._engine.ledger.broken = True
             raise PluginCallError(
                 f"prefix store {self.name!r} raised {type(exc).__name__}: {exc}",
                 where=f"{method.__name__}(), t={self._engine.now_ns} ns",

@@ -56,10 +56,13 @@ class Samples:
         r = self._engine.requests.get(request_id)
         return [] if r is None else [r]
 
-    def admitted(self, first: Request) -> None:
+    def unqueued(self, first: Request) -> None:
         """The first leaves the queue, for the first time or again."""
-        engine = self._engine
         self.forking += len(first.forks)
+
+    def admitted(self, first: Request) -> None:
+        """The first is going to compute the prompt; a word for each of the others, once."""
+        engine = self._engine
         for r in first.forks:
             if r.admitted_ns is not None:
                 continue
@@ -67,7 +70,7 @@ class Samples:
             engine.emit(RequestAdmitted(t_ns=engine.now_ns, engine=engine.index, request=r.id, resumed=False))
 
     def requeued(self, first: Request) -> None:
-        """The first was preempted and computes its prompt later."""
+        """The first is back in the queue and computes its prompt later."""
         self.forking -= len(first.forks)
 
     def ended(self, r: Request, was: Phase) -> list[Request]:

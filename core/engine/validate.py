@@ -272,7 +272,7 @@ class PlanCheck:
                         "preempt more, or use view.kv.budget() while planning",
                         r,
                     )
-            if scratches is not None and not place(scratches, missing):
+            if scratches is not None and not place(scratches, missing, r.lease.tables):
                 self.refuse(
                     f"the plan needs {tuple(missing)} adjacent KV pages for request {r.id}",
                     "they are free, but nowhere side by side",

@@ -136,7 +136,7 @@ class KVBudget:
         for i, pages in enumerate(need):
             if pages > (left[i] if keep is None else left[i] - keep[i]):
                 return False
-        if self._scratches is not None and not place(self._scratches, need):
+        if self._scratches is not None and not place(self._scratches, need, r.lease.tables):
             return False
         for i, pages in enumerate(need):
             left[i] -= pages

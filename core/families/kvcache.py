@@ -68,7 +68,10 @@ class Scratch(Protocol):
 
 
 class PlacingKVCache(KVCache, Protocol):
-    """A kvcache for which not every ``n`` free pages will do, such as one of contiguous ranges."""
+    """A kvcache for which not every ``n`` free pages will do, such as one of contiguous ranges.
+
+    What a request holds there does not grow: no budget gives it more.
+    """
 
     def scratch(self, pool: int) -> Scratch:
         """Free device pages as they are now."""

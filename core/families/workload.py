@@ -21,7 +21,9 @@ class Workload(Protocol):
     """Pure in its seed: the same seed gives the same requests, byte for byte."""
 
     def arrivals(self) -> Iterator[Arrival | Cancel]:
-        """Requests and cancellations in time order, lazily. Ids are unique over the run."""
+        """Requests and cancellations in time order, lazily; each call begins anew and gives the same. Ids are
+        unique over the run.
+        """
         ...
 
     def react(self, finished: RequestFinished) -> Iterable[Arrival | Cancel]:

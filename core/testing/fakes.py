@@ -443,10 +443,11 @@ def make_engine(
     predictor: Callable[[RequestView, float], int] | None = None,
     prefix: PrefixStore | None = None,
     shares: bool = False,
+    model: ModelFacts = TOY_MODEL,
 ) -> Engine:
     """An engine of toy parts; an ``int`` of pages means that many in every pool."""
     kvcache = kvcache or ToyKV()
-    layout = kvcache.layout(TOY_MODEL)
+    layout = kvcache.layout(model)
     pools = len(layout.pools)
     device = (pages,) * pools if isinstance(pages, int) else tuple(pages)
     if prefix is not None:
@@ -461,7 +462,7 @@ def make_engine(
         layout=layout,
         capacity=Capacity(device_pages=device, host_pages=host),
         limits=limits or toy_limits(),
-        model=TOY_MODEL,
+        model=model,
         cost=cost or ToyCost(),
         horizon=horizon,
         checks=checks,

@@ -19,6 +19,14 @@ TABLE = {
         "servelab.plugins.commands.export:main",
         "a run in the names, and by the rules, of GuideLLM or AIPerf",
     ),
+    "report": (
+        "servelab.plugins.observers.report.command:main",
+        "the plots and the page of a run again, from its files",
+    ),
+    "sweep": (
+        "servelab.plugins.sweeps.command:main",
+        "the comparison of a sweep's jobs, made again from its folder",
+    ),
 }
 
 

@@ -26,7 +26,8 @@ def _contiguous(name: str, factory: str, reserves: str, *, oracle: bool = False)
         ),
         provides=frozenset({"kvcache.contiguous_slot"}),
         requires=frozenset({"workload.truth"}) if oracle else frozenset(),
-        conflicts=frozenset({"scheduler.retains", "scheduler.swap"}),
+        # a range of true length has no room for drafts beyond the end
+        conflicts=frozenset({"scheduler.retains", "scheduler.swap", *({"spec.drafts"} if oracle else ())}),
         oracle=oracle,
         tier="stable",
     )

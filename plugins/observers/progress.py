@@ -12,11 +12,13 @@ redrawn at most ``per_second`` times a second of real time (tqdm keeps that cloc
 by the last record of the run, whatever ended it, and before any observer's own hook for that record, so the
 report starts on a line of its own. A terminal that goes away does not end the run.
 
-Where stderr is no terminal there is no line, and no record is looked at: nothing costs anything.
+Where stderr is no terminal, or ``-q`` is given, there is no line, and no record is looked at: nothing costs
+anything.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections import deque
@@ -48,7 +50,8 @@ class ProgressConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mode: Literal["auto", "on", "off"] = Field(
-        default="auto", description="auto: where stderr is a terminal; on: also elsewhere; off: nowhere."
+        default="auto",
+        description="auto: where stderr is a terminal and -q is not given; on: also elsewhere; off: nowhere.",
     )
     per_second: float = Field(
         default=5.0, gt=0, le=60, description="Redraws per second of real time, at most. Ours."
@@ -57,7 +60,8 @@ class ProgressConfig(BaseModel):
 
 def progress(config: ProgressConfig, ctx: Context) -> Silent | Progress:
     """The observer these settings and this stderr ask for."""
-    if config.mode == "on" or (config.mode == "auto" and _terminal(sys.stderr)):
+    quiet = logging.getLogger("servelab").level > logging.INFO  # as -q sets it
+    if config.mode == "on" or (config.mode == "auto" and not quiet and _terminal(sys.stderr)):
         return Progress(config, sys.stderr)
     return Silent()
 

@@ -7,7 +7,8 @@ Mechanism: prompts and decodes run in separate steps. Every ``admission_interval
 when nothing runs, an admission pass goes through the queue, first come first served, up to the first request
 that the policy refuses or that does not fit; the prompts admitted run together in the next step. In a
 decode step every running request makes one token; while pages are short the newest running request is dropped
-(recomputed later) and goes to the front of the queue.
+(recomputed later) and goes to the front of the queue. A prompt longer than a step that has the device to
+itself runs in chunks, of which pools with a window need to hold only one at a time.
 
 Invariant: admission is in order and victims are the newest, so every running request arrived before every
 waiting one, and the newest is the last of ``view.running``.
@@ -173,8 +174,11 @@ class LightLLM(ABC):
                 plan.defer(request, f"prompt of {n} tokens, {left} left in this pass")
                 break
             if not pages.take(request, n):
-                plan.defer(request, f"out of KV pages for its {n} tokens: {pages.free} free")
-                break
+                first = min(n, config.max_num_batched_tokens)
+                if not alone or admitted or not _fits_in_chunks(view, request, first, pages):
+                    plan.defer(request, f"out of KV pages for its {n} tokens: {pages.free} free")
+                    break
+                n = first
             judge = judge or self.admission(running, Room.of(view))
             reason = judge(request)
             # nothing would ever change the answer for a request that has the device to itself
@@ -189,6 +193,16 @@ class LightLLM(ABC):
             admitted += 1
             seats += 1 + request.forks
         return admitted
+
+
+def _fits_in_chunks(view: StepView, request: RequestView, first: int, pages: KVBudget) -> bool:
+    """Whether a prompt that is too long for pools with a window fits one chunk behind the other: these let go
+    of what came before. All other pools must hold it whole. Takes the first chunk.
+    """
+    windows = view.kv.window_tokens
+    whole = zip(view.kv.pages_needed(request, request.pending_tokens), pages.free, windows, strict=True)
+    fits = all(need <= free for need, free, window in whole if window is None)
+    return any(windows) and fits and pages.take(request, first)
 
 
 def _check(config: ComposerConfig, ctx: Context) -> None:

@@ -76,7 +76,7 @@ def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert run(monkeypatch, "explian", "last") == 1
     error = capsys.readouterr().err
     assert "unknown command 'explian'" in error
-    assert "did you mean 'explain'? known: compare, explain, plugins, show" in error
+    assert "did you mean 'explain'? known: compare, explain, export, plugins, report, show, sweep" in error
 
 
 def test_errors_of_a_command_are_shown_as_others(

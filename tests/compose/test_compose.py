@@ -208,3 +208,6 @@ class TestBadFactories:
         add(registry, "executor", TwoPools, provides=frozenset({"executor.sim"}))
         with pytest.raises(PluginError, match="reports pages for 2 pools"):
             composed({**raw, "executor": "fake"}, registry)
+        TwoPools.capacity = lambda self, layout: Capacity(device_pages=())  # type: ignore[method-assign]
+        with pytest.raises(PluginError, match="reports pages for 0 pools"):
+            composed({**raw, "executor": "fake"}, registry)

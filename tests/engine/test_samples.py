@@ -32,6 +32,7 @@ from servelab.core.testing.fakes import (
     Rig,
     ToyCost,
     ToyExecutor,
+    arrival,
     make_engine,
     raises_in,
     step_by_step,
@@ -407,8 +408,9 @@ def test_memory_counts_a_shared_prompt_once_while_anyone_holds_it() -> None:
     counts=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     pages=st.integers(8, 30),
     rows=st.integers(2, 6),
+    chunk=st.sampled_from([3, 4, 64]),
 )
-def test_holding_changes_nothing(seed: int, counts: list[int], pages: int, rows: int) -> None:
+def test_holding_changes_nothing(seed: int, counts: list[int], pages: int, rows: int, chunk: int) -> None:
     """Held launches, launches of one step and an executor without foresight tell the same story."""
     rng = Random(seed)
     items: list[Arrival | Cancel] = [
@@ -423,7 +425,14 @@ def test_holding_changes_nothing(seed: int, counts: list[int], pages: int, rows:
     def run(hold: int, foresight: bool) -> list[tuple[Any, ...]]:
         records: list[Any] = []
         limits = toy_limits(requests=rows, model_len=24)
-        drive(items, records, pages=pages, limits=limits, scheduler=Fcfs(hold=hold), foresight=foresight)
+        drive(
+            items,
+            records,
+            pages=pages,
+            limits=limits,
+            scheduler=Fcfs(hold=hold, chunk=chunk),
+            foresight=foresight,
+        )
         return [
             *step_by_step(records),
             *((x.request, x.t_ns, x.shared_tokens) for x in records if isinstance(x, RequestForked)),
@@ -444,3 +453,17 @@ def test_random_plans_with_samples_are_legal() -> None:
             elif r.engine.requests:
                 r.tick()
         r.engine.check_integrity()
+
+
+def test_samples_end_the_hold_that_ended_their_prompt() -> None:
+    """The last token of a prompt looks like a decode, so a scheduler may hold it."""
+
+    def run(hold: int) -> list[tuple[Any, ...]]:
+        records: list[Record] = []
+        items: list[Arrival | Cancel] = [arrival("r", 5, 6, n=2)]
+        drive(
+            items, records, pages=16, limits=toy_limits(), scheduler=Fcfs(hold=hold, chunk=4), foresight=True
+        )
+        return step_by_step(records)
+
+    assert run(8) == run(1)

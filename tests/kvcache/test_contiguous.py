@@ -334,7 +334,8 @@ def test_true_lengths_are_asked_for_by_name_and_stamped() -> None:
     }
     for spec in specs.values():
         assert spec.provides == {"kvcache.contiguous_slot"}
-        assert spec.conflicts == {"scheduler.retains", "scheduler.swap"}
+        assert spec.conflicts - {"spec.drafts"} == {"scheduler.retains", "scheduler.swap"}
+        assert ("spec.drafts" in spec.conflicts) == spec.oracle, "no room beyond a true length"
     with pytest.raises(ConfigError, match="without the workload's truths"):
         cache("oracle", None)
     made = cache("pow2", {})
@@ -425,9 +426,9 @@ def test_a_range_in_flight_is_not_given_back_by_a_plan_that_preempts_it() -> Non
 
 def test_a_place_in_one_pool_only_is_no_place() -> None:
     first, second = Runs(10, "first_fit"), Runs(3, "first_fit")
-    assert not place([first, second], [4, 4])
+    assert not place([first, second], [4, 4], [[], []])
     assert (first._runs, second._runs) == ([(0, 10)], [(0, 3)])
-    assert place([first, second], [4, 0]) and first.take(7) is None
+    assert place([first, second], [4, 0], [[], []]) and first.take(7) is None
 
 
 @pytest.mark.parametrize(("placement", "pages", "reserved"), [("first_fit", 50, 50), ("buddy", 48, 32)])

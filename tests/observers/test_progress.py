@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -158,6 +159,20 @@ def test_silent(mode: Any, tty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
     run(three_requests(), mode=mode)
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("level", "kind"), [(0, Progress), (logging.INFO, Progress), (logging.WARNING, Silent)]
+)
+def test_q_silences_what_was_not_switched_on(level: int, kind: type, terminal: Terminal) -> None:
+    logger = logging.getLogger("servelab")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        assert isinstance(progress(ProgressConfig(), context(None)), kind)
+        assert isinstance(progress(ProgressConfig(mode="on"), context(None)), Progress)
+    finally:
+        logger.setLevel(before)
 
 
 def test_silence_looks_at_no_record_but_the_last() -> None:

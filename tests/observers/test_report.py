@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tests.metrics.logs import arrived, ended, started, three_requests
+from tests.metrics.logs import MS, arrived, ended, started, three_requests
 from tests.observers.test_jsonl import context
 
 from servelab.core.bus import Bus
 from servelab.core.errors import ConfigError, PluginCallError
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
-from servelab.core.records import QualityBegan, Record, RequestArrived
+from servelab.core.records import QualityBegan, Record, RequestArrived, RunFinished
 from servelab.plugins.observers.report.observer import ReportConfig, ReportObserver
 
 LONG = "Efficient Memory Management for Large Language Model Serving with PagedAttention (2023, 2309.06180)"
@@ -50,7 +51,7 @@ SOFTWARE: dict[str, Any] = {
 
 
 def run(records: list[Record], folder: Path | None, **settings: Any) -> None:
-    bus = Bus([ReportObserver(ReportConfig(**settings), context(folder))])
+    bus = Bus([ReportObserver(ReportConfig(**{"plots": False, **settings}), context(folder))])
     for record in records:
         bus.emit(record)
 
@@ -212,3 +213,17 @@ def test_an_unwritable_folder_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PluginCallError, match=r"results\.json cannot be written"):
         run(three_requests(), tmp_path / "file")
+
+
+def test_a_job_of_a_sweep_leaves_plots_and_page_for_later(tmp_path: Path) -> None:
+    for sweep, settings, expected in (
+        (True, {}, set()),
+        (True, {"page": True}, {"report.html"}),
+        (False, {"plots": False}, {"report.html"}),
+    ):
+        folder = tmp_path / f"{sweep}{len(settings)}"
+        observer = ReportObserver(ReportConfig(**settings), replace(context(folder), sweep=sweep))
+        for record in three_requests():
+            observer.servelab_on_record(record)
+        observer.servelab_on_run_finished(RunFinished(t_ns=1000 * MS, status="ok"))
+        assert {path.name for path in folder.iterdir()} == {"results.json", *expected}

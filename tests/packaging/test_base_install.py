@@ -61,6 +61,9 @@ def test_the_run_it_names_works(base: Base, tmp_path: Path) -> None:
     assert done.stdout.startswith("ServeLab run\n")
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert results["completed"] == 3
+    (left_out,) = (line for line in done.stdout.splitlines() if line.startswith("plots: left out"))
+    assert left_out.endswith("(pip install matplotlib)")
+    assert "Left out: matplotlib" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_plugins_shows_why(base: Base) -> None:

@@ -178,6 +178,20 @@ def test_results_on_stdout_and_logs_on_stderr(run_py: Command) -> None:
     assert done.stdout.startswith("ServeLab run\n")
 
 
+def test_levels_of_logging(run_py: Command) -> None:
+    told = run_py("-v", *SHORT)
+    assert told.returncode == 0
+    lines = told.stderr.splitlines()
+    assert any(
+        line.startswith("DEBUG servelab.core.compose: scheduler vllm_v1 of servelab") for line in lines
+    )
+    assert any(line.startswith("DEBUG servelab.core.compose: KV pool of 512 pages: ") for line in lines)
+    assert all(line.startswith("DEBUG servelab.") for line in lines)
+    both = run_py("-q", "-v", *SHORT)
+    assert both.returncode == 1
+    assert "ask for different levels of logging" in both.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "text"),
     [
@@ -306,7 +320,9 @@ def test_sweep_finishes_the_good_jobs(run_py: Command, tmp_path: Path) -> None:
 def test_sweep_over_a_technique(run_py: Command, tmp_path: Path) -> None:
     done = run_py("-m", "scheduler=vllm_v1", "kvcache.page_tokens=8,16", *SHORT, "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]
+    files = sorted(p.name for p in (tmp_path / "sweep").iterdir())
+    assert files == [".lock", "0", "1", "multirun.yaml", "sweep.csv", "sweep.json", "sweep.md"]
+    assert "Without results.json: 0, 1; the observer 'report' writes it." in done.stdout
 
 
 def _wall_run(repository: Path, folder: Path, signal_number: int, wait_s: float) -> tuple[int, str, str]:

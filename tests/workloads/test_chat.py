@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tests.workloads.words import ASSISTANT, BOS, SYSTEM, USER, Words
 
 from servelab.core.api import Arrival, ConfigError, Context, Limits, ModelFacts, WorkloadError
 from servelab.core.context import seeded
 from servelab.core.corpus import Topic, digest, paragraphs, part
 from servelab.core.records import RequestFinished
 from servelab.core.sampling import SamplingParams
+from servelab.core.testing.words import ASSISTANT, BOS, SYSTEM, USER, Words
 from servelab.plugins.workloads import chat as module
 from servelab.plugins.workloads._passages import Passages, units
 from servelab.plugins.workloads.chat import TEMPLATES, Chat, ChatConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,6 @@ from servelab.core.logs import EVENTS_FILE
 from servelab.core.metrics import Timeline, summarize
 from servelab.core.run_folder import RESULTS_FILE, RunFolder
 
-ENV_FILE = "env.json"
 NOT_FIGURES = frozenset({"info", "plugins", "stamps", "samples", "schema_version", "run", "seed", "notes"})
 """Keys of ``servelab`` that say what ran, or how much is behind a figure."""
 ECHOES = frozenset({"num_prompts", "request_rate", "burstiness", "max_concurrency"})
@@ -28,7 +26,7 @@ IDENTITY = (
     "weights",
     "tokenizer",
 )
-"""Keys of the run's info, and of ``env.json``, that say what it ran on."""
+"""Keys of the run's info that say what it ran on."""
 
 
 @dataclass(slots=True)
@@ -60,7 +58,6 @@ def read_run(run: RunFolder) -> RunFacts:
     if from_log:
         timeline = Timeline().feed_all(run.events())
         result = summarize(timeline)
-        result["servelab"].setdefault("info", timeline.info)
     else:
         result = run.results()
     extra = result.get("servelab")
@@ -76,13 +73,13 @@ def read_run(run: RunFolder) -> RunFacts:
     return RunFacts(
         folder=str(run),
         schema=extra.get("schema_version"),
-        settings=_settings(run, info),
-        ground=_ground(run, info, extra),
+        settings=dict(flatten(info.get("settings") or {})),
+        ground=_ground(info, extra),
         figures=dict(_figures(result)),
         samples={k: v for k, v in (extra.get("samples") or {}).items() if isinstance(v, int)},
         status=str(state.get("status", "unknown")),
         partial=bool(state.get("partial", True)),
-        stamps=[str(stamp) for stamp in extra.get("stamps") or info.get("stamps") or ()],
+        stamps=[str(stamp) for stamp in extra.get("stamps") or ()],
         from_log=from_log,
     )
 
@@ -116,27 +113,12 @@ def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _settings(run: RunFolder, info: Mapping[str, Any]) -> dict[str, Any]:
-    """The effective settings: from the results, else from the log of a run that has none."""
-    stated = info.get("settings") or run.info().get("settings") or {}
-    return dict(flatten(stated)) if stated else {}
-
-
-def _ground(run: RunFolder, info: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+def _ground(info: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    env: dict[str, Any] = {}
-    if run.has(ENV_FILE):
-        try:
-            env = json.loads((run.path / ENV_FILE).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise LogError(
-                f"{ENV_FILE} is not JSON", where=str(run), why=str(error), do="restore it, or remove it"
-            ) from error
     for key in IDENTITY:
-        value = info.get(key, env.get(key))
-        if value is not None:
-            found.update(flatten(value, key))
-    for kind, stated in (extra.get("plugins") or info.get("plugins") or {}).items():
+        if info.get(key) is not None:
+            found.update(flatten(info[key], key))
+    for kind, stated in (extra.get("plugins") or {}).items():
         ones = stated if isinstance(stated, list) else [stated]
         found[f"plugin.{kind}"] = ", ".join(f"{one.get('name')} {one.get('version') or ''}" for one in ones)
     return found

@@ -124,6 +124,7 @@ class TorchExecutor:
     def _load(self, quantizer: Quantizer | None) -> tuple[Decoder, dict[str, Any]]:
         """The model, and what its linears take, see ``quantize``."""
         began, name = perf_counter(), self._ctx.model.name
+        log.info("loading model %s", name)
         shape = DecoderConfig.of(self._checkpoint.config)
         decoder = Decoder(shape, self._dtype, tensors(self._checkpoint))
         log.info("model %s loaded in %.1f s (%s)", name, perf_counter() - began, self._ctx.model.dtype)

@@ -21,6 +21,8 @@ from servelab.core.metrics import SummaryOptions, Timeline, summarize
 from servelab.core.metrics.definitions import NS_PER_MS
 from servelab.core.records import Record, RunFinished
 from servelab.plugins.observers._folder import RESULTS_FILE, check_unused
+from servelab.plugins.observers.report.page import write_artefacts
+from servelab.plugins.observers.report.series import Series
 from servelab.plugins.observers.report.text import render
 
 
@@ -49,6 +51,14 @@ class ReportConfig(BaseModel):
         description="Bound in ms for the share of gaps between tokens within it; by default slo.tbt_ms, if "
         "the run states one.",
     )
+    plots: bool | None = Field(
+        default=None,
+        description="Draw plots/*.png, and the plots of the page; takes a second or two (matplotlib). null: "
+        "unless the run is a job of a sweep, whose plots `servelab report` draws when they are wanted.",
+    )
+    page: bool | None = Field(
+        default=None, description="Write report.html, everything on one page. null: as for plots."
+    )
 
 
 class ReportObserver:
@@ -73,24 +83,38 @@ class ReportObserver:
             check_unused(ctx.run_dir, ctx.name)
         self._folder = ctx.run_dir
         self._timeline = Timeline()
+        plots, self._page = (not ctx.sweep if x is None else x for x in (config.plots, config.page))
+        self._series = Series() if plots and ctx.run_dir is not None else None
 
     @hookimpl
     def servelab_on_record(self, record: Record) -> None:
         self._timeline.feed(record)
+        if self._series is not None:
+            self._series.feed(record)
 
     @hookimpl
     def servelab_on_run_finished(self, record: RunFinished) -> None:
         result = summarize(self._timeline, self._options)
-        if self._folder is not None:
-            write_results(result, self._folder / RESULTS_FILE)
-        text = "\n".join(render(result, self._options.percentiles, self._folder))
-        if sys.stdout is None:  # closed before we began, as by `>&-`
-            return
+        lines = list(render(result, self._options.percentiles, self._folder))
         try:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
-        except BrokenPipeError:
-            pass  # nobody reads any more, as in `... | head`; the files are written, the run is whole
+            if self._folder is not None:
+                write_results(result, self._folder / RESULTS_FILE)
+                if self._series is not None or self._page:
+                    lines[-1:-1] = write_artefacts(
+                        self._folder, self._timeline, self._series, result, page=self._page
+                    )
+        finally:  # what was measured is said even if the disk is full
+            _print("\n".join(lines))
+
+
+def _print(text: str) -> None:
+    if sys.stdout is None:  # closed before we began, as by `>&-`
+        return
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # nobody reads any more, as in `... | head`; the files are written, the run is whole
 
 
 def write_results(result: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What a page shows of a run's results, each read in one place; and numbers as people write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+NONE = "\N{EN DASH}"
+"""A figure without a sample."""
+PERCENTILE = re.compile(r"p\d+(\.\d+)?(?=_ttft_ms$)")
+
+
+def percentiles(result: Mapping[str, Any]) -> list[str]:
+    """The percentiles in the results, as in their keys: ``p50``, ``p99.9``, in order."""
+    found = [match[0] for key in result if (match := PERCENTILE.match(key))]
+    return sorted(found, key=lambda name: float(name[1:]))
+
+
+def plugins(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(kind, plugin); several of one kind follow each other."""
+    for kind, stated in (info.get("plugins") or {}).items():
+        for one in stated if isinstance(stated, list) else [stated]:
+            yield kind, one
+
+
+def flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Nested mappings as dotted names, in order; a list of mappings counts its items."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from flat(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for i, item in enumerate(value):
+            yield from flat(item, f"{name}[{i}]")
+    else:
+        yield name, value
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    return NONE if share is None else f"{100 * share:.1f}"
+
+
+def mib(size: float | None) -> str:
+    return NONE if size is None else number(size / 2**20, 1)
+
+
+def words(value: object) -> str:
+    """A setting as a reader writes it: ``a=1 b=2``, ``a, b``; the names of YAML for none, true and false."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={words(item)}" for key, item in value.items()) or "{}"
+    if isinstance(value, list | tuple):
+        return ", ".join(words(item) for item in value) or "[]"
+    return str(value)

@@ -1,0 +1,88 @@
+"""Writes the comparison of a sweep's jobs: ``sweep.json``, ``sweep.csv``, ``sweep.md`` and ``plots/`` in its
+folder, and a table on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from servelab.core.api import ServeLabError
+from servelab.plugins.sweeps import plots, table
+from servelab.plugins.sweeps.results import METRICS, figure, read_results
+from servelab.plugins.sweeps.rows import Sweep, read_sweep
+
+log = logging.getLogger("servelab.sweep")
+
+
+def compare(folder: Path) -> None:
+    """Compare the jobs of a sweep as they stand now; further calls write the files anew.
+
+    Raises:
+        ServeLabError: no sweep is there, or a file cannot be read or written.
+    """
+    sweep = read_sweep(folder)
+    write(sweep)
+    drawn = _draw(sweep)
+    lines = [*table.text(sweep), "", f"artefacts: {folder}: sweep.md, sweep.csv, sweep.json{drawn}"]
+    if sys.stdout is None:  # closed before we began, as by `>&-`
+        return
+    try:
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # nobody reads any more; the files are written
+
+
+def write(sweep: Sweep) -> None:
+    """The files that need no plotting library.
+
+    Raises:
+        ServeLabError: a file cannot be written.
+    """
+    contents = {
+        "sweep.json": json.dumps(table.as_json(sweep), indent=2, allow_nan=False) + "\n",
+        "sweep.csv": table.comma_separated(sweep),
+        "sweep.md": "\n".join(table.markdown(sweep)) + "\n",
+    }
+    for name, content in contents.items():
+        path = sweep.folder / name
+        try:
+            path.write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise ServeLabError(
+                f"{name} cannot be written",
+                where=str(path),
+                why=error.strerror or str(error),
+                do="free space; `servelab sweep FOLDER` makes the comparison again",
+            ) from error
+
+
+def summary(folder: Path) -> str:
+    """What a job measured, in a few words, for the line that tells its end."""
+    results = read_results(folder)
+    if results is None:
+        return ""
+    by_key = {metric.key: figure(results, metric) for metric in METRICS}
+    parts = [
+        f"{text.format(value)}"
+        for key, text in (
+            ("completed", "{:.0f} completed"),
+            ("output_throughput", "{:,.0f} tok/s"),
+            ("p99_ttft_ms", "p99 TTFT {:,.0f} ms"),
+            ("servelab.kl_mean", "KL {:.4f}"),
+        )
+        if (value := by_key[key]) is not None
+    ]
+    return ", ".join(parts)
+
+
+def _draw(sweep: Sweep) -> str:
+    """Make the plots; what to say about them after the other files."""
+    try:
+        made = plots.draw(sweep)
+    except ImportError as error:
+        log.warning('no plots: %s is not installed; pip install -e ".[run]"', error.name)
+        return ""
+    return ", plots/" if made else ""

@@ -1,0 +1,72 @@
+"""Every registered plugin of a kind that has a suite passes it: one class per plugin, none is forgotten."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from servelab.core.facts import Limits
+from servelab.core.registry import Registry
+from servelab.core.testing import SUITES, PluginSuite, suite_of
+
+
+def _fitted(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
+    """Settings of schedulers that state their own limits: those of the engine."""
+    return {"max_num_batched_tokens": limits.max_batch_tokens, "max_num_seqs": limits.max_batch_requests}
+
+
+_PLACE: list[pytest.TempPathFactory] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _place(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Checks take no fixtures: where they may write is kept here."""
+    _PLACE[:] = [tmp_path_factory]
+
+
+@functools.cache
+def _tiny() -> str:
+    """The folder of a tiny random Llama with a tokenizer of one word per id."""
+    pytest.importorskip("transformers")
+    import tokenizers
+    from tests.torch.models import llama
+    from tokenizers import models
+    from transformers import PreTrainedTokenizerFast
+
+    where = _PLACE[0].mktemp("tiny")
+    llama(3).save_pretrained(where)
+    words = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w96", unk_token="w0").save_pretrained(where)
+    return str(where)
+
+
+def _tiny_model(suite: PluginSuite) -> dict[str, Any]:
+    return {"name": "tiny", "source": "path", "path": _tiny(), "dtype": "float64"}
+
+
+MORE: dict[tuple[str, str], dict[str, Any]] = {
+    ("scheduler", name): {"config": {"max_num_batched_tokens": 64, "max_num_seqs": 16}, "settings": _fitted}
+    for name in ("aggressive", "conservative", "pastfuture", "pf_oracle", "vllm_v1")
+} | {
+    ("executor", "scripted"): {
+        "tight": {"num_kv_pages": 20},
+        "host": {"num_kv_pages": 40, "num_host_pages": 20},
+    },
+    ("executor", "torch"): {
+        "kernel": "sdpa",
+        "model_section": _tiny_model,
+        "config": {"num_kv_pages": 64, "threads": 1},
+        "tight": {"num_kv_pages": 20},
+        "host": {"num_kv_pages": 40, "num_host_pages": 20},
+    },
+}
+"""Attributes of the suite of one plugin: settings for a toy world, exemptions with their reason."""
+MORE["observer", "progress"] = {"config": {"mode": "on"}}  # also without a terminal
+
+for _kind, _suite in SUITES.items():
+    for _name in Registry.load().names(_kind):
+        _of = suite_of(_suite, _name, **MORE.get((_kind, _name), {}))
+        _of.__module__ = __name__
+        globals()[_of.__name__] = _of
