@@ -26,12 +26,17 @@ class Context:
     """Second argument of every factory: ``factory(config, context)``."""
 
     kind: str
+    """The plugin's kind."""
     name: str
+    """The plugin's name."""
     rng: random.Random
     """The plugin's own generator, seeded by the run's seed, its kind and its name: its only chance."""
     model: ModelFacts
+    """The model's shape."""
     hardware: HardwareFacts | None
+    """Peak figures of the device; None: not stated."""
     limits: Limits
+    """What the device takes."""
     oracle: Oracle | None = None
     """Given to executors and to plugins whose spec says ``oracle=True``; None otherwise."""
     checkpoint: ModelConfig | None = None

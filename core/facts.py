@@ -10,13 +10,21 @@ class ModelFacts:
     """Shape of a decoder-only model, as far as policies and cost models need it."""
 
     name: str
+    """Name shown in reports."""
     layers: int
+    """Decoder layers."""
     hidden: int
+    """Width of the residual stream, in elements."""
     heads: int
+    """Query heads per layer."""
     kv_heads: int
+    """Key and value heads per layer."""
     head_dim: int
+    """Width of one head, in elements."""
     ffn: int
+    """Inner width of the feed-forward network (of one expert), in elements."""
     vocab: int
+    """Size of the vocabulary, in tokens."""
     max_position: int
     """Longest context in tokens."""
     dtype: str = "bfloat16"
@@ -26,7 +34,9 @@ class ModelFacts:
     windows: tuple[int | None, ...] = ()
     """Per layer, the sliding window in tokens, or None for full attention; empty: all full."""
     experts: int = 0
+    """Experts per layer; 0: a dense model."""
     experts_per_token: int = 0
+    """Experts each token runs through."""
     dense_layers: tuple[int, ...] = ()
     """Layers without experts, in a model of experts."""
     dense_ffn: int = 0
@@ -43,11 +53,15 @@ class HardwareFacts:
     """Peak figures of one device. ``None`` where a profile does not state the figure."""
 
     name: str
+    """Name shown in reports."""
     flops: float | None = None
     """Dense matrix FLOP/s at the model's dtype."""
     memory_bytes: int | None = None
+    """Device memory."""
     memory_bytes_per_s: float | None = None
+    """Memory bandwidth."""
     host_link_bytes_per_s: float | None = None
+    """Bandwidth between device and host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,21 +15,28 @@ class Pool:
     """Pages of equal size that are interchangeable. A page id names the same page in all its layers."""
 
     id: str
+    """Its name, as in ``executor.num_kv_pages``."""
     layers: tuple[int, ...]
+    """Layers whose KV its pages hold."""
     head_group: tuple[int, ...] | None = None
     """KV heads stored here; None: all."""
     captures: tuple[str, ...] = ("k", "v")
     """What the attention backend must hand over to ``append``."""
     key_space: KeySpace = "post_rope"
+    """Form in which keys are stored."""
     codec: str = "none"
+    """KV codec of what is stored."""
     page_tokens: int
+    """Tokens a page holds."""
     bytes_per_page: int
     """Bytes of one page over all its layers, codec metadata included."""
     retention: Literal["full", "window", "repack"] = "full"
+    """What a page is kept for: all tokens, those in sight of a window, or what a policy repacks."""
     window_tokens: int | None = None
     """With ``retention="window"``: how many recent tokens a token sees, itself included. Pages of which no
     later token sees any are given back."""
     tier: Tier = "device"
+    """Where it lies."""
 
     def __post_init__(self) -> None:
         window = self.window_tokens
@@ -56,7 +63,9 @@ class KVLayout:
     """The frozen layout of a run: device pools, in the order every per-pool tuple uses."""
 
     addressing: Addressing
+    """How a request's KV is named."""
     pools: tuple[Pool, ...]
+    """Device pools."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -69,5 +78,6 @@ class Capacity:
     """How many pages an executor can hold, per pool of the layout and in layout order."""
 
     device_pages: tuple[int, ...]
+    """Pages on the device."""
     host_pages: tuple[int, ...] = ()
     """Empty: no host tier, so ``swap`` preemption is refused."""

@@ -195,21 +195,27 @@ def _print_fields(model: type[BaseModel]) -> None:
     """Per field: name, type with bounds and default; below it what it means."""
     width = max(len(name) for name in model.model_fields) + 2
     for name, field in model.model_fields.items():
-        bounds = [
-            f"{sign} {getattr(m, attribute)}"
-            for m in field.metadata
-            for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
-            if getattr(m, attribute, None) is not None
-        ]
-        kind, null, _ = (field.title or type_words(field.annotation)).partition(" or null")
-        kind = " ".join([kind, ", ".join(bounds)]).strip() + null
-        given = "required" if field.is_required() else f"default {_plain(_default(field))}"
+        given = "required" if field.is_required() else f"default {default_text(field)}"
+        kind = type_text(field)
         _print_wrapped(f"  {name:<{width}}{kind}; {given}", width + 4)
         _print_wrapped(f"  {'':<{width}}{field.description or ''}", width + 2)
 
 
-def _default(field: FieldInfo) -> object:
-    return field.get_default(call_default_factory=True)
+def type_text(field: FieldInfo) -> str:
+    """Type and bounds of a setting: ``int >= 1 or null``."""
+    bounds = [
+        f"{sign} {getattr(m, attribute)}"
+        for m in field.metadata
+        for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+        if getattr(m, attribute, None) is not None
+    ]
+    kind, null, _ = (field.title or type_words(field.annotation)).partition(" or null")
+    return " ".join([kind, ", ".join(bounds)]).strip() + null
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default of a setting, as it would be written on the command line."""
+    return _plain(field.get_default(call_default_factory=True))
 
 
 def type_words(annotation: Any) -> str:

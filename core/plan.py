@@ -67,7 +67,9 @@ class Background:
     """Work that belongs to no request, run in the same launch (draft training, index building, ...)."""
 
     kind: str
+    """What it is, for the log."""
     flops: int
+    """How much, in floating-point operations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,11 @@ class Preemption:
     """
 
     request: RequestView
+    """Who."""
     mode: PreemptMode
+    """What happens to its KV."""
     reason: str
+    """Why, for people and the logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,9 @@ class Verdict:
     """A request and the reason for what happens (or does not happen) to it."""
 
     request: RequestView
+    """Who."""
     reason: str
+    """Why, for people and the logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +107,9 @@ class Hold:
     """
 
     max_steps: int
+    """Steps in all, the first included."""
     until_ns: int | None = None
+    """Ask again at this time at the latest; None: no such time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +117,9 @@ class Unpin:
     """Drop the KV a program keeps between turns, also if its next turn waits with it."""
 
     program: str
+    """Whose."""
     reason: str
+    """Why, for people and the logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +132,9 @@ class Pin:
     """At the end of a turn: keep its KV on the device until a time, for the program's next turn."""
 
     until_ns: int
+    """When the pin ends, in nanoseconds of the run's clock."""
     reason: str = ""
+    """Why, for people and the logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +142,7 @@ class KeepHost:
     """At the end of a turn: move its KV to the host tier and keep it there for the program's next turn."""
 
     reason: str = ""
+    """Why, for people and the logs."""
 
 
 TurnEnd = Release | Pin | KeepHost
@@ -139,8 +153,11 @@ class StepPlan:
     """What one lane does next. Empty means: nothing, ask again at the next event or at ``wake_at``."""
 
     work: list[Tokens | Background] = field(default_factory=list)
+    """Who runs how many tokens, in the order pages are taken."""
     preemptions: list[Preemption] = field(default_factory=list)
+    """Who is taken off the device, before any page is taken."""
     swap_ins: list[Verdict] = field(default_factory=list)
+    """Swapped requests whose pages come back to the device."""
     rejections: list[Verdict] = field(default_factory=list)
     """Waiting requests that are refused for good."""
     aborts: list[Verdict] = field(default_factory=list)
@@ -152,27 +169,34 @@ class StepPlan:
     wake_at: int | None = None
     """Ask again at this time even if nothing happens."""
     hold: Hold | None = None
+    """Repeat the work without asking."""
 
     def run(self, request: RequestView, n: int) -> None:
         """Append ``Tokens(request, n)``."""
         self.work.append(request.next_token if n == 1 else Tokens(request, n))
 
     def preempt(self, request: RequestView, mode: PreemptMode, reason: str) -> None:
+        """Take a running request off the device."""
         self.preemptions.append(Preemption(request, mode, reason))
 
     def swap_in(self, request: RequestView, reason: str) -> None:
+        """Bring a swapped request back."""
         self.swap_ins.append(Verdict(request, reason))
 
     def reject(self, request: RequestView, reason: str) -> None:
+        """Refuse a waiting request for good."""
         self.rejections.append(Verdict(request, reason))
 
     def abort(self, request: RequestView, reason: str) -> None:
+        """End an admitted request."""
         self.aborts.append(Verdict(request, reason))
 
     def unpin(self, program: str, reason: str) -> None:
+        """Drop what a program keeps between turns."""
         self.unpins.append(Unpin(program, reason))
 
     def defer(self, request: RequestView, reason: str) -> None:
+        """Say why a waiting request was passed over."""
         self.deferred.append(Verdict(request, reason))
 
 
@@ -185,12 +209,17 @@ class Outcome:
     """
 
     tokens: tuple[int, ...] = ()
+    """New output ids."""
     accepted: int = 0
     """Draft tokens accepted; the tokens include them."""
     finish: str | None = None
+    """Why it ended, if it did."""
     rewritten: int = 0
+    """Positions recomputed (``advance="rewrite"``)."""
     exit_layer: int | None = None
+    """Layer at which it left early; None: it did not."""
     stash_bytes: int = 0
+    """Bytes of activations kept for a later launch."""
     logprobs: tuple[dict[int, float], ...] | None = None
     """Per output token, if the request asked for them: token id -> log-probability, the drawn one first."""
     forks: tuple[Outcome, ...] = ()

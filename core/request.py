@@ -35,8 +35,11 @@ class SLO:
     """Bounds a request should meet, in nanoseconds; None: not stated. Inclusive, as in vLLM's goodput."""
 
     ttft_ns: int | None = None
+    """On the time to the first token."""
     tpot_ns: int | None = None
+    """On the mean time per output token after the first."""
     e2el_ns: int | None = None
+    """On the time from arrival to the end."""
     tbt_ns: int | None = None
     """On the longest time between two tokens: every gap of the request."""
 
@@ -46,7 +49,9 @@ class RequestSpec:
     """What a client asks for. Never contains the true output length."""
 
     id: str
+    """Unique in the run."""
     prompt_tokens: int
+    """Prompt length."""
     max_new_tokens: int
     """The client's cap. Workloads draw it independently of true lengths."""
     prompt_ids: Sequence[int] | None = None
@@ -54,19 +59,24 @@ class RequestSpec:
     program: str | None = None
     """Conversation, job or agent this request is one turn of."""
     turn: int = 0
+    """Turn within the program, from 0."""
     is_last_turn: bool = True
+    """Whether the program ends with it."""
     context_tokens: int = 0
     """Leading prompt tokens that repeat the program's previous turn, prompt and output: what a scheduler
     that keeps KV between turns can reuse."""
     stage: str | None = None
+    """Stage within a workflow."""
     tool: str | None = None
     """Tool called when this turn ends, if known in advance."""
     tenant: str = "default"
+    """Who pays."""
     request_class: str = "online"
     """``online``, ``offline``, ``latency``, ``deadline`` or ``compound``; workloads may add others."""
     priority: int = 0
     """Higher is more important."""
     slo: SLO | None = None
+    """Bounds it should meet; None: the run's (section ``slo``)."""
     sampling: Any = None
     """Sampling parameters, understood by the executor."""
     n: int = 1
@@ -83,6 +93,7 @@ class Truth:
     """What will really happen to a request. Kept apart, readable by executors and declared oracles."""
 
     output_tokens: int
+    """Output length."""
     further: tuple[int, ...] = ()
     """The same of the further samples of its prompt; empty: all are as long as the first."""
 
@@ -103,8 +114,11 @@ class Arrival:
     """A request entering at ``time_ns``. The driver splits the truth off before the engine sees it."""
 
     time_ns: int
+    """When it arrives."""
     spec: RequestSpec
+    """What the client asks for."""
     truth: Truth | None = None
+    """What will really happen; None: only a model can tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +126,9 @@ class Cancel:
     """The client gives up on a request at ``time_ns``."""
 
     time_ns: int
+    """When."""
     request_id: str
+    """Whose."""
 
 
 def _live(path: str, doc: str) -> Any:
@@ -205,11 +221,13 @@ class RequestView:
 
     @property
     def first_token_ns(self) -> int | None:
+        """Commit time of its first output token; None: it has none."""
         times = self._r.token_times
         return times[0] if times else None
 
     @property
     def last_token_ns(self) -> int | None:
+        """Commit time of its latest output token; None: it has none."""
         times = self._r.token_times
         return times[-1] if times else None
 

@@ -22,7 +22,9 @@ class Paper:
     """Where a technique was published."""
 
     title: str
+    """As published."""
     year: int
+    """Of publication."""
     id: str
     """arXiv id, DOI or venue name: whatever finds it."""
 
@@ -44,11 +46,15 @@ class PluginSpec:
     config: str | None = None
     """Import path of the pydantic model of its section; ``None`` if it takes no settings."""
     summary: str = ""
+    """One line for tables, without a full stop."""
     paper: Paper | Literal["baseline"] = "baseline"
+    """Its source, or ``baseline``."""
     api: str = str(HOOK_API[0])
+    """Major version of the hook API it was written for."""
     deviations: tuple[str, ...] = ()
-    """How it differs from its paper, one sentence each."""
+    """How it differs from its source: what the docstring of its module lists, word for word."""
     tier: Tier = "prototype"
+    """``stable``: held by tests and kept; ``prototype``: may change or go."""
     runs: tuple[Runs, ...] = ("torch", "sim")
     """Executor classes it works with; see ``families/executor.py``."""
     provides: frozenset[str] = frozenset()

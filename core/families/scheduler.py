@@ -63,7 +63,9 @@ class Queue(Protocol):
     def __iter__(self) -> Iterator[RequestView]: ...
     def __reversed__(self) -> Iterator[RequestView]: ...
     def __len__(self) -> int: ...
-    def first(self) -> RequestView | None: ...
+    def first(self) -> RequestView | None:
+        """The one at the head; None if it is empty."""
+        ...
 
 
 class KVBudget(Protocol):
@@ -90,15 +92,30 @@ class KVView(Protocol):
     """KV memory as a policy sees it. Per-pool tuples are in layout order."""
 
     @property
-    def free_pages(self) -> tuple[int, ...]: ...
+    def free_pages(self) -> tuple[int,]:
+        """Device pages nobody holds; pages only the prefix store holds count as free."""
+        ...
+
     @property
-    def total_pages(self) -> tuple[int, ...]: ...
+    def total_pages(self) -> tuple[int,]:
+        """Device pages there are."""
+        ...
+
     @property
-    def free_host_pages(self) -> tuple[int, ...]: ...
+    def free_host_pages(self) -> tuple[int,]:
+        """The same of the host tier; empty without one."""
+        ...
+
     @property
-    def total_host_pages(self) -> tuple[int, ...]: ...
+    def total_host_pages(self) -> tuple[int,]:
+        """Host pages there are; empty without a host tier."""
+        ...
+
     @property
-    def page_tokens(self) -> tuple[int, ...]: ...
+    def page_tokens(self) -> tuple[int,]:
+        """Tokens a page holds."""
+        ...
+
     @property
     def window_tokens(self) -> tuple[int | None, ...]:
         """How many recent tokens a pool serves; older pages come back by themselves. None: it keeps all."""
@@ -143,9 +160,15 @@ class ProgramView(Protocol):
     """A conversation, job or agent: several requests over time."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Its id."""
+        ...
+
     @property
-    def arrival_ns(self) -> int: ...
+    def arrival_ns(self) -> int:
+        """When its first turn arrived."""
+        ...
+
     @property
     def turns(self) -> int:
         """Turns that have arrived."""
@@ -161,22 +184,39 @@ class ContextView(Protocol):
     """KV that a program's last turn left behind."""
 
     @property
-    def program(self) -> str: ...
+    def program(self) -> str:
+        """Whose it is."""
+        ...
+
     @property
-    def tokens(self) -> int: ...
+    def tokens(self) -> int:
+        """Tokens with KV."""
+        ...
+
     @property
-    def tier(self) -> str: ...
+    def tier(self) -> str:
+        """``device`` or ``host``."""
+        ...
+
     @property
-    def until_ns(self) -> int | None: ...
+    def until_ns(self) -> int | None:
+        """When a pin ends; None: it has no end."""
+        ...
+
     @property
-    def pages(self) -> tuple[int, ...]: ...
+    def pages(self) -> tuple[int,]:
+        """Pages it holds on its tier, per pool."""
+        ...
 
 
 class StepView(Protocol):
     """Everything a plan may depend on. Live and read-only; valid during the call."""
 
     @property
-    def now_ns(self) -> int: ...
+    def now_ns(self) -> int:
+        """The time of the run's clock, in nanoseconds."""
+        ...
+
     @property
     def step(self) -> int:
         """Number of the step being planned, counted per engine over all lanes."""
@@ -205,27 +245,48 @@ class StepView(Protocol):
         ...
 
     @property
-    def paused(self) -> Queue: ...
+    def paused(self) -> Queue:
+        """Preempted with their KV kept on the device."""
+        ...
+
     @property
     def swapped(self) -> Queue:
         """On the host tier, ready to be swapped in."""
         ...
 
     @property
-    def kv(self) -> KVView: ...
+    def kv(self) -> KVView:
+        """KV memory."""
+        ...
+
     @property
-    def cost(self) -> CostView: ...
+    def cost(self) -> CostView:
+        """What work would cost."""
+        ...
+
     @property
-    def limits(self) -> Limits: ...
+    def limits(self) -> Limits:
+        """What the device takes."""
+        ...
+
     @property
-    def model(self) -> ModelFacts: ...
+    def model(self) -> ModelFacts:
+        """The model's shape."""
+        ...
+
     @property
-    def hardware(self) -> HardwareFacts | None: ...
+    def hardware(self) -> HardwareFacts | None:
+        """Peak figures of the device; None: not stated."""
+        ...
+
     def predict(self, request: RequestView, quantile: float) -> int:
         """Predicted total output tokens; needs a predictor, else ``CapabilityError``."""
         ...
 
-    def program(self, id: str) -> ProgramView: ...
+    def program(self, id: str) -> ProgramView:
+        """The program that some live request belongs to; else ``ViewError``."""
+        ...
+
     @property
     def contexts(self) -> Mapping[str, ContextView]:
         """KV kept between turns, by program, in the order it was kept."""

@@ -21,7 +21,7 @@ def _contiguous(name: str, factory: str, reserves: str, *, oracle: bool = False)
         summary=f"one contiguous range per request, reserved at admission: {reserves}",
         paper=PAGED_ATTENTION,
         deviations=(
-            "Ranges are rounded up to whole pages; with page_tokens=1 nothing is rounded.",
+            "Ranges are counted in pages of page_tokens tokens; with 1 nothing is rounded.",
             "No reservation exceeds engine.max_model_len.",
         ),
         provides=frozenset({"kvcache.contiguous_slot"}),
@@ -41,8 +41,9 @@ TABLE = (
         summary="fixed pages and a block table per sequence",
         paper=PAGED_ATTENTION,
         deviations=(
-            "No null page: a table begins with the first page still held.",
-            "The watermark is 0 unless set, and does not hold for a request that would run alone.",
+            "The released engine keeps page 0 as a null page; here a table simply begins later.",
+            "The watermark is 0 unless set. It is stated here and heeded by the budget that schedulers "
+            "plan with, as v1 does: for requests not running yet, and only while others run.",
         ),
         provides=frozenset({"kvcache.block_table", "kvcache.fork", "kvcache.swap"}),
         tier="stable",

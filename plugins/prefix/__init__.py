@@ -13,10 +13,13 @@ TABLE = (
         config="servelab.plugins.prefix.hash:HashConfig",
         summary="full pages found again by a chain of hashes, least recently released evicted first",
         deviations=(
-            "Pages are published when their launch has landed; vLLM does so when it is planned.",
-            "Pages without a hash are reused before any cached page; vLLM keeps both in one queue.",
-            "Hashes are BLAKE2b of 128 bits; vLLM's are SHA-256 of pickled tuples.",
-            "No events for routers, no reset, and prompt log-probs do not exist here.",
+            "Pages are published when their launch has landed; vLLM does so when it is planned. So "
+            "requests admitted in one step do not share with each other.",
+            "Pages without a key return to the kvcache and are taken before any cached page; vLLM has "
+            "one queue.",
+            "H is BLAKE2b; vLLM's default is SHA-256 of pickled tuples, with a random seed per process.",
+            "No events for routers, no reset. Prompt log-probs, which vLLM computes uncached, do not "
+            "exist here.",
         ),
         provides=frozenset(
             {"prefix.exact", "prefix.fork", "prefix.owns_pool", "prefix.page_sharing", "prefix.probe"}

@@ -26,9 +26,10 @@ QUANTIZERS: tuple[PluginSpec, ...] = (
         config="servelab.plugins.quant.w4a16:W4A16Config",
         summary="4-bit weights in groups, rounded to nearest",
         deviations=(
-            "Scales are in the model's 16-bit dtype, float32 for wider models; the papers' are float16.",
+            "Scales are in the model's 16-bit dtype (bfloat16 here, float16 there), float32 for wider "
+            "models.",
             "Zeros take a byte instead of 4 bits.",
-            "The group is the first of several sizes that divides the inputs.",
+            "The group is the first of several sizes that divides the inputs: papers' models divide by 128.",
         ),
         provides=_WEIGHTS,
         requires=_NEEDS,
@@ -55,16 +56,17 @@ QUANTIZERS: tuple[PluginSpec, ...] = (
             id="arXiv:2405.04532",
         ),
         deviations=(
-            "No rotation, no smoothing of block outputs, no SmoothAttention.",
+            "No rotation of block inputs, smoothing of block outputs or SmoothAttention.",
             "No reordering of channels.",
             "Weights are rounded to nearest instead of by GPTQ.",
-            "KV is not touched: KV4 is a KV codec's.",
-            "The zero is taken before the group's scale, as the paper writes; the released configuration "
-            "takes one after it.",
-            "Outer scales are in the model's 16-bit dtype, or float32; the paper's are float16.",
+            "KV is not touched (KV4 is a codec's).",
+            "The zero is taken before s2, as the paper writes; the released g128 configuration takes "
+            "one after it.",
+            "s1 is in the model's 16-bit dtype (bfloat16 here, float16 there), float32 for wider models.",
             "The group is the first of several sizes that divides the inputs.",
-            "On a CPU weights are unpacked to memory, not within the product; activations are quantized in "
-            "an operation of their own, not in the norm before it.",
+            "On a CPU weights are unpacked to memory that all layers share, not within the product "
+            "(with the paper's register-level parallelism: one multiplication scales four codes); "
+            "activations are quantized in an operation of their own, not in the norm before it.",
         ),
         provides=_BOTH,
         requires=_NEEDS,

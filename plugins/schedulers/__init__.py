@@ -9,9 +9,6 @@ from servelab.core.api import Paper, PluginSpec, hookimpl
 PAST_FUTURE = Paper(
     title="Past-Future Scheduler for LLM Serving under SLA Guarantees", year=2025, id="arXiv:2507.10150"
 )
-_ALONE = "When nothing runs, the head of the queue is admitted as soon as its prompt fits."
-_PAGES = "KV demand counts whole pages per request; with pages of one token it is the paper's."
-_CHUNKS = "A prompt longer than the token budget runs in chunks."
 
 TABLE = (
     PluginSpec(
@@ -20,10 +17,13 @@ TABLE = (
         config="servelab.plugins.schedulers.vllm_v1:VllmV1Config",
         summary="vLLM v1: one token budget, running requests first, preemption by recompute",
         deviations=(
-            "Requests are cut at engine.max_model_len by the core.",
-            "Steady decoding is held instead of being planned again each step; the steps are the same.",
-            "Prefix-cache hits are looked up by the core.",
-            "Planning a step ahead, a request in flight is not a victim: the step waits for its pages.",
+            "Requests are cut at engine.max_model_len by the core, not here.",
+            "Steady decoding is held (StepPlan.hold) instead of being planned again each step; the "
+            "steps are equal.",
+            "Prefix-cache hits are the core's (cached_tokens); the released code looks them up inside "
+            "the loop.",
+            "Planning a step ahead (engine.max_in_flight=2), a request in flight is not a victim: the "
+            "step waits for its pages instead.",
         ),
         tier="stable",
         provides=frozenset({"scheduler.chunks", "scheduler.lanes", "scheduler.ahead"}),
@@ -35,11 +35,21 @@ TABLE = (
         summary="LightLLM's Past-Future: admission by the predicted peak of KV demand, lengths from the past",
         paper=PAST_FUTURE,
         deviations=(
-            _ALONE,
-            _PAGES,
-            _CHUNKS,
-            "Draws are cut at the request's output cap; an evicted request is drawn on what it has produced.",
-            "Any number of requests per admission pass; no aborts for the SLA.",
+            "When nothing runs, the head of the queue is admitted as soon as its prompt fits; the "
+            "released code would wait for ever if its predicted peak is above the bound.",
+            "A page belongs to one request: page_tokens - 1 is added to every a. With pages of one "
+            "token M* is the paper's.",
+            "An evicted request is drawn on what it has produced; the artifact's server draws it afresh.",
+            "Every draw is cut at the request's max_new_tokens. H begins with the longest output the "
+            "model allows (cut like any draw); LightLLM derives it from its own limits on totals and "
+            "prompts.",
+            "Completed requests enter H, length-capped ones too: that is the KV they took. Cancelled "
+            "and aborted ones do not: their lengths would be too short.",
+            "Any number of requests per pass (artifact's server: one; its toy study: no limit). No "
+            "aborts for the SLA.",
+            "A prompt longer than the token budget runs in chunks; LightLLM runs it whole.",
+            "Each of several samples of one prompt counts with the whole prompt, though they share its "
+            "pages.",
         ),
         provides=frozenset({"scheduler.chunks"}),
     ),
@@ -49,7 +59,13 @@ TABLE = (
         config="servelab.plugins.schedulers.aggressive:AggressiveConfig",
         summary="Past-Future's baseline: admission by the KV memory free now, output growth ignored",
         paper=PAST_FUTURE,
-        deviations=(_ALONE, _PAGES, _CHUNKS),
+        deviations=(
+            "The first of an empty batch is admitted as soon as its prompt fits.",
+            "Used and wanted KV count in whole pages. With pages of one token the rule is the artifact's.",
+            "A prompt longer than the token budget runs in chunks; LightLLM runs it whole.",
+            "The rule is the toy study's; the artifact's server tests used < 0.95 * capacity and used + "
+            "prompt < capacity. The toy study leaves out what an evicted request has produced.",
+        ),
         provides=frozenset({"scheduler.chunks"}),
     ),
     PluginSpec(
@@ -58,7 +74,12 @@ TABLE = (
         config="servelab.plugins.schedulers.conservative:ConservativeConfig",
         summary="Past-Future's baseline: admission by prompt plus output cap, no eviction",
         paper=PAST_FUTURE,
-        deviations=(_ALONE, _PAGES, _CHUNKS, "The cap is each request's own."),
+        deviations=(
+            "The first of an empty batch is admitted as soon as its prompt fits.",
+            "Each request counts in whole pages. With pages of one token the rule is the artifact's.",
+            "A prompt longer than the token budget runs in chunks; LightLLM runs it whole.",
+            "The cap is each request's own; the artifact's server assumes 12000 tokens for everyone.",
+        ),
         provides=frozenset({"scheduler.chunks"}),
     ),
     PluginSpec(
@@ -67,7 +88,15 @@ TABLE = (
         config="servelab.plugins.schedulers.pf_oracle:PFOracleConfig",
         summary="Past-Future's theoretical optimum: the peak of KV demand from true output lengths",
         paper=PAST_FUTURE,
-        deviations=(_ALONE, _PAGES, _CHUNKS, "Lengths are cut at the request's output cap."),
+        deviations=(
+            "The first of an empty batch is admitted as soon as its prompt fits.",
+            "A page belongs to one request: page_tokens - 1 is added to every a. With pages of one "
+            "token M* is the paper's.",
+            "Lengths are cut at max_new_tokens.",
+            "A prompt longer than the token budget runs in chunks; LightLLM runs it whole.",
+            "Each of several samples of one prompt counts with the whole prompt, though they share its "
+            "pages.",
+        ),
         provides=frozenset({"scheduler.chunks"}),
         requires=frozenset({"workload.truth"}),
         oracle=True,

@@ -23,7 +23,7 @@ TABLE = (
         summary="open loop: lengths from laws, arrivals from a renewal process",
         deviations=(
             "Times are whole nanoseconds, and the last one is exact, not exact up to rounding.",
-            "A ramp may also go down; it must start above 0.",
+            "A ramp may also go down, which vLLM refuses; it must start above 0, which vLLM only asserts.",
             "Prompt ids are uniform over the whole vocabulary, special tokens included; lengths are exact.",
         ),
         provides=frozenset({"workload.prompt_ids", "workload.truth"}),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from docs_pages.markdown import anchor
 
 from servelab.core.compose import compose
 from servelab.core.config import validate
@@ -33,6 +34,24 @@ def test_relative_links_resolve(page: Path) -> None:
         if "://" not in target and not (page.parent / target).resolve().exists()
     ]
     assert not dead, f"{page.relative_to(ROOT)} links to files that do not exist: {dead}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {anchor(re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", heading)) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_anchors_exist(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    links = re.findall(r"(?<!!)\[[^\]]+\]\(([^)#\s:]*)#([^)\s]+)\)", text)
+    dead = [
+        f"{target}#{name}"
+        for target, name in links
+        if name not in anchors((page.parent / target).resolve() if target else page)
+    ]
+    assert not dead, f"{page.relative_to(ROOT)} links to headings that do not exist: {dead}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -113,14 +132,6 @@ def test_every_hook_says_what_it_is_for() -> None:
         for name, hook in vars(group).items():
             if name.startswith("servelab_"):
                 assert hook.__doc__ and hook.__doc__.strip().endswith("."), name
-
-
-@pytest.mark.parametrize("kind", ["scheduler", "kvcache", "workload", "executor", "cost"])
-def test_every_technique_has_a_page(kind: str) -> None:
-    registry = Registry.load()
-    pages = {p.stem for p in (ROOT / "docs/techniques").glob("*.md")}
-    for name in registry.names(kind):
-        assert {name, f"{kind}_{name}"} & pages, f"docs/techniques has no page for {kind} {name}"
 
 
 def test_metrics_of_the_engine_page_match_the_code() -> None:
