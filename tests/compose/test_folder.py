@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -136,7 +137,9 @@ def test_the_executor_is_let_go_where_the_folder_is_refused(
 ) -> None:
     (tmp_path / ENV_FILE).write_text("{}")
     hydra = SimpleNamespace(
-        runtime=SimpleNamespace(output_dir=str(tmp_path)), overrides=SimpleNamespace(task=["seed=1"])
+        runtime=SimpleNamespace(output_dir=str(tmp_path)),
+        overrides=SimpleNamespace(task=["seed=1"]),
+        mode=RunMode.RUN,
     )
     monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
     closed: list[object] = []
