@@ -11,6 +11,8 @@ class MemoryFacts:
     def __init__(self) -> None:
         self.stored_ns = 0
         """Tokens stored by requests in memory, times nanoseconds."""
+        self.shared = False
+        """A prefix store gave a request tokens that others may count too."""
         self.unusable_ns: list[int] = []
         """Per pool, free pages that were of no use to the head of the queue, times nanoseconds."""
         self._last_ns: int | None = None
@@ -36,6 +38,7 @@ class MemoryFacts:
     def admitted(self, record: RequestAdmitted) -> None:
         self._out.discard(record.request)
         self._begin[record.request] = record.cached_tokens
+        self.shared |= record.cached_tokens > 0
 
     def forked(self, record: RequestForked) -> None:
         """What it shares counts once: for who computed it, then for a sample that stays longer."""

@@ -51,9 +51,10 @@ def _tokens(
     stored = sum(engine.memory.stored_ns for engine in engines) / observed
     awaited = sum(engine.memory.awaited_ns for engine in engines) / observed if ranges else 0.0
     unusable = sum(sum(engine.memory.unusable_ns[index : index + 1]) for engine in engines)
+    once = not any(engine.memory.shared for engine in engines)
     return {
         "mean_stored_tokens": stored,
         "mean_awaited_tokens": awaited,
-        "mean_idle_tokens": mean * page - stored - awaited,
+        "mean_idle_tokens": mean * page - stored - awaited if once else None,
         "mean_unusable_tokens": unusable * page / observed,
     }

@@ -63,6 +63,7 @@ def test_held_steps_and_cached_tokens() -> None:
         step(30, [40], {"a": (1, 1), "z": (1, 1)}),
     )
     assert found["stored"] == (9 * 20 + 11 * 10) / 30
+    assert found["idle"] is None, "others may have counted the cached tokens too"
 
 
 def test_what_was_dropped_is_not_there_and_what_is_still_run_for_it_neither() -> None:
