@@ -108,8 +108,10 @@ class Job:
         process: BaseProcess = context.Process(target=work, args=(cfg, HydraConfig.instance().cfg))
         # held back until the process has its own handlers
         usual = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, usual)
         told = False
         while not wait([process.sentinel], POLL_S):
             number = self._stopped()

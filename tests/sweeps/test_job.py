@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import pytest
@@ -22,9 +23,16 @@ from servelab.core.sweep import job as module
 from servelab.core.sweep.folder import EARLIER, STOP_FILE, JobState, job_folders, put_aside, read_state
 from servelab.core.sweep.job import Job
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="jobs of a test cannot be spawned, only forked"
-)
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="jobs of a test cannot be spawned, only forked"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests may have left threads behind, with which jobs would be spawned."""
+    monkeypatch.setattr(module.threading, "active_count", lambda: 1)
 
 
 @pytest.fixture
@@ -234,3 +242,13 @@ def test_a_job_file_that_is_not_ours_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "job.json").write_text(text)
     with pytest.raises(ConfigError, match=r"job\.json cannot be read"):
         list(job_folders(tmp_path))
+
+
+def test_a_job_that_cannot_start_leaves_signals_as_they_were(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.threading, "active_count", lambda: 2)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises((AttributeError, TypeError, PicklingError)):  # a lambda cannot be spawned
+        run(folder, lambda cfg: None)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

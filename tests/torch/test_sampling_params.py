@@ -17,6 +17,7 @@ WRONG: dict[str, list[Any]] = {
     "repetition_penalty": [0, -1.0, float("inf"), True],
     "presence_penalty": [-2.1, 2.1, float("nan"), True],
     "frequency_penalty": [-2.1, 2.1, float("nan"), True],
+    "n": [0, -1, 1.5, True],
     "seed": [-1, 2**64, 1.0, True],
     "max_tokens": [0, -1, 2.0, True],
     "min_tokens": [-1, 17, 1.0, True, None],
