@@ -217,6 +217,15 @@ def test_vllm_counts_the_places_of_samples() -> None:
     assert len(r.ends()) == 6
 
 
+def test_vllm_counts_the_places_of_those_it_admits_together() -> None:
+    r = rig(vllm(max_num_seqs=4, hold_steps=1), pages=40)
+    r.auto = False
+    for name, n in (("a", 3), ("b", 2), ("c", 1)):
+        r.arrive(name, 4, 4, n=n)
+    r.schedule()
+    assert [x.id for x in r.flights[0][0].requests] == ["a"], "with b there would be five"
+
+
 def test_more_samples_than_places_run_when_alone() -> None:
     r = rig(vllm(max_num_seqs=2, hold_steps=1), pages=40)
     r.arrive("a", 4, 6, n=5)
