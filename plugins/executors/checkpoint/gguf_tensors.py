@@ -74,7 +74,7 @@ def dequantized(gguf: GgufFile, config: Mapping[str, Any]) -> Iterator[tuple[str
             else:
                 rows = raw.reshape(*tensor.shape[:-1], -1)
                 values = gguf_library.quants.dequantize(rows, kind).reshape(tensor.shape)
-        except NotImplementedError as exc:
+        except NotImplementedError as exc:  # how the gguf library refuses a quantization
             raise ModelError(
                 f"the quantization {kind.name} cannot be read",
                 where=f"{gguf.path}: {tensor.name}",
