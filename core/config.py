@@ -129,7 +129,7 @@ class ModelConfig(Section):
     q_latent: int | None = Field(
         default=None,
         ge=0,
-        description="Latent attention: width of the latent that queries come from; 0: none.",
+        description="Latent attention: latent that queries come from; 0: none.",
     )
     rope_dim: int | None = Field(
         default=None,
@@ -217,12 +217,12 @@ class HardwareConfig(Section):
     layer_ns: int | None = Field(
         default=None,
         ge=0,
-        description="Time of a layer besides its operations, in ns (an eager engine's host).",
+        description="Time of a layer besides its operations, in ns (an eager host).",
     )
     step_ns: int | None = Field(
         default=None,
         ge=0,
-        description="Time of a step besides its layers, in ns (scheduling, sampling, host).",
+        description="Time of a step besides its layers, in ns (scheduling, sampling).",
     )
     request_ns: int | None = Field(
         default=None, ge=0, description="Time per request of a step besides its tokens, in ns."
