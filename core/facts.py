@@ -50,7 +50,7 @@ class ModelFacts:
     kv_latent: int = 0
     """With latent attention (DeepSeek): elements of the latent that a token keeps instead of K and V."""
     q_latent: int = 0
-    """With latent attention: width of the latent that queries come from; 0: straight from the hidden state."""
+    """With latent attention: width of the latent that queries come from; 0: the hidden state."""
     rope_dim: int = 0
     """With latent attention: rotated elements of a key, kept beside the latent and shared by all heads; they
     are among ``head_dim``."""

@@ -71,7 +71,7 @@ def linear_bytes(model: ModelFacts, quantizer: Quantizer | None) -> int:
 
 
 def weight_bytes(model: ModelFacts, quantizer: Quantizer | None) -> int:
-    """Bytes of the whole model: its linears as ``linear_bytes``, embedding, unquantized head, norms, routers."""
+    """Bytes of the whole model: linears as ``linear_bytes``, embedding, unquantized head, norms, routers."""
     width = model.dtype_bytes
     head = next(site for site in linear_sites(replace(model, layers=0)) if site.role == "head")
     table = model.vocab * model.hidden * width

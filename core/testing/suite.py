@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NoReturn
 
 import pytest
 
-from servelab.core.compose import members
+from servelab.core.compose import members, parts_like
 from servelab.core.config import Choice, choice_of
 from servelab.core.context import Context, seeded
 from servelab.core.errors import PluginError, ServeLabError, nearest
@@ -160,7 +160,9 @@ class PluginSuite:
             known["oracle"] = {}.__getitem__
         try:
             factory = registry.resolve(self.kind, spec.name, "factory")
-            made = factory(choice.config, Context(**known | context))
+            alone = Context(**known | context)
+            parts = parts_like(alone, registry, alone.oracle or {}.__getitem__)
+            made = factory(choice.config, replace(alone, part=parts))
         except ConformanceError:
             raise
         except Exception as exc:
