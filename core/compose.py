@@ -17,7 +17,7 @@ from servelab.core.context import BuildPart, Context, Oracle, seeded
 from servelab.core.engine.engine import Engine
 from servelab.core.environment import environment
 from servelab.core.errors import CapabilityError, ConfigError, PluginError, ServeLabError
-from servelab.core.facts import HardwareFacts, Limits, ModelFacts
+from servelab.core.facts import Limits, ModelFacts
 from servelab.core.families import KINDS
 from servelab.core.families.quant import WeightFormat
 from servelab.core.layout import Capacity, KVLayout
@@ -104,6 +104,7 @@ def compose(
         refused = build.ask("kernel", build.kernel.refuses, layout, build.model, build.hardware)
         _check_accepted(config.kernel.name, config.kvcache.name, refused)
         check_layout(layout, config.kvcache.name, build.model)  # as adapted
+    build.layout = layout
     if config.quant is not None:
         build.quantizer = build.checked_quantizer()
     executor: Executor = build.one("executor")
@@ -269,11 +270,12 @@ class _Builder:
         self.config, self.registry, self.run_dir, self.sweep = config, registry, run_dir, sweep
         shape = config.model.model_dump(include={f.name for f in fields(ModelFacts)}, exclude_none=True)
         self.model = ModelFacts(**shape, dtype_bytes=DTYPE_BYTES[config.model.dtype])
-        self.hardware = HardwareFacts(**config.hardware.model_dump()) if config.hardware else None
+        self.hardware = config.hardware.facts() if config.hardware else None
         limits = config.engine.model_dump(exclude={"checks", "max_model_len"})
         self.limits = Limits(max_model_len=config.engine.max_model_len or self.model.max_position, **limits)
         self.truths: dict[str, Truth] = {}
         self.kernel: AttentionBackend | None = None
+        self.layout: KVLayout | None = None
         self.quantizer: Quantizer | None = None
         self.tokenizer: Tokenizer | None = None
 
@@ -349,8 +351,9 @@ class _Builder:
             limits=self.limits,
             oracle=self.truths.__getitem__ if kind == "executor" or spec.oracle else None,
             checkpoint=self.config.model if kind == "executor" else None,
-            kernel=self.kernel if kind == "executor" else None,
-            quant=self.quantizer if kind == "executor" else None,
+            kernel=self.kernel if kind in ("executor", "cost") else None,
+            quant=self.quantizer if kind in ("executor", "cost") else None,
+            layout=self.layout,
             seed=self.config.seed,
             tokenizer=self.tokenizer,
             run_dir=self.run_dir,

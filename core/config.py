@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from servelab.core.errors import ConfigError, PluginError, nearest
+from servelab.core.facts import HardwareFacts
 from servelab.core.families import KINDS
 from servelab.core.registry import Registry
 from servelab.core.request import SLO
@@ -203,6 +204,34 @@ class ModelConfig(Section):
         ge=0,
         description="Inner width of the feed-forward network of these layers, in elements.",
     )
+    shared_experts: int | None = Field(
+        default=None, ge=0, description="Further experts of the same width that every token runs through."
+    )
+    gated: bool | None = Field(
+        default=None, description="Feed-forward networks have a gate (three matrices); false: two matrices."
+    )
+    tied_embeddings: bool | None = Field(
+        default=None, description="The output head is the embedding, stored once."
+    )
+    kv_latent: int | None = Field(
+        default=None,
+        ge=0,
+        description="Latent attention: elements of the latent that a token keeps instead of K and V.",
+    )
+    q_latent: int | None = Field(
+        default=None,
+        ge=0,
+        description="Latent attention: latent that queries come from; 0: none.",
+    )
+    rope_dim: int | None = Field(
+        default=None,
+        ge=0,
+        description="Latent attention: rotated elements of a key, kept beside the latent; part of head_dim.",
+    )
+    v_dim: int | None = Field(
+        default=None, ge=0, description="Width of a value head where it is not head_dim; 0: it is."
+    )
+    origin: str | None = Field(default=None, description="Where the figures of the shape are from.")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -218,18 +247,88 @@ class ModelConfig(Section):
         return [name for name in SHAPE if getattr(self, name) is None]
 
 
+class AllReduce(Section):
+    """A measured all-reduce: ``latency + 2 (n - 1) / n * bytes / bandwidth``."""
+
+    devices: int = Field(ge=2, description="Devices taking part, n.")
+    latency_ns: float = Field(ge=0, description="Latency, in nanoseconds.")
+    bytes_per_s: float = Field(gt=0, description="Bandwidth, in bytes per second.")
+
+
 class HardwareConfig(Section):
-    """Peak figures of one device; null where a profile does not state the figure."""
+    """Figures of one device; null where a profile does not state the figure."""
 
     name: str = Field(description="Name shown in reports.")
-    flops: float | None = Field(default=None, gt=0, description="Dense matrix FLOP/s at the model's dtype.")
-    memory_bytes: int | None = Field(default=None, gt=0, description="Device memory, in bytes.")
+    tp: int = Field(
+        default=1, ge=1, description="Devices that share every layer of the model (tensor parallelism)."
+    )
+    flops: float | None = Field(
+        default=None,
+        gt=0,
+        description="Dense matrix FLOP/s of one device at 16-bit floats (on a CPU: at the model's dtype).",
+    )
+    flops_int8: float | None = Field(
+        default=None, gt=0, description="The same at 8-bit integers, both operands."
+    )
+    flops_fp8: float | None = Field(
+        default=None, gt=0, description="The same at 8-bit floats, both operands."
+    )
+    memory_bytes: int | None = Field(default=None, gt=0, description="Memory of one device, in bytes.")
     memory_bytes_per_s: float | None = Field(
-        default=None, gt=0, description="Memory bandwidth, in bytes per second."
+        default=None, gt=0, description="Memory bandwidth of one device, in bytes per second."
     )
     host_link_bytes_per_s: float | None = Field(
-        default=None, gt=0, description="Bandwidth between device and host, in bytes per second."
+        default=None, gt=0, description="Bandwidth between device and host, one way, in bytes per second."
     )
+    link_bytes_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Bandwidth between devices of one instance, one way, in bytes per second.",
+    )
+    network_bytes_per_s: float | None = Field(
+        default=None, gt=0, description="Bandwidth between instances, one way, in bytes per second."
+    )
+    idle_watts: float | None = Field(default=None, ge=0, description="Power of an idle device, in watts.")
+    peak_watts: float | None = Field(
+        default=None, gt=0, description="Power of a device at its limit, in watts."
+    )
+    price_per_hour: float | None = Field(default=None, ge=0, description="Of one device, in dollars.")
+    mfu: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the peak FLOP/s that large matrix products reach."
+    )
+    mbu: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the memory bandwidth that large reads reach."
+    )
+    smoothness: float | None = Field(
+        default=None,
+        ge=1,
+        allow_inf_nan=True,
+        description="Exponent of the smooth maximum of compute and memory time; inf: the greater of the two.",
+    )
+    op_ns: int | None = Field(default=None, ge=0, description="Time of an operation besides these, in ns.")
+    layer_ns: int | None = Field(
+        default=None,
+        ge=0,
+        description="Time of a layer besides its operations, in ns (an eager host).",
+    )
+    step_ns: int | None = Field(
+        default=None,
+        ge=0,
+        description="Time of a step besides its layers, in ns (scheduling, sampling).",
+    )
+    request_ns: int | None = Field(
+        default=None, ge=0, description="Time per request of a step besides its tokens, in ns."
+    )
+    all_reduce: tuple[AllReduce, ...] = Field(
+        default=(), description="Measured all-reduces, one entry per number of devices."
+    )
+    sources: dict[str, str] = Field(default={}, description="Where each figure is from, by its name.")
+
+    def facts(self) -> HardwareFacts:
+        """What policies and cost models are given."""
+        figures = self.model_dump(exclude={"sources", "all_reduce"})
+        reduces = tuple((one.devices, one.latency_ns, one.bytes_per_s) for one in self.all_reduce)
+        return HardwareFacts(**figures, all_reduce=reduces)
 
 
 class EngineConfig(Section):

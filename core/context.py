@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from servelab.core.config import Choice, ModelConfig
     from servelab.core.families.kernel import AttentionBackend
     from servelab.core.families.quant import Quantizer
+    from servelab.core.layout import KVLayout
     from servelab.core.text import Tokenizer
 
 Oracle = Callable[[str], Truth]
@@ -70,9 +71,12 @@ class Context:
     checkpoint: ModelConfig | None = None
     """Given to executors: the whole ``model`` section, with where the weights are."""
     kernel: AttentionBackend | None = None
-    """Given to executors: the selected backend, which has accepted the layout before ``capacity``."""
+    """Given to executors and cost models: the selected backend, which has accepted the layout."""
     quant: Quantizer | None = None
-    """Given to executors: the selected quantizer, whose formats have been checked; None: unquantized."""
+    """Given to executors and cost models: the selected quantizer, whose formats have been checked; None:
+    unquantized."""
+    layout: KVLayout | None = None
+    """How KV memory is divided, given to what is built after the kvcache and the kernel."""
     seed: int = 0
     """The run's seed, for chance that must not depend on order (a request's own draws)."""
     tokenizer: Tokenizer | None = None

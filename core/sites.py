@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from servelab.core.facts import ModelFacts
 from servelab.core.families.quant import LinearSite, Quantizer, Role
@@ -48,6 +49,17 @@ def linear_bytes(model: ModelFacts, quantizer: Quantizer | None) -> int:
             continue
         total += format.nbytes(site.n, site.k) if format else int(site.n * site.k * model.dtype_bytes)
     return total
+
+
+def weight_bytes(model: ModelFacts, quantizer: Quantizer | None) -> int:
+    """Bytes of the whole model: linears as ``linear_bytes``, embedding, unquantized head, norms, routers."""
+    width = model.dtype_bytes
+    head = next(site for site in linear_sites(replace(model, layers=0)) if site.role == "head")
+    table = model.vocab * model.hidden * width
+    own_head = not model.tied_embeddings and (quantizer is None or quantizer.format(head, model) is None)
+    routers = (model.layers - len(model.dense_layers)) * model.experts * model.hidden * width
+    norms = (2 * model.layers + 1) * model.hidden * width
+    return linear_bytes(model, quantizer) + int(table * (2 if own_head else 1) + routers + norms)
 
 
 def _sharing(

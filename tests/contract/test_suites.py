@@ -54,6 +54,11 @@ MORE: dict[tuple[str, str], dict[str, Any]] = {
         "tight": {"num_kv_pages": 20},
         "host": {"num_kv_pages": 40, "num_host_pages": 20},
     },
+    ("executor", "sim"): {
+        "config": {"num_kv_pages": 64},
+        "tight": {"num_kv_pages": 20},
+        "host": {"num_kv_pages": 40, "num_host_pages": 20},
+    },
     ("executor", "torch"): {
         "kernel": "sdpa",
         "model_section": _tiny_model,

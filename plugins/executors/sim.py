@@ -1,0 +1,126 @@
+"""Simulator: placeholder tokens on a device that is only described. From no paper.
+
+Mechanism: tokens and ends are those of the workload's hidden lengths; the cost model prices every launch and
+transfer on the virtual clock. What is its own is memory: of ``memory_utilization`` of the devices' memory the
+weights (in the quantizer's formats) and the activations of the largest step are taken off, and the rest is KV
+pages, as serving engines size their pool. ``num_kv_pages`` states them instead.
+
+Symbols: tp devices of M bytes; U = memory_utilization; W weight bytes; A activation bytes of all devices:
+pages = (U * tp * M - W - A) / (bytes of a page * copies), copies = max(1, tp / KV heads).
+
+Deviations: none. Faithful when: pages by hand for Llama-2-7B on an A100; output lengths equal the workload's
+truths unless the cap is lower; a model larger than its devices is refused.
+Tier: stable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from servelab.core.api import Capacity, ConfigError, Context, KVLayout, ModelFacts
+from servelab.core.sites import weight_bytes
+from servelab.plugins.executors._pages import BoundedPages, HostPages, pages_in, stated_pages
+from servelab.plugins.executors._placeholder import PlaceholderConfig, PlaceholderExecutor
+
+_GIB = 2**30
+_LOGIT_ROWS = 256
+"""Rows of logits a device has room for at least (vLLM's profile run samples max_num_seqs rows)."""
+
+
+class SimExecutorConfig(PlaceholderConfig):
+    """Settings of ``executor=sim``."""
+
+    num_kv_pages: BoundedPages | None = Field(
+        None, description="device pages of every KV pool, or of each by its id; None: what memory holds"
+    )
+    num_host_pages: HostPages = Field(0, description="host pages, likewise; 0: no swapping")
+    memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="U, share of device memory used in all (vLLM's default: 0.9)"
+    )
+    activation_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="bytes of activations per device; None: those of the largest step, see the page",
+    )
+
+
+class SimExecutor(PlaceholderExecutor):
+    """Stateless but for what it counted once, at composition."""
+
+    def __init__(self, config: SimExecutorConfig, ctx: Context) -> None:
+        super().__init__(config, ctx)
+        self.config = config
+        self._limits = ctx.limits
+        self._hardware = ctx.hardware
+        self._model = ctx.model
+        self._weights = weight_bytes(ctx.model, ctx.quant)
+        self._memory: dict[str, Any] = {}
+
+    def capacity(self, layout: KVLayout) -> Capacity:
+        """Pages stated, or as many as memory holds.
+
+        Raises:
+            ConfigError: no device is chosen or its memory is not stated; the model leaves no room for KV.
+        """
+        c = self.config
+        host = stated_pages(c.num_host_pages, layout, "executor.num_host_pages") if c.num_host_pages else ()
+        if c.num_kv_pages is not None:
+            pages = stated_pages(c.num_kv_pages, layout, "executor.num_kv_pages")
+        else:
+            pages = pages_in(self._kv_memory(layout), layout, self._limits)
+        return Capacity(device_pages=pages, host_pages=host)
+
+    def describe(self) -> dict[str, Any]:
+        """What memory is used for, in bytes over all devices of the instance."""
+        return {"source": "none: a shape only", "bytes": self._weights, **self._memory}
+
+    def _kv_memory(self, layout: KVLayout) -> int:
+        c, device, model = self.config, self._hardware, self._model
+        if device is None or device.memory_bytes is None:
+            named = "no hardware is chosen" if device is None else f"{device.name} states no memory_bytes"
+            raise ConfigError(
+                "the KV memory of the simulated device is unknown",
+                where="executor 'sim', num_kv_pages",
+                why=named,
+                do="choose a device (hardware=a100_80g), state hardware.memory_bytes, or set "
+                "executor.num_kv_pages",
+            )
+        activations = c.activation_bytes
+        if activations is None:
+            activations = self._activation_bytes(model, device.tp)
+        total = device.tp * device.memory_bytes
+        left = int(c.memory_utilization * total) - self._weights - device.tp * activations
+        copies = max(1, device.tp // model.kv_heads) if not model.kv_latent else device.tp
+        self._memory = {
+            "device_memory_bytes": total,
+            "memory_utilization": c.memory_utilization,
+            "activation_bytes": device.tp * activations,
+            "kv_memory_bytes": max(0, left),
+            "kv_copies": copies,
+        }
+        left //= copies
+        if left < sum(pool.bytes_per_page for pool in layout.pools):
+            need = self._weights + device.tp * activations
+            least = -(-need // int(c.memory_utilization * device.memory_bytes))
+            raise ConfigError(
+                f"model {model.name!r} does not fit on {device.tp} x {device.name}",
+                where="executor 'sim'",
+                why=f"weights take {self._weights / _GIB:.1f} GiB and activations "
+                f"{device.tp * activations / _GIB:.1f} GiB; {c.memory_utilization:g} of the memory is "
+                f"{c.memory_utilization * total / _GIB:.1f} GiB, which leaves no room for KV",
+                do=f"use more devices (hardware.tp={max(least, device.tp + 1)} or more), a smaller model, a "
+                "quantizer such as +quant=w4a16, or a device with more memory",
+            )
+        return left
+
+    def _activation_bytes(self, model: ModelFacts, tp: int) -> int:
+        """Of the widest point of a layer, gate, up and their product beside the residual stream, for the
+        largest step; or of the logits in float32, if they are more.
+        """
+        tokens = self._limits.max_batch_tokens
+        per_token = model.experts_per_token + model.shared_experts if model.experts else 1
+        wide = max(model.ffn * per_token, model.dense_ffn) * (3 if model.gated else 2)
+        layer = tokens * (3 * model.hidden + wide / tp) * model.dtype_bytes
+        return int(max(layer, _LOGIT_ROWS * model.vocab * 4 / tp))
