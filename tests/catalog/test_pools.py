@@ -6,13 +6,13 @@ import re
 from typing import Any
 
 import pytest
+from tests.catalog.test_hardware import raw
+from tests.catalog.test_models import FOLDER, config
 
 from servelab.core.compose import Run, compose
 from servelab.core.config import validate
 from servelab.core.errors import ConfigError
 from servelab.core.registry import Registry
-from tests.catalog.test_hardware import raw
-from tests.catalog.test_models import FOLDER, config
 
 REGISTRY = Registry.load()
 
