@@ -2,15 +2,16 @@
 
 Mechanism: tokens and ends are those of the workload's hidden lengths; the cost model prices every launch and
 transfer on the virtual clock. What is its own is memory: of ``memory_utilization`` of the devices' memory the
-weights (in the quantizer's formats), the activations of the largest step and the runtime are taken off, and the
-rest is KV pages, as serving engines size their pool. ``num_kv_pages`` states them instead.
+weights (in the quantizer's formats), the activations of the largest step and the runtime are taken off, and
+the rest is KV pages, as serving engines size their pool. ``num_kv_pages`` states them instead.
 
 Symbols: tp devices of M bytes; U = memory_utilization; W weight bytes; A activation bytes and R runtime bytes
 of a device:
 pages = (U * tp * M - W - tp * (A + R)) / (bytes of a page * copies), copies = max(1, tp / KV heads).
 
 Deviations: none. Faithful when: pages by hand for Llama-2-7B on an A100; pools of real engines within 3 %;
-output lengths equal the workload's truths unless the cap is lower; a model larger than its devices is refused.
+output
+lengths equal the workload's truths unless the cap is lower; a model larger than its devices is refused.
 Tier: stable.
 """
 
