@@ -33,6 +33,7 @@ from servelab.core.errors import PluginError, ServeLabError, nearest
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.families import KINDS
 from servelab.core.registry import Registry, blocked_names
+from servelab.core.request import Truth
 from servelab.core.spec import PluginSpec
 from servelab.core.testing.traps import forbidden_calls
 
@@ -161,7 +162,8 @@ class PluginSuite:
         try:
             factory = registry.resolve(self.kind, spec.name, "factory")
             alone = Context(**known | context)
-            parts = parts_like(alone, registry, alone.oracle or {}.__getitem__)
+            nobody: dict[str, Truth] = {}
+            parts = parts_like(alone, registry, alone.oracle or nobody.__getitem__)
             made = factory(choice.config, replace(alone, part=parts))
         except ConformanceError:
             raise
