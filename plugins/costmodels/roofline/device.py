@@ -100,7 +100,9 @@ def ring(config: RooflineConfig, hardware: HardwareFacts) -> tuple[float, float]
     for devices, latency, bandwidth in hardware.all_reduce:
         if devices == n:
             return float(latency), rounds * 1e9 / bandwidth
-    why = f"{n} devices sum their parts of every layer; no all-reduce of {n} is measured in hardware.all_reduce"
+    why = (
+        f"{n} devices sum their parts of every layer; no all-reduce of {n} is measured in hardware.all_reduce"
+    )
     link = needed(hardware, "link_bytes_per_s", why)
     return config.collective_ns + 2 * (n - 1) * float(config.hop_ns), rounds * 1e9 / link
 

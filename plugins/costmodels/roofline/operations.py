@@ -263,9 +263,7 @@ class Attention:
             flops += min(self.pair_flops * pairs, expanded)
             keys += read
             queries += n
-        return Work(
-            flops=flops, kv_bytes=self.kv_bytes * keys, activation_bytes=self.query_bytes * queries
-        )
+        return Work(flops=flops, kv_bytes=self.kv_bytes * keys, activation_bytes=self.query_bytes * queries)
 
     def write(self, tokens: int) -> Work:
         """New keys and values, rotated and stored."""
