@@ -24,6 +24,11 @@ _LIMITS = {
 }
 
 
+def _fitted_inner(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
+    """The same of what an ordering wrapper wraps."""
+    return {"inner": {"name": "vllm_v1", **_fitted(suite, limits)}}
+
+
 _PLACE: list[pytest.TempPathFactory] = []
 
 
@@ -77,6 +82,15 @@ MORE: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 """Attributes of the suite of one plugin: settings for a toy world, exemptions with their reason."""
+_INNER = {"inner": {"name": "vllm_v1", "max_num_batched_tokens": 64, "max_num_seqs": 16}}
+MORE |= {
+    ("scheduler", name): {"config": _INNER, "settings": _fitted_inner}
+    for name in ("edf", "fcfs", "priority", "sjf", "sjf_oracle")
+}
+for _name in ("sjf", "sjf_oracle"):
+    MORE["scheduler", _name]["exempt"] = {
+        "test_no_starvation": "long jobs wait while shorter ones keep coming: the rule's known price"
+    }
 MORE["observer", "progress"] = {"config": {"mode": "on"}}  # also without a terminal
 
 for _kind, _suite in SUITES.items():
