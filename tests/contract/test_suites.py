@@ -14,7 +14,14 @@ from servelab.core.testing import SUITES, PluginSuite, suite_of
 
 def _fitted(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
     """Settings of schedulers that state their own limits: those of the engine."""
-    return {"max_num_batched_tokens": limits.max_batch_tokens, "max_num_seqs": limits.max_batch_requests}
+    return {name: getattr(limits, _LIMITS[name]) for name in suite.config}
+
+
+_LIMITS = {
+    "max_num_batched_tokens": "max_batch_tokens",
+    "chunk_size": "max_batch_tokens",
+    "max_num_seqs": "max_batch_requests",
+}
 
 
 def _fitted_inner(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
@@ -53,8 +60,10 @@ def _tiny_model(suite: PluginSuite) -> dict[str, Any]:
 
 MORE: dict[tuple[str, str], dict[str, Any]] = {
     ("scheduler", name): {"config": {"max_num_batched_tokens": 64, "max_num_seqs": 16}, "settings": _fitted}
-    for name in ("aggressive", "conservative", "pastfuture", "pf_oracle", "vllm_v1")
+    for name in ("aggressive", "conservative", "pastfuture", "pf_oracle", "vllm_v0", "vllm_v1")
 } | {
+    ("scheduler", "sarathi"): {"config": {"chunk_size": 64, "max_num_seqs": 16}, "settings": _fitted},
+    ("scheduler", "orca"): {"config": {"max_num_seqs": 16}, "settings": _fitted},
     ("executor", "scripted"): {
         "tight": {"num_kv_pages": 20},
         "host": {"num_kv_pages": 40, "num_host_pages": 20},
