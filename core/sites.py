@@ -25,9 +25,7 @@ def linear_sites(model: ModelFacts) -> Iterator[LinearSite]:
         else:
             yield from _sharing({"q": q, "k": k, "v": v}, attention, layer, model.hidden, norm)
         last = "kv_b_proj" if model.kv_latent else "v_proj"
-        yield from _sharing(
-            {"o": model.hidden}, attention, layer, model.heads * value, f"{attention}.{last}"
-        )
+        yield from _sharing({"o": model.hidden}, attention, layer, model.heads * value, f"{attention}.{last}")
         norm, mlp = f"{name}.post_attention_layernorm", f"{name}.mlp"
         if not model.experts or layer in model.dense_layers:
             ffn = model.dense_ffn if model.experts else model.ffn

@@ -60,7 +60,7 @@ def test_the_datasheet(name: str) -> None:
     assert one.flops == teraflops * 1e12
     assert one.memory_bytes_per_s == bandwidth * 1e9
     assert one.memory_bytes is not None
-    assert 0.92 * gigabytes < one.memory_bytes / GIB < gigabytes  # makers count GiB, and the driver keeps some
+    assert 0.9 * gigabytes < one.memory_bytes / GIB < gigabytes  # makers count GiB, and the driver keeps some
 
 
 def test_the_datasheet_above_names_every_accelerator() -> None:

@@ -79,7 +79,7 @@ CATALOG = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in
 
 
 def test_every_model_has_a_published_total() -> None:
-    assert CATALOG == sorted(TOTALS)
+    assert sorted(TOTALS) == CATALOG
 
 
 @pytest.mark.parametrize("name", CATALOG)
