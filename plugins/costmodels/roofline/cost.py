@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from operator import attrgetter
 from typing import Any, Literal
 
 from servelab.core.api import ConfigError, Context
@@ -62,7 +63,8 @@ class Breakdown:
 
     def bytes(self, tier: Literal["weight", "kv", "activation", "network"]) -> float:
         """Moved in all: of weights, of KV, of activations; or of messages between devices."""
-        return sum(one.count * getattr(one.work, f"{tier}_bytes") for one in self.operations)
+        of = attrgetter(f"work.{tier}_bytes")
+        return float(sum(one.count * of(one) for one in self.operations))
 
     @property
     def lanes(self) -> dict[str, float]:
@@ -262,7 +264,7 @@ class RooflineCost:
 
     def _operations(self, batch: Batch) -> Iterator[Priced]:
         """Layers are cut where a row's range of layers begins or ends."""
-        rows, total = self._rows(batch)
+        rows = self._rows(batch)
         cuts = sorted({0, self._model.layers, *(cut for *_, layers in rows for cut in layers)})
         for first, end in zip(cuts, cuts[1:], strict=False):
             inside = [(n, p) for n, p, (a, b) in rows if a <= first and end <= b]
@@ -281,13 +283,13 @@ class RooflineCost:
         for one in batch.background:
             yield self._priced(1, one.kind, Work(flops=one.flops / self._hardware.tp))
 
-    def _rows(self, batch: Batch) -> tuple[list[tuple[int, int, tuple[int, int]]], int]:
+    def _rows(self, batch: Batch) -> list[tuple[int, int, tuple[int, int]]]:
         """Queries, context and layers of each row; drafts are queries."""
         whole, rows = (0, self._model.layers), []
         for i, (n, p) in enumerate(zip(batch.tokens, batch.starts, strict=True)):
             item = batch.extras.get(i)
             rows.append((n + item.draft, p, item.layers or whole) if item else (n, p, whole))
-        return rows, sum(n for n, *_ in rows)
+        return rows
 
     def _layers(self, stack: _Stack, rows: list[Row]) -> Iterator[Priced]:
         tokens = sum(n for n, _ in rows)
@@ -317,7 +319,7 @@ class RooflineCost:
 
     def _overhead_ns(self, batch: Batch) -> float:
         f, whole = self.factors, self._model.layers
-        rows, _ = self._rows(batch)
+        rows = self._rows(batch)
         run = {layer for *_, (a, b) in rows for layer in range(a, b)} if batch.extras else range(whole)
         sampled = sum(len(more) for more in batch.forks.values())
         return f.step_ns + f.request_ns * (len(batch.tokens) + sampled) + f.layer_ns * len(run) * bool(rows)

@@ -116,10 +116,10 @@ def _groups(model: ModelFacts, layers: range) -> Iterator[list[LinearSite]]:
 
 def shard(site: LinearSite, model: ModelFacts, hardware: HardwareFacts) -> LinearSite:
     """One device's part. Outputs are divided, of ``o`` and ``down`` inputs; KV heads are copied where they are
-    fewer than devices, and what makes latents (``other``) is on every device.
+    fewer than devices, and what makes latents is on every device.
     """
     t = hardware.tp
-    if t == 1 or site.role == "other":
+    if t == 1 or site.name.endswith(("q_a_proj", "kv_a_proj_with_mqa")):
         return site
     if site.role in ("o", "down", "expert_down"):
         return replace(site, k=ceil(site.k / t))
