@@ -40,6 +40,14 @@ TABLE = (
         tier="stable",
     ),
     PluginSpec(
+        name="closed_loop",
+        factory="servelab.plugins.workloads.closed_loop:ClosedLoop",
+        config="servelab.plugins.workloads.closed_loop:ClosedLoopConfig",
+        summary="closed loop: clients that ask again when they are answered, lengths from laws",
+        provides=frozenset({"workload.prompt_ids", "workload.truth", "workload.closed_loop"}),
+        tier="stable",
+    ),
+    PluginSpec(
         name="synthetic",
         factory="servelab.plugins.workloads.synthetic:Synthetic",
         config="servelab.plugins.workloads.synthetic:SyntheticConfig",
