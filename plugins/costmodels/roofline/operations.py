@@ -23,7 +23,7 @@ FUSED_PASSES = 4
 """Times the residual stream moves per layer in norms, rotation and activation, fused as engines do."""
 FLOPS_PER_ELEMENT = 10
 """Of the same, per element of the residual stream."""
-ELEMENTWISE_LAUNCHES = 3
+ELEMENTWISE_LAUNCHES = 1
 """Two norms with the residual, one activation; rotation goes with the KV write."""
 
 
