@@ -11,7 +11,19 @@ from servelab.core.spec import PluginSpec
 from servelab.core.vocabulary import find_conflicts
 
 USED = frozenset(
-    {"scheduler", "kvcache", "prefix", "quant", "kernel", "cost", "workload", "executor", "task", "observer"}
+    {
+        "scheduler",
+        "kvcache",
+        "prefix",
+        "quant",
+        "kernel",
+        "router",
+        "cost",
+        "workload",
+        "executor",
+        "task",
+        "observer",
+    }
 )
 """Kinds that a composed run uses. Selecting any other is refused, never silently ignored."""
 
@@ -20,7 +32,23 @@ IMPLIED = {"quant": frozenset({"executor.quant"})}
 
 
 UNSERVED = frozenset(
-    {"prefix.approximate", "prefix.moving", "prefix.decode_fixup", "prefix.tiers", "prefix.pin"}
+    {
+        "prefix.approximate",
+        "prefix.moving",
+        "prefix.decode_fixup",
+        "prefix.tiers",
+        "prefix.pin",
+        "router.disaggregates",
+        "router.migrates",
+        "router.roles",
+        "router.scales",
+        "router.shares",
+        "router.lends",
+        "router.replicates",
+        "router.experts",
+        "router.models",
+        "router.plans",
+    }
 )
 """What the contracts describe and the engine does not call yet: a plugin that relies on it is refused."""
 

@@ -26,6 +26,7 @@ SECTIONS = frozenset("observers" if kind == "observer" else kind for kind in KIN
     "model",
     "hardware",
     "engine",
+    "cluster",
     "slo",
     "clock",
     "quality",
