@@ -19,7 +19,7 @@ TABLE = (
         factory="servelab.plugins.costmodels.roofline.cost:RooflineCost",
         config="servelab.plugins.costmodels.roofline.factors:RooflineConfig",
         summary="FLOPs and bytes of every operation over a device's peaks, smooth maximum, overheads",
-        provides=frozenset({"cost.quant"}),
+        provides=frozenset({"cost.quant", "cost.energy"}),
         tier="stable",
     ),
 )
