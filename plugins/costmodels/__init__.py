@@ -15,6 +15,14 @@ TABLE = (
         tier="stable",
     ),
     PluginSpec(
+        name="roofline",
+        factory="servelab.plugins.costmodels.roofline.cost:RooflineCost",
+        config="servelab.plugins.costmodels.roofline.factors:RooflineConfig",
+        summary="FLOPs and bytes of every operation over a device's peaks, smooth maximum, overheads",
+        provides=frozenset({"cost.quant"}),
+        tier="stable",
+    ),
+    PluginSpec(
         name="phase_linear",
         factory="servelab.plugins.costmodels.phase_linear:PhaseLinear",
         config="servelab.plugins.costmodels.phase_linear:PhaseLinearConfig",

@@ -1,7 +1,7 @@
 """Earliest deadline first, over any scheduler.
 
-Source: Liu and Layland, Journal of the ACM 20(1), 1973 (deadline-driven scheduling), for jobs that are never
-interrupted for their deadline.
+Source: Liu and Layland, "Scheduling Algorithms for Multiprogramming in a Hard-Real-Time Environment", Journal
+of the ACM 20(1), 1973, doi:10.1145/321738.321743 (deadline-driven scheduling).
 
 Mechanism: waiting requests stand in order of ``key = arrival + bound``. The bound is the request's own: on
 its first token while it has none (``SLO.ttft_ns``), on its end (``SLO.e2el_ns``), or the earlier of the two
