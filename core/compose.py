@@ -651,6 +651,7 @@ def _info(
             *(_quant_stamps(config, selected, weights) if config.quant else []),
         ],
         "kv": _kv_info(layout, capacity),
+        **({"cluster": {"instances": config.cluster.instances}} if config.router else {}),
         "workload": described,
         **({"quality": _quality_info(config, selected)} if config.quant else {}),
     }
