@@ -44,8 +44,8 @@ def _work(engine: EngineFacts, pools: Sequence[dict[str, Any]]) -> dict[str, Any
 
 def _use(engine: EngineFacts, pools: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
     """Share of the bytes of all pools in use: at most, if all were fullest at once, and mean over time."""
-    sizes = [pool.get("bytes_per_page") for pool in pools]
-    pages = [pool.get("pages") for pool in pools]
+    sizes: list[int] = [pool.get("bytes_per_page") or 0 for pool in pools]
+    pages: list[int] = [pool.get("pages") or 0 for pool in pools]
     if not engine.min_free or len(engine.min_free) != len(pools) or not all(sizes) or not all(pages):
         return None, None
     total = sum(n * size for n, size in zip(pages, sizes, strict=True))

@@ -421,8 +421,10 @@ def _instances(result: Mapping[str, Any]) -> Iterator[Markup]:
         for one in result["servelab"].get("instances") or ()
     ]
     if len(rows) > 1:
-        head = ("instance", "requests", "output tokens", "tokens run", "steps", "requests per step")
-        head = (*head, "mean KV %", "peak KV %")
+        head = (
+            *("instance", "requests", "output tokens", "tokens run", "steps", "requests per step"),
+            *("mean KV %", "peak KV %"),
+        )
         yield table(head, rows, range(1, len(head)), "Instances: requests that ended there, and its work.")
 
 
