@@ -450,15 +450,15 @@ class _Builder:
     def __call__(self, kind: str, choice: Choice, place: tuple[str, ...] = ()) -> Any:
         """A plugin, or a part of one at a place told by keys."""
         spec = self.registry.spec(kind, choice.name)
+        path = [*place, choice.name, *([f"instance {self.index}"] if self.index else [])]
 
         def part(kind: str, choice: Choice, key: str = "") -> Any:
             return self(kind, checked_part(kind, choice), (*place, key) if key else place)
 
-        stream = [*place, choice.name, *([str(self.index)] if self.index else [])]
         context = Context(
             kind=kind,
             name=choice.name,
-            rng=seeded(self.config.seed, kind, "/".join(stream)),
+            rng=seeded(self.config.seed, kind, "/".join(path)),
             model=self.model,
             hardware=self.hardware,
             limits=self.limits,
@@ -711,6 +711,7 @@ def _info(
             *(_quant_stamps(config, selected, weights) if config.quant else []),
         ],
         "kv": _kv_info(layout, capacity),
+        **({"cluster": {"instances": config.cluster.instances}} if config.router else {}),
         "workload": described,
         **({"quality": _quality_info(config, selected)} if config.quant else {}),
     }
