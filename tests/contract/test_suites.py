@@ -14,7 +14,19 @@ from servelab.core.testing import SUITES, PluginSuite, suite_of
 
 def _fitted(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
     """Settings of schedulers that state their own limits: those of the engine."""
-    return {"max_num_batched_tokens": limits.max_batch_tokens, "max_num_seqs": limits.max_batch_requests}
+    return {name: getattr(limits, _LIMITS[name]) for name in suite.config}
+
+
+_LIMITS = {
+    "max_num_batched_tokens": "max_batch_tokens",
+    "chunk_size": "max_batch_tokens",
+    "max_num_seqs": "max_batch_requests",
+}
+
+
+def _fitted_inner(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
+    """The same of what an ordering wrapper wraps."""
+    return {"inner": {"name": "vllm_v1", **_fitted(suite, limits)}}
 
 
 _PLACE: list[pytest.TempPathFactory] = []
@@ -48,8 +60,10 @@ def _tiny_model(suite: PluginSuite) -> dict[str, Any]:
 
 MORE: dict[tuple[str, str], dict[str, Any]] = {
     ("scheduler", name): {"config": {"max_num_batched_tokens": 64, "max_num_seqs": 16}, "settings": _fitted}
-    for name in ("aggressive", "conservative", "pastfuture", "pf_oracle", "vllm_v1")
+    for name in ("aggressive", "conservative", "pastfuture", "pf_oracle", "vllm_v0", "vllm_v1")
 } | {
+    ("scheduler", "sarathi"): {"config": {"chunk_size": 64, "max_num_seqs": 16}, "settings": _fitted},
+    ("scheduler", "orca"): {"config": {"max_num_seqs": 16}, "settings": _fitted},
     ("executor", "scripted"): {
         "tight": {"num_kv_pages": 20},
         "host": {"num_kv_pages": 40, "num_host_pages": 20},
@@ -68,6 +82,15 @@ MORE: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 """Attributes of the suite of one plugin: settings for a toy world, exemptions with their reason."""
+_INNER = {"inner": {"name": "vllm_v1", "max_num_batched_tokens": 64, "max_num_seqs": 16}}
+MORE |= {
+    ("scheduler", name): {"config": _INNER, "settings": _fitted_inner}
+    for name in ("edf", "fcfs", "priority", "sjf", "sjf_oracle")
+}
+for _name in ("sjf", "sjf_oracle"):
+    MORE["scheduler", _name]["exempt"] = {
+        "test_no_starvation": "long jobs wait while shorter ones keep coming: the rule's known price"
+    }
 MORE["observer", "progress"] = {"config": {"mode": "on"}}  # also without a terminal
 
 for _kind, _suite in SUITES.items():

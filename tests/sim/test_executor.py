@@ -55,11 +55,12 @@ def test_pages_by_hand() -> None:
     """Llama-2-7B: 6,738,415,616 weights in 16 bits; KV of a token 512 KiB, of a page 8 MiB."""
     made = run()
     activations = 2048 * (3 * 4096 + 3 * 11008) * 2
-    left = int(0.9 * 80 * GIB) - 2 * 6_738_415_616 - activations
+    left = int(0.9 * 80 * GIB) - 2 * 6_738_415_616 - activations - GIB // 2
     assert pages(made) == [left // (8 * 2**20)]
     weights = made.info["weights"]
     assert weights["bytes"] == 2 * 6_738_415_616
     assert weights["activation_bytes"] == activations
+    assert weights["runtime_bytes"] == GIB // 2
     assert weights["kv_memory_bytes"] == left
 
 
@@ -72,10 +73,11 @@ def test_stated_pages_stand_and_need_no_device() -> None:
 def test_devices_add_up_and_scarce_heads_are_copied() -> None:
     """Two devices: twice the memory, the feed-forward network's activations halved. Eight devices and four
     KV heads: each head is kept twice."""
-    two = pages(run(hardware={**DEVICE, "tp": 2}, executor={"name": "sim", "activation_bytes": 0}))[0]
+    bare = {"name": "sim", "activation_bytes": 0, "runtime_bytes": 0}
+    two = pages(run(hardware={**DEVICE, "tp": 2}, executor=bare))[0]
     assert two == (int(0.9 * 160 * GIB) - 2 * 6_738_415_616) // (8 * 2**20)
     grouped = {**LLAMA2_7B, "kv_heads": 4}
-    eight = run(model=grouped, hardware={**DEVICE, "tp": 8}, executor={"name": "sim", "activation_bytes": 0})
+    eight = run(model=grouped, hardware={**DEVICE, "tp": 8}, executor=bare)
     weights = eight.info["weights"]["bytes"]
     assert weights == 2 * (6_738_415_616 - 32 * 2 * 4096 * 28 * 128)
     assert pages(eight) == [(int(0.9 * 640 * GIB) - weights) // 2 // 2**20]
