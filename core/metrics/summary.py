@@ -22,6 +22,7 @@ from servelab.core.metrics.definitions import (
 from servelab.core.metrics.distribution import Distribution
 from servelab.core.metrics.goodput import Goodput, judge_all
 from servelab.core.metrics.identity import identity, notes, rest_of_info, stated_tbt_ns, vllm_identity
+from servelab.core.metrics.instances import instances
 from servelab.core.metrics.pages import kv_pages
 from servelab.core.metrics.timeline import STATES, EngineFacts, RequestFacts, Timeline
 from servelab.core.records import to_dict
@@ -119,6 +120,7 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         **statistics_ms("queueing", queueing, options.percentiles),
         "batch": _batch(timeline.engines.values()),
         "kv_pages": kv_pages(timeline),
+        "instances": instances(timeline),
         "quality": _quality(timeline),
         "info": rest_of_info(timeline),
     }

@@ -44,7 +44,7 @@ def announced(
         work(bus)
     except BaseException as exc:
         error = exc
-    error = _attempt(run.executor.close, "closing the executor", error)
+    error = _attempt(run.close, "closing the executor", error)
     if bus is not None:
         status, reason = _ending(error)
         last = RunFinished(t_ns=now_ns(), status=status, reason=reason, energy_j=energy_j(), **usage.cost())

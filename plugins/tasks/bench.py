@@ -10,7 +10,7 @@ Deviations: none. Tier: stable.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from servelab.core import quality
 from servelab.core.api import Context
@@ -34,8 +34,6 @@ class Bench:
 
         def serve(bus: Bus) -> None:
             nonlocal driver
-            run.engine.plan_log = bus.listens("planned")
-            run.engine.token_log = bus.asks("tokens")
             driver = _driver(run, bus)
             driver.run()
             heard = bus.listens("quality")
@@ -52,14 +50,7 @@ class Bench:
 
 
 def _driver(run: Run, bus: Bus) -> Driver:
-    parts: dict[str, Any] = {
-        "engines": [run.engine],
-        "executors": [run.executor],
-        "costs": [run.cost],
-        "workload": run.workload,
-        "truths": run.truths,
-        "emit": bus.emit,
-    }
+    parts = run.for_driver(bus)
     if run.config.clock.name == "virtual":
         from servelab.core.engine.virtual import VirtualDriver
 

@@ -275,6 +275,7 @@ def _results(result: Mapping[str, Any]) -> Markup:
         table(("total", "value", "unit", ""), _totals(result), (1,)),
         *_slo(result),
         *_pools(result),
+        *_instances(result),
     )
 
 
@@ -406,6 +407,29 @@ def _pools(result: Mapping[str, Any]) -> Iterator[Markup]:
             range(1, len(head)),
             "KV memory: pages in use, and what they hold, mean over time in tokens.",
         )
+
+
+def _instances(result: Mapping[str, Any]) -> Iterator[Markup]:
+    """What each did, where there are several."""
+    rows = [
+        (
+            one["instance"],
+            number(one["requests"]),
+            number(one["output_tokens"]),
+            number(one["run_tokens"]),
+            number(one["steps"]),
+            number(one["mean_requests"], 1),
+            percent(one["mean_kv_use"]),
+            percent(one["peak_kv_use"]),
+        )
+        for one in result["servelab"].get("instances") or ()
+    ]
+    if len(rows) > 1:
+        head = (
+            *("instance", "requests", "output tokens", "tokens run", "steps", "requests per step"),
+            *("mean KV %", "peak KV %"),
+        )
+        yield table(head, rows, range(1, len(head)), "Instances: requests that ended there, and its work.")
 
 
 def _plots(drawn: Sequence[Plot | Missing], no_plots: str) -> Iterator[Markup]:

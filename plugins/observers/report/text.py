@@ -37,6 +37,7 @@ def render(result: Mapping[str, Any], percentiles: Sequence[float], folder: Path
         yield from _totals(result)
         yield ""
         yield from _classes(extra)
+        yield from _instances(extra)
     yield from _quality(extra)
     for note in extra["notes"]:
         yield from _wrapped(f"note: {note}", " " * 6)
@@ -71,6 +72,7 @@ def _head(extra: Mapping[str, Any]) -> Iterator[str]:
         "model": info.get("model"),
         "clock": extra["clock"],
         "executor": (extra["plugins"].get("executor") or {}).get("name"),
+        "instances": (info.get("cluster") or {}).get("instances"),
         "seed": extra["seed"],
         "stamps": _words(extra["stamps"]) or "none",
         "machine": _machine(info.get("machine") or {}),
@@ -83,11 +85,12 @@ def _head(extra: Mapping[str, Any]) -> Iterator[str]:
     if priced := info.get("cost"):
         yield from _wrapped(f"  {'cost':<9} {figures(priced)}", " " * 12)
     yield from _weights(info.get("weights") or {})
+    many = (info.get("cluster") or {}).get("instances", 1)
     for pool in (info.get("kv") or {}).get("pools") or ():
         pages, tokens, size = (pool.get(key) for key in ("pages", "page_tokens", "bytes_per_page"))
         yield (
             f"  {'kv':<9} pool {pool.get('id', '?')}: {_number(pages)} pages of {_number(tokens)} tokens, "
-            f"{_number(size)} bytes each"
+            f"{_number(size)} bytes each" + (f", in each of {_number(many)} instances" if many > 1 else "")
         )
 
 
@@ -251,6 +254,28 @@ def _classes(extra: Mapping[str, Any]) -> Iterator[str]:
         for name, one in classes.items()
     ]
     head = ("class", "SLO %", *(f"{metric} %" for metric in metrics), "good req/s", "good tok/s", "judged")
+    yield from _table(head, rows, numbers_from=1)
+    yield ""
+
+
+def _instances(extra: Mapping[str, Any]) -> Iterator[str]:
+    """What each did, where there are several."""
+    if len(extra["instances"]) < 2:
+        return
+    rows = [
+        (
+            str(one["instance"]),
+            _number(one["requests"]),
+            _number(one["output_tokens"]),
+            _number(one["run_tokens"]),
+            _number(one["steps"]),
+            _number(one["mean_requests"], 1),
+            _percent(one["mean_kv_use"], unit=False),
+            _percent(one["peak_kv_use"], unit=False),
+        )
+        for one in extra["instances"]
+    ]
+    head = ("instance", "requests", "output tok", "tok run", "steps", "req/step", "mean KV %", "peak KV %")
     yield from _table(head, rows, numbers_from=1)
     yield ""
 
