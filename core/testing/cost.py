@@ -192,10 +192,18 @@ class CostSuite(PluginSuite):
         cost = self.cost()
         self._grows("a prompt", lambda n: self.price(cost, batch_of([(n, 0)]))[0])
         self._grows("a prompt beside decodes", lambda n: self.price(cost, batch_of([(n, 0), (1, 99)]))[0])
-        self._grows("a row beside a prompt", lambda n: self.price(cost, batch_of([(n, 9), (300, 0)]))[0])
         self._grows("a batch of decodes", lambda n: self.price(cost, batch_of([(1, 64)] * n))[0], GRID[:20])
         self._grows(
             "a draft", lambda n: self.price(cost, batch_of([(1, 64)], drafts=(n,)))[0], tuple(range(9))
+        )
+
+    def test_kinds_of_steps(self) -> None:
+        """A decode beside a prompt that becomes a chunk of two tokens never gets cheaper."""
+        cost = self.cost()
+        self._grows(
+            "a row beside a prompt",
+            lambda n: self.price(cost, batch_of([(n, 9), (300, 0)]))[0],
+            (1, 2, 3, 50),
         )
 
     def test_drafts_are_tokens(self) -> None:

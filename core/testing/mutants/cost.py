@@ -130,7 +130,7 @@ MUTANTS = (
     ),
     _mutant(
         ALaunchPerKind,
-        "test_grows_with_tokens",
+        "test_kinds_of_steps",
         "a row beside a prompt of 2 costs",
         "prompts and decodes have a fixed time each",
     ),
