@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from math import ceil
 from random import Random
 from typing import Any
@@ -287,7 +288,7 @@ def test_scarce_kv_heads_are_copied() -> None:
 
 def test_more_devices_are_faster_and_never_perfectly() -> None:
     prices = [roofline(LLAMA3, replace(A100, tp=n)).price(batch_of([(2048, 0)]), 1)[0] for n in (1, 2, 4, 8)]
-    assert all(a / 2 < b < a for a, b in zip(prices, prices[1:], strict=False))
+    assert all(a / 2 < b < a for a, b in pairwise(prices))
 
 
 # ------------------------------------------------------------- unusual batches

@@ -1,4 +1,4 @@
-"""What is true of every roofline: dense and of experts, windowed, with latents, quantized, on many devices."""
+"""What is true of every roofline: dense, of experts, windowed, with latents, quantized, on many devices."""
 
 from __future__ import annotations
 
