@@ -58,6 +58,8 @@ class RunFinished(Record):
     """Real seconds from the first record to this one."""
     peak_rss_bytes: int | None = field(default=None, compare=False)
     """Most memory that the process ever held, from its own start."""
+    energy_j: float | None = None
+    """Energy of all devices by the run's clock; None: the cost model knows no energy, or time was real."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from servelab.core.events import (
     Timer,
     TransferDone,
 )
-from servelab.core.families.cost import CostModel
+from servelab.core.families.cost import CostModel, meter_of
 from servelab.core.families.executor import Executor
 from servelab.core.families.workload import Workload
 from servelab.core.records import Record, RequestFinished
@@ -55,6 +55,8 @@ class Flying:
     ends_ns: list[int]
     cut: bool = False
     """Replaced by a shorter one: its entry on the heap means nothing any more."""
+    joules: Sequence[float] = ()
+    """Of each step, beyond an idle device's; empty: the cost model knows no energy."""
 
 
 class Driver:
@@ -113,6 +115,16 @@ class Driver:
         """Per engine, timed launches in flight by their number."""
         self._lane_end: dict[tuple[int, int], int] = {}
         self._touched: set[int] = set()
+        self._joules = 0.0
+        """Of steps that ended, beyond an idle device's."""
+
+    @property
+    def energy_j(self) -> float | None:
+        """Of all devices until now; None: a cost model knows no energy."""
+        idle = [meter.idle_watts for cost in self.costs if (meter := meter_of(cost)) is not None]
+        if len(idle) < len(self.costs):
+            return None
+        return sum(idle) * self.now_ns / 1e9 + self._joules
 
     def run(self) -> None:
         """Serve the workload to its end.
@@ -233,6 +245,7 @@ class Driver:
     def _fire(self, index: int, what: Any, now: int) -> None:
         if isinstance(what, Flying):
             del self._flying[index][what.batch.launch]
+            self._joules += sum(what.joules)
             self._deliver(index, self._ended(index, what.batch, what.ends_ns), now)
         elif isinstance(what, Arrival):
             self._arrive(what, now)
@@ -283,7 +296,10 @@ class Driver:
                 why="it must give one price of at least 1 ns per step",
                 do="mend the cost model's price()",
             )
-        self._fly(index, Flying(batch, list(accumulate(prices, initial=start))[1:]))
+        flying = Flying(batch, list(accumulate(prices, initial=start))[1:])
+        if (meter := meter_of(self.costs[index])) is not None:
+            flying.joules = self._guard(f"cost model of engine {index}", meter.energy, batch, batch.steps)
+        self._fly(index, flying)
 
     def _fly(self, index: int, flying: Flying) -> None:
         self._flying[index][flying.batch.launch] = flying
@@ -328,9 +344,10 @@ class Driver:
             flying.cut = True
             self._events -= 1
             del self._flying[index][batch.launch]
+            self._joules += sum(flying.joules[:done])
             more = not done or ends[done - 1] < now
             if more:
-                self._fly(index, Flying(batch, ends[done : done + 1]))
+                self._fly(index, Flying(batch, ends[done : done + 1], joules=flying.joules[done : done + 1]))
             else:
                 self._lane_end[index, batch.lane] = now
                 self._touched.add(index)

@@ -101,6 +101,7 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
     result["servelab"] = {
         "schema_version": RESULT_SCHEMA,
         **identity(timeline),
+        "energy_per_output_token_j": _per_token(timeline, outputs),
         "notes": notes(timeline),
         "itl_mode": options.itl_mode,
         "percentile_method": "linear",
@@ -124,6 +125,12 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         "info": rest_of_info(timeline),
     }
     return result
+
+
+def _per_token(timeline: Timeline, outputs: int) -> float | None:
+    """Energy of the run over the output tokens of completed requests, in joules."""
+    energy = timeline.finished.energy_j if timeline.finished else None
+    return None if energy is None else ratio(energy, outputs)
 
 
 def _check(facts: RequestFacts) -> None:

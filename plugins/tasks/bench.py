@@ -40,7 +40,13 @@ class Bench:
             if heard and run.config.quant and run.quantizer and run.info["quality"]["measured"]:
                 quality.measure(run, {run.config.quant.name: run.quantizer}, bus.emit, driver.now_ns)
 
-        announced(run, run.info, serve, lambda: driver.now_ns if driver else 0)
+        announced(
+            run,
+            run.info,
+            serve,
+            lambda: driver.now_ns if driver else 0,
+            lambda: driver.energy_j if driver else None,
+        )
 
 
 def _driver(run: Run, bus: Bus) -> Driver:

@@ -5,8 +5,8 @@ al., ASPLOS 2025; WuSiYu/lightllm-ae): concurrency is given, the rate follows fr
 
 Mechanism: requests form one list, numbered from 0, whose lengths, caps and classes are drawn by the laws of
 the ``synthetic`` workload. Client ``c`` of ``N`` starts at ``c * ramp_s / N`` with request ``c``. When its
-request has ended, however it ended, it thinks and sends the next one: of the common list (``deal: queue``), or
-of its own share, the numbers ``c``, ``c + N``, ``c + 2N`` ... (``deal: own``). In neither case do lengths
+request has ended, however it ended, it thinks and sends the next one: of the common list (``deal: queue``),
+or of its own share, the numbers ``c``, ``c + N``, ``c + 2N`` ... (``deal: own``). In neither case do lengths
 depend on the order of completions, so two schedulers are asked the same: with ``queue`` the ``j``-th request
 sent, with ``own`` the ``k``-th of each client. Outputs are enforced and hidden: they are in ``Arrival.truth``
 only.

@@ -338,6 +338,10 @@ def _totals(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     if extra["evicted_pages"]:
         note += f"; {number(extra['evicted_pages'])} pages evicted"
     yield ("prefix hits", number(hits), "tokens", note)
+    if extra["energy_j"] is not None:
+        each = number(extra["energy_per_output_token_j"], 3)
+        note = f"all devices, idle included; {each} J per output token"
+        yield ("energy", number(extra["energy_j"] / 1e3, 1), "kJ", note)
     if extra["wall_s"] is not None:
         yield ("real time", number(extra["wall_s"], 1), "s", "of the whole run")
     if extra["peak_rss_bytes"] is not None:
@@ -512,6 +516,7 @@ def _card(info: Mapping[str, Any]) -> Iterator[Markup]:
         ("All effective settings, defaults included", "settings"),
         ("KV layout", "kv"),
         ("Weights", "weights"),
+        ("Figures that prices are made of", "cost"),
         ("Workload", "workload"),
     ):
         if info.get(key):

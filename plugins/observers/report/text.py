@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from servelab.core.metrics.definitions import percentile_name
+from servelab.plugins.observers.report.facts import figures
 
 WIDTH = 100
 """Columns the report keeps to."""
@@ -81,6 +82,8 @@ def _head(extra: Mapping[str, Any]) -> Iterator[str]:
     for name, value in facts.items():
         if value is not None:
             yield from _wrapped(f"  {name:<9} {_words(value)}", " " * 12)
+    if priced := info.get("cost"):
+        yield from _wrapped(f"  {'cost':<9} {figures(priced)}", " " * 12)
     yield from _weights(info.get("weights") or {})
     many = (info.get("cluster") or {}).get("instances", 1)
     for pool in (info.get("kv") or {}).get("pools") or ():
@@ -187,8 +190,17 @@ def _totals(result: Mapping[str, Any]) -> Iterator[str]:
         ),
         ("prefix hits", _number(extra["prefix_hit_tokens"]), "tok", _reuse(extra)),
         *(row for pool in extra["kv_pages"] for row in _kv_rows(pool)),
+        *_energy(extra),
     ]
     yield from _table(("total", "value", "unit", ""), rows, numbers_from=1, numbers_to=2)
+
+
+def _energy(extra: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    if extra["energy_j"] is None:
+        return []
+    each = extra["energy_per_output_token_j"]
+    note = "all devices, idle included" + (f"; {_number(each, 3)} J per output token" if each else "")
+    return [("energy", _number(extra["energy_j"] / 1e3, 1), "kJ", note)]
 
 
 def _reuse(extra: Mapping[str, Any]) -> str:
