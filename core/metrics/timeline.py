@@ -25,6 +25,7 @@ from servelab.core.records import (
     RequestFinished,
     RequestForked,
     RequestPreempted,
+    RequestRouted,
     RunFinished,
     RunStarted,
     StepDone,
@@ -299,6 +300,7 @@ class Timeline:
             RunStarted.ev: self._run_started,
             RequestArrived.ev: self._arrived,
             RequestAdmitted.ev: self._admitted,
+            RequestRouted.ev: self._routed,
             RequestForked.ev: self._forked,
             StepDone.ev: self._step,
             RequestPreempted.ev: self._preempted,
@@ -349,6 +351,9 @@ class Timeline:
             facts.admitted_ns = record.t_ns
             facts.first_cached = record.cached_tokens
         self._engine(record).memory.admitted(record)
+
+    def _routed(self, record: RequestRouted) -> None:
+        self._facts(record.request, record).engine = record.engine
 
     def _forked(self, record: RequestForked) -> None:
         self._facts(record.request, record).add(array("q", [record.t_ns]), 1)
