@@ -11,9 +11,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from servelab.core import quality
-from servelab.core.capabilities import Selected, check_capabilities
-from servelab.core.config import DTYPE_BYTES, Choice, RunConfig, across, refusal
-from servelab.core.context import Context, seeded
+from servelab.core.capabilities import Selected, check_capabilities, select
+from servelab.core.config import DTYPE_BYTES, Choice, Part, RunConfig, across, refusal
+from servelab.core.context import BuildPart, Context, Oracle, seeded
 from servelab.core.engine.engine import Engine
 from servelab.core.environment import environment
 from servelab.core.errors import CapabilityError, ConfigError, PluginError, ServeLabError
@@ -111,7 +111,7 @@ def compose(
     build.tokenizer = getattr(executor, "tokenizer", None)
     try:
         capacity = build.ask("executor", executor.capacity, layout)
-        offline = any("task.offline" in one.spec.provides for one in selected)
+        offline = any("task.offline" in one.provides for one in selected)
         if (fit_length or offline) and config.engine.max_model_len is None:
             config = build.fit(layout, capacity, kvcache)
         _check_capacity(capacity, layout, kvcache, config, build.limits)
@@ -146,7 +146,7 @@ def compose(
             checks=config.engine.checks,
             prefix=prefix,
             prefix_name=config.prefix.name if config.prefix else "",
-            shares=any("kvcache.fork" in one.spec.provides for one in selected),
+            shares=any("kvcache.fork" in one.provides for one in selected),
         )
         task: Task = build.one("task")
         described = build.ask("workload", workload.describe)
@@ -188,7 +188,7 @@ def another_quantizer(run: Run, choice: Choice) -> Quantizer:
 
 def _checked_selection(config: RunConfig, registry: Registry) -> list[Selected]:
     """The run's plugins, which can work together."""
-    selected = [Selected(kind, registry.spec(kind, choice.name)) for kind, choice in config.choices()]
+    selected = select(config.choices(), registry)
     check_capabilities(
         selected, registry, ahead=config.engine.max_in_flight > 1, lanes=config.engine.lanes > 1
     )
@@ -335,14 +335,17 @@ class _Builder:
                 do="mend the plugin; SERVELAB_TRACEBACK=1 shows where",
             ) from exc
 
-    def __call__(self, kind: str, choice: Choice) -> Any:
+    def __call__(self, kind: str, choice: Choice, place: tuple[str, ...] = ()) -> Any:
+        """A plugin, or a part of one at a place told by keys."""
         spec = self.registry.spec(kind, choice.name)
-        factory = self.registry.resolve(kind, choice.name, "factory")
-        where = f"{kind} {choice.name!r} of {self.registry.provider(kind, choice.name)}"
+
+        def part(kind: str, choice: Choice, key: str = "") -> Any:
+            return self(kind, checked_part(kind, choice), (*place, key) if key else place)
+
         context = Context(
             kind=kind,
             name=choice.name,
-            rng=seeded(self.config.seed, kind, choice.name),
+            rng=seeded(self.config.seed, kind, "/".join([*place, choice.name])),
             model=self.model,
             hardware=self.hardware,
             limits=self.limits,
@@ -355,28 +358,82 @@ class _Builder:
             tokenizer=self.tokenizer,
             run_dir=self.run_dir,
             sweep=self.sweep,
+            part=part,
         )
-        try:
-            made = factory(choice.config, context)
-        except ServeLabError:
-            raise
-        except Exception as exc:
-            raise PluginError(
-                f"{kind} {choice.name!r} could not be built",
-                where=where,
-                why=f"its factory {spec.factory} raised {type(exc).__name__}: {exc}",
-                do="SERVELAB_TRACEBACK=1 shows where; for settings it cannot work with, "
-                "a factory raises ConfigError",
-            ) from exc
-        lacking = [name for name in members(KINDS[kind].protocol) if not hasattr(made, name)]
-        if lacking:
-            raise PluginError(
-                f"{kind} {choice.name!r} is not a {KINDS[kind].protocol.partition(':')[2]}",
-                where=where,
-                why=f"what its factory returned, {made!r:.60}, has no {', '.join(lacking)}",
-                do=f"implement the protocol {KINDS[kind].protocol}",
-            )
-        return made
+        return assemble(choice, context, self.registry)
+
+
+def assemble(choice: Choice, context: Context, registry: Registry) -> Any:
+    """A plugin in a context.
+
+    Raises:
+        PluginError: the factory failed, or returned something else than its family asks for.
+    """
+    kind, spec = context.kind, registry.spec(context.kind, choice.name)
+    factory = registry.resolve(kind, choice.name, "factory")
+    where = f"{kind} {choice.name!r} of {registry.provider(kind, choice.name)}"
+    try:
+        made = factory(choice.config, context)
+    except ServeLabError:
+        raise
+    except Exception as exc:
+        raise PluginError(
+            f"{kind} {choice.name!r} could not be built",
+            where=where,
+            why=f"its factory {spec.factory} raised {type(exc).__name__}: {exc}",
+            do="SERVELAB_TRACEBACK=1 shows where; for settings it cannot work with, "
+            "a factory raises ConfigError",
+        ) from exc
+    lacking = [name for name in members(KINDS[kind].protocol) if not hasattr(made, name)]
+    if lacking:
+        raise PluginError(
+            f"{kind} {choice.name!r} is not a {KINDS[kind].protocol.partition(':')[2]}",
+            where=where,
+            why=f"what its factory returned, {made!r:.60}, has no {', '.join(lacking)}",
+            do=f"implement the protocol {KINDS[kind].protocol}",
+        )
+    return made
+
+
+def checked_part(kind: str, choice: Choice) -> Part:
+    """A part that was validated as one, and that capabilities were checked with.
+
+    Raises:
+        PluginError: the setting is not marked ``PartOf(kind)``.
+    """
+    if isinstance(choice, Part) and choice.kind == kind:
+        return choice
+    raise PluginError(
+        f"a part of kind {kind!r} is no setting of that kind",
+        where=f"Context.part({kind!r}, {choice!r:.60})",
+        why="the run's capabilities are checked with the parts that settings declare",
+        do=f'declare the setting as Annotated[Choice, PartOf("{kind}")], and give its value to part()',
+    )
+
+
+def parts_like(context: Context, registry: Registry, oracle: Oracle | None) -> BuildPart:
+    """``Context.part`` for a plugin that is built alone: contexts of parts are like its own.
+
+    Args:
+        context: of the plugin.
+        registry: where its parts are.
+        oracle: for parts that declare one.
+    """
+
+    def part(kind: str, choice: Choice, key: str = "", place: tuple[str, ...] = ()) -> Any:
+        place = (*place, key) if key else place
+        spec = registry.spec(kind, checked_part(kind, choice).name)
+        inner = replace(
+            context,
+            kind=kind,
+            name=choice.name,
+            rng=seeded(context.seed, kind, "/".join([*place, choice.name])),
+            oracle=oracle if spec.oracle else None,
+            part=lambda kind, choice, key="": part(kind, choice, key, place),
+        )
+        return assemble(choice, inner, registry)
+
+    return part
 
 
 def members(protocol: str) -> list[str]:
@@ -492,7 +549,7 @@ def _info(
     executor: Executor,
     described: dict[str, Any],
 ) -> dict[str, Any]:
-    oracles = [one for one in selected if one.spec.oracle]
+    oracles = [one for root in selected for one in root.everyone() if one.spec.oracle]
     weights = executor.describe() if hasattr(executor, "describe") else {}
     return {
         "schema": INFO_SCHEMA,
@@ -518,7 +575,7 @@ def _info(
 def _quant_stamps(config: RunConfig, selected: Iterable[Selected], weights: dict[str, Any]) -> list[str]:
     """Where the unquantized weights are from, and whether prices know that these are others."""
     stamps = [f"reference_weights: {weights.get('quantization', 'unknown')}"]
-    if config.clock.name == "virtual" and not any("cost.quant" in one.spec.provides for one in selected):
+    if config.clock.name == "virtual" and not any("cost.quant" in one.provides for one in selected):
         stamps.append(f"prices: cost {config.cost.name!r} prices quantized linears as unquantized ones")
     return stamps
 
@@ -527,14 +584,14 @@ def _quality_info(config: RunConfig, selected: Iterable[Selected]) -> dict[str, 
     """Whether the quality of a quantized run is measured, and on what, or why not."""
     if not config.quality.max_tokens:
         return {"measured": False, "why": "quality.max_tokens=0"}
-    if not any("executor.quality" in one.spec.provides for one in selected):
+    if not any("executor.quality" in one.provides for one in selected):
         return {"measured": False, "why": f"executor {config.executor.name!r} runs no model"}
     return {"measured": True, "corpus": quality.describe()}
 
 
 def _lane_stamps(config: RunConfig, selected: Iterable[Selected]) -> list[str]:
     """Lanes are free hardware unless the cost model prices them together: reports must say so."""
-    together = any("cost.lanes" in one.spec.provides for one in selected)
+    together = any("cost.lanes" in one.provides for one in selected)
     return [] if config.engine.lanes == 1 or together else ["lanes: each priced as if alone on the device"]
 
 
@@ -542,23 +599,29 @@ def _plugins_info(config: RunConfig, registry: Registry) -> dict[str, Any]:
     """By kind: what is selected, where it comes from and how it is set; a list for observers."""
     found: dict[str, Any] = {}
     for kind, choice in config.choices():
-        spec, provider = registry.spec(kind, choice.name), registry.provider(kind, choice.name)
-        about = {
-            "name": spec.name,
-            "distribution": provider.distribution,
-            "version": provider.version,
-            "paper": str(spec.paper),
-            "deviations": list(spec.deviations),
-            "tier": spec.tier,
-            "oracle": spec.oracle,
-            "settings": choice.settings(),
-            "non_default": choice.changed(),
-        }
+        about = _plugin_info(kind, choice, registry)
         if kind == "observer":
             found.setdefault(kind, []).append(about)
         else:
             found[kind] = about
     return found
+
+
+def _plugin_info(kind: str, choice: Choice, registry: Registry) -> dict[str, Any]:
+    spec, provider = registry.spec(kind, choice.name), registry.provider(kind, choice.name)
+    parts = [{"kind": part.kind, **_plugin_info(part.kind, part, registry)} for part in choice.parts()]
+    return {
+        "name": spec.name,
+        "distribution": provider.distribution,
+        "version": provider.version,
+        "paper": str(spec.paper),
+        "deviations": list(spec.deviations),
+        "tier": spec.tier,
+        "oracle": spec.oracle,
+        "settings": choice.settings(),
+        "non_default": choice.changed(),
+        **({"parts": parts} if parts else {}),
+    }
 
 
 def _kv_info(layout: KVLayout, capacity: Capacity) -> dict[str, Any]:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from math import isfinite
 from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from servelab.core.errors import ConfigError, PluginError, nearest
 from servelab.core.facts import HardwareFacts
@@ -36,6 +47,87 @@ class Choice(Section):
     def changed(self) -> dict[str, Any]:
         """The settings that differ from their defaults, in JSON types."""
         return _plain(self.config, exclude_defaults=True) if isinstance(self.config, BaseModel) else {}
+
+    def parts(self) -> list[Part]:
+        """The plugins chosen within its settings, in their order; not those within these."""
+        return list(_parts(self.config))
+
+
+class Part(Choice):
+    """A plugin chosen within the settings of another, which builds it by ``Context.part``."""
+
+    kind: str = Field(description="Kind of the plugin.")
+
+
+_PLACE = "*"
+"""Stands in problems of a part for where it was stated, which only pydantic knows."""
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """Marks a setting that chooses another plugin::
+
+        inner: Annotated[Choice, PartOf("scheduler")]
+
+    In a configuration it is a name, or a mapping with the name and settings, checked as a section is. Also
+    within tuples, mappings and models of the settings. Validated on its own, a model asks what is installed.
+
+    Args:
+        kind: of the plugins to choose from.
+    """
+
+    kind: str
+
+    @property
+    def title(self) -> str:
+        """The type, as ``servelab show`` tells it."""
+        return f"a {self.kind}: its name, or a mapping with its name and settings"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._read,
+            serialization=core_schema.plain_serializer_function_ser_schema(_part_settings, info_arg=True),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"title": self.title, "anyOf": [{"type": "string"}, {"type": "object"}]}
+
+    def _read(self, value: Any, info: core_schema.ValidationInfo) -> Part:
+        if isinstance(value, Part) and value.kind == self.kind:
+            return value
+        registry = (info.context or {}).get("registry") or _installed()
+        problems: list[str] = []
+        choice = _choice(_PLACE, self.kind, value, registry, problems)
+        if choice is None:
+            problems = problems or [f"{_PLACE}.name: must name a {self.kind} (got {value!r})"]
+            raise PydanticCustomError("part", "not a usable part", {"problems": problems})
+        return Part(kind=self.kind, name=choice.name, config=choice.config)
+
+
+def _part_settings(part: Part, info: core_schema.SerializationInfo) -> dict[str, Any]:
+    """A part as it is stated in a configuration."""
+    return {"name": part.name, **(part.changed() if info.exclude_defaults else part.settings())}
+
+
+@cache
+def _installed() -> Registry:
+    return Registry.load()
+
+
+def _parts(value: Any) -> Iterator[Part]:
+    if isinstance(value, Part):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _parts(getattr(value, name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _parts(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _parts(item)
 
 
 SHAPE = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_position")
@@ -356,7 +448,9 @@ class RunConfig(Section):
     )
 
     def choices(self) -> list[tuple[str, Choice]]:
-        """Every selected plugin as ``(kind, choice)``, in the order of ``KINDS``; observers in their own."""
+        """Every selected plugin as ``(kind, choice)``, in the order of ``KINDS``; observers in their own.
+        ``Choice.parts`` has those chosen within their settings.
+        """
         found: list[tuple[str, Choice]] = []
         for kind in KINDS:
             value = self.observers if kind == "observer" else getattr(self, kind)
@@ -489,7 +583,7 @@ def _choice(path: str, kind: str, value: Any, registry: Registry, problems: list
         problems.append(f"{path}.name: the config of {kind} {name!r} is {model!r}, not a pydantic model")
         return None
     try:
-        return Choice(name=name, config=model.model_validate(fields))
+        return Choice(name=name, config=model.model_validate(fields, context={"registry": registry}))
     except ValidationError as exc:
         problems += describe(exc, model, path)
         return None
@@ -533,7 +627,9 @@ def describe(exc: ValidationError, model: type[BaseModel], prefix: str = "") -> 
     for error in exc.errors(include_url=False):
         loc = error["loc"]
         path = ".".join([*([prefix] if prefix else []), *map(str, loc)]) or "(root)"
-        if error["type"] == "extra_forbidden":
+        if error["type"] == "part":
+            lines += [path + problem.removeprefix(_PLACE) for problem in error["ctx"]["problems"]]
+        elif error["type"] == "extra_forbidden":
             known = nearest(str(loc[-1]), _fields_at(model, loc[:-1]))
             lines.append(f"{path}: unknown field (got {error['input']!r}); {known}")
         elif error["type"] == "missing":

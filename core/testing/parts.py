@@ -7,13 +7,14 @@ Nothing is listed by hand: what exists comes from the registry, what goes togeth
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 from pydantic import ValidationError
 
 from servelab.core.capabilities import Selected, check_capabilities
+from servelab.core.compose import parts_like
 from servelab.core.context import Context, Oracle
 from servelab.core.errors import CapabilityError, ConfigError
 from servelab.core.facts import Limits, ModelFacts
@@ -166,6 +167,7 @@ class Parts:
             limits=self.limits,
             oracle=self.oracle if spec.oracle else None,
         )
+        context = replace(context, part=parts_like(context, self.registry, self.oracle))
         if model is None:
             return factory(None, context)
         if kind in self.config:

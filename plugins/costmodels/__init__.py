@@ -14,6 +14,14 @@ TABLE = (
         summary="prices from a list or a straight line in tokens and context",
         tier="stable",
     ),
+    PluginSpec(
+        name="roofline",
+        factory="servelab.plugins.costmodels.roofline.cost:RooflineCost",
+        config="servelab.plugins.costmodels.roofline.factors:RooflineConfig",
+        summary="FLOPs and bytes of every operation over a device's peaks, smooth maximum, overheads",
+        provides=frozenset({"cost.quant"}),
+        tier="stable",
+    ),
 )
 
 

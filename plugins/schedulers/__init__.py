@@ -10,6 +10,9 @@ PAST_FUTURE = Paper(
     title="Past-Future Scheduler for LLM Serving under SLA Guarantees", year=2025, id="arXiv:2507.10150"
 )
 
+WRAPPED = frozenset(f"scheduler.{one}" for one in ("ahead", "chunks", "lanes", "layers", "retains", "swap"))
+"""What wrappers pass on: a run has those of them that the inner scheduler provides."""
+
 TABLE = (
     PluginSpec(
         name="vllm_v1",
@@ -100,6 +103,70 @@ TABLE = (
         provides=frozenset({"scheduler.chunks"}),
         requires=frozenset({"workload.truth"}),
         oracle=True,
+    ),
+    PluginSpec(
+        name="fcfs",
+        factory="servelab.plugins.schedulers.fcfs:FCFS",
+        config="servelab.plugins.schedulers.fcfs:FCFSConfig",
+        summary="an order over any scheduler: first come, first served, by request or by program",
+        provides=WRAPPED,
+        tier="stable",
+    ),
+    PluginSpec(
+        name="priority",
+        factory="servelab.plugins.schedulers.priority:Priority",
+        config="servelab.plugins.schedulers.priority:PriorityConfig",
+        summary="an order over any scheduler: the more important first; the least important is preempted",
+        deviations=(
+            "Running requests of equal priority stand in order of admission when the inner scheduler "
+            "chooses a victim; vLLM takes the one that arrived last.",
+        ),
+        provides=WRAPPED,
+        tier="stable",
+    ),
+    PluginSpec(
+        name="edf",
+        factory="servelab.plugins.schedulers.edf:EDF",
+        config="servelab.plugins.schedulers.edf:EDFConfig",
+        summary="an order over any scheduler: earliest deadline first, deadlines from the requests' SLOs",
+        paper=Paper(
+            title="Scheduling Algorithms for Multiprogramming in a Hard-Real-Time Environment",
+            year=1973,
+            id="doi:10.1145/321738.321743",
+        ),
+        deviations=(
+            "Not preemptive: a running request goes on when one with an earlier deadline arrives.",
+            "A deadline that has passed still counts: late requests go first.",
+        ),
+        provides=WRAPPED,
+        tier="stable",
+    ),
+    PluginSpec(
+        name="sjf",
+        factory="servelab.plugins.schedulers.sjf:SJF",
+        config="servelab.plugins.schedulers.sjf:SJFConfig",
+        summary="an order over any scheduler: shortest job first, output lengths predicted from the past",
+        deviations=(
+            "The predictor is a running mean by class and prompt length, not a learned ranking: it sees no "
+            "text.",
+            "Not preemptive.",
+            "Long jobs can wait for as long as shorter ones keep coming.",
+        ),
+        provides=WRAPPED,
+    ),
+    PluginSpec(
+        name="sjf_oracle",
+        factory="servelab.plugins.schedulers.sjf_oracle:SJFOracle",
+        config="servelab.plugins.schedulers.sjf_oracle:SJFOracleConfig",
+        summary="an order over any scheduler: shortest job first by true output lengths",
+        deviations=(
+            "Not preemptive.",
+            "Long jobs can wait for as long as shorter ones keep coming.",
+        ),
+        provides=WRAPPED,
+        requires=frozenset({"workload.truth"}),
+        oracle=True,
+        tier="stable",
     ),
 )
 

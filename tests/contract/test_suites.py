@@ -17,6 +17,11 @@ def _fitted(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
     return {"max_num_batched_tokens": limits.max_batch_tokens, "max_num_seqs": limits.max_batch_requests}
 
 
+def _fitted_inner(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
+    """The same of what an ordering wrapper wraps."""
+    return {"inner": {"name": "vllm_v1", **_fitted(suite, limits)}}
+
+
 _PLACE: list[pytest.TempPathFactory] = []
 
 
@@ -54,6 +59,11 @@ MORE: dict[tuple[str, str], dict[str, Any]] = {
         "tight": {"num_kv_pages": 20},
         "host": {"num_kv_pages": 40, "num_host_pages": 20},
     },
+    ("executor", "sim"): {
+        "config": {"num_kv_pages": 64},
+        "tight": {"num_kv_pages": 20},
+        "host": {"num_kv_pages": 40, "num_host_pages": 20},
+    },
     ("executor", "torch"): {
         "kernel": "sdpa",
         "model_section": _tiny_model,
@@ -63,6 +73,15 @@ MORE: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 """Attributes of the suite of one plugin: settings for a toy world, exemptions with their reason."""
+_INNER = {"inner": {"name": "vllm_v1", "max_num_batched_tokens": 64, "max_num_seqs": 16}}
+MORE |= {
+    ("scheduler", name): {"config": _INNER, "settings": _fitted_inner}
+    for name in ("edf", "fcfs", "priority", "sjf", "sjf_oracle")
+}
+for _name in ("sjf", "sjf_oracle"):
+    MORE["scheduler", _name]["exempt"] = {
+        "test_no_starvation": "long jobs wait while shorter ones keep coming: the rule's known price"
+    }
 MORE["observer", "progress"] = {"config": {"mode": "on"}}  # also without a terminal
 
 for _kind, _suite in SUITES.items():

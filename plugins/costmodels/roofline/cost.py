@@ -1,0 +1,345 @@
+"""Roofline cost model: see the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Literal
+
+from servelab.core.api import ConfigError, Context
+from servelab.core.engine.ledger import Transfer
+from servelab.core.events import Batch
+from servelab.core.sites import weight_bytes
+from servelab.plugins.costmodels.roofline.device import Device, Work, check_shards
+from servelab.plugins.costmodels.roofline.factors import RooflineConfig, factors, needed
+from servelab.plugins.costmodels.roofline.operations import (
+    Attention,
+    Operation,
+    attentions,
+    embedding,
+    head,
+    token_operations,
+)
+
+Row = tuple[int, int]
+"""(queries, context before them)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """One kind of operation in a step."""
+
+    name: str
+    count: int
+    """How often it runs."""
+    work: Work
+    """Of one of them, on one device."""
+    ns: float
+    """Of all of them."""
+    compute_ns: float
+    """Of all of them, were nothing else in their way; likewise below."""
+    memory_ns: float
+    network_ns: float
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """Where the time of a step goes. Bytes and FLOPs are those of one device."""
+
+    operations: tuple[Priced, ...]
+    overhead_ns: float
+    """Host: per layer, per request and per step."""
+
+    @property
+    def ns(self) -> float:
+        """The price, before it is rounded up."""
+        return sum(one.ns for one in self.operations) + self.overhead_ns
+
+    @property
+    def flops(self) -> float:
+        return sum(one.count * one.work.flops for one in self.operations)
+
+    def bytes(self, tier: Literal["weight", "kv", "activation", "network"]) -> float:
+        """Moved in all: of weights, of KV, of activations; or of messages between devices."""
+        return sum(one.count * getattr(one.work, f"{tier}_bytes") for one in self.operations)
+
+    @property
+    def lanes(self) -> dict[str, float]:
+        """Nanoseconds that each resource would take by itself. Their greatest bounds the step from below if
+        all its work could overlap."""
+        return {
+            "compute": sum(one.compute_ns for one in self.operations),
+            "memory": sum(one.memory_ns for one in self.operations),
+            "network": sum(one.network_ns for one in self.operations),
+            "host": self.overhead_ns,
+        }
+
+
+class _Stack:
+    """A range of layers: prices of its operations, by tokens and by contexts."""
+
+    def __init__(self, operations: list[Operation], attention: list[Attention]) -> None:
+        self.operations, self.attention = operations, attention
+        self.tokens: dict[int, float] = {}
+        """Tokens of the step -> ns of all that does not depend on contexts."""
+
+
+class RooflineCost:
+    """O(requests) sums and O(operations) per call, O(1) per further step of a hold; keeps prices by number of
+    tokens, of which there are at most ``max_batch_tokens``.
+    """
+
+    def __init__(self, config: RooflineConfig, ctx: Context) -> None:
+        """
+        Raises:
+            ConfigError: no device is chosen, its profile lacks a figure, or it cannot share the model.
+        """
+        if ctx.hardware is None:
+            raise ConfigError(
+                "cost 'roofline' has no device to price",
+                where="hardware",
+                why="no hardware is chosen",
+                do="choose a device (hardware=a100_80g), or prices without one: +cost=scripted",
+            )
+        check_shards(ctx.model, ctx.hardware)
+        self.config, self._ctx, self._model, self._hardware = config, ctx, ctx.model, ctx.hardware
+        self.factors = factors(config, ctx.hardware)
+        self.device = Device(config, ctx.hardware, self.factors)
+        self._stacks: dict[tuple[int, int], _Stack] = {}
+        self._all = self._stack(0, ctx.model.layers)
+        self._embedding = embedding(ctx.model)
+        self._head = head(ctx.model, ctx.hardware, ctx.quant)
+        for one in (*self._all.operations, self._head):
+            self.device.has(one.work(1).unit, one.name)
+        self._edges: dict[int, float] = {}
+        """Rows of logits -> ns of the head."""
+        self._embedded: dict[int, float] = {}
+        self._layers_ns = float(self.factors.layer_ns * ctx.model.layers)
+
+    # ---------------------------------------------------------------- contract
+
+    def price(self, batch: Batch, steps: int) -> Sequence[int]:
+        if batch.extras or batch.background or batch.copies or batch.forks or not batch.tokens:
+            first = max(1, ceil(self.breakdown(batch).ns))
+            if steps == 1:
+                return [first]
+            return [first, *self._held(len(batch.tokens), sum(batch.samples), self._moved(batch), steps - 1)]
+        tokens, rows = batch.tokens, len(batch.tokens)
+        plain = tokens.count(1)
+        if plain == rows:
+            return self._held(rows, sum(batch.samples), batch.starts, steps)
+        chunks: list[Row] = []
+        decodes = batch.starts
+        if plain:
+            chunks = [(n, p) for n, p in zip(tokens, batch.starts, strict=True) if n != 1]
+            decodes = [p for n, p in zip(tokens, batch.starts, strict=True) if n == 1]
+        else:
+            chunks, decodes = list(zip(tokens, batch.starts, strict=True)), []
+        total = self._base(sum(tokens), rows, sum(batch.samples))
+        total += self._attention(self._all, chunks, decodes)
+        first = ceil(total)
+        if steps == 1:
+            return [first]
+        return [first, *self._held(rows, sum(batch.samples), self._moved(batch), steps - 1)]
+
+    def transfer_time(self, transfer: Transfer) -> int:
+        """Over the host links of all devices of the instance at once, each its part of the pages.
+
+        Raises:
+            ConfigError: the profile states no host link.
+        """
+        why = "pages move between device and host"
+        link = needed(self._hardware, "host_link_bytes_per_s", why) * self._hardware.tp
+        return self.config.transfer_ns + ceil(transfer.bytes * 1e9 / link)
+
+    # ------------------------------------------------------------------- loads
+
+    def load_time(self, source: Literal["disk", "host", "peer"], nbytes: int | None = None) -> int:
+        """Nanoseconds to bring bytes to the devices of the instance; None: the whole model.
+
+        Raises:
+            ConfigError: the bandwidth is not stated.
+        """
+        size = weight_bytes(self._model, self._ctx.quant) if nbytes is None else nbytes
+        if source == "disk":
+            bandwidth = self.config.disk_bytes_per_s
+            if bandwidth is None:
+                raise ConfigError(
+                    "the bandwidth of the disk is not stated",
+                    where="cost 'roofline', load_time()",
+                    why="weights come from disk",
+                    do="state cost.disk_bytes_per_s",
+                )
+        elif source == "host":
+            bandwidth = needed(self._hardware, "host_link_bytes_per_s", "weights come from the host")
+            bandwidth *= self._hardware.tp
+        else:
+            bandwidth = needed(self._hardware, "network_bytes_per_s", "weights come from another instance")
+        return self.config.transfer_ns + ceil(size * 1e9 / bandwidth)
+
+    # ------------------------------------------------------------- explanation
+
+    def breakdown(self, batch: Batch) -> Breakdown:
+        """The first step of a launch, operation by operation; what ``price`` sums up faster."""
+        return Breakdown(tuple(self._operations(batch)), self._overhead_ns(batch))
+
+    def describe(self) -> dict[str, Any]:
+        """Factors in force and where each is from."""
+        return {"device": self._hardware.name, "devices": self._hardware.tp, **self.factors.describe()}
+
+    # ---------------------------------------------------------------- fast path
+
+    def _held(self, rows: int, samples: int, starts: Sequence[int], steps: int) -> list[int]:
+        """Decodes: one token per row and step, contexts one longer each step."""
+        base = self._base(rows, rows, samples)
+        groups = self._all.attention
+        if len(groups) == 1 and groups[0].window is None:
+            one, context = groups[0], sum(starts) + rows
+            if steps == 1:
+                return [ceil(base + self._decode_ns(one, rows, context))]
+            decode = self._decode_ns
+            return [ceil(base + decode(one, rows, c)) for c in range(context, context + steps * rows, rows)]
+        totals = [base] * steps
+        for one in groups:
+            for k, keys in enumerate(_keys(one, starts, steps)):
+                totals[k] += self._decode_ns(one, rows, keys)
+        return [ceil(total) for total in totals]
+
+    def _decode_ns(self, one: Attention, rows: int, keys: int) -> float:
+        """As ``device.time(one.decode(rows, keys))`` for all its layers."""
+        device = self.device
+        compute = one.pair_flops * keys * device.flop_ns["16bit"]
+        memory = (one.kv_bytes * keys + one.query_bytes * rows) * device.byte_ns
+        return one.count * (device.smooth(compute, memory) + device.op_ns)
+
+    def _attention(self, stack: _Stack, chunks: list[Row], decodes: Sequence[int]) -> float:
+        total = 0.0
+        for one in stack.attention:
+            if chunks:
+                total += one.count * self.device.time(one.chunks(chunks))
+            if decodes:
+                keys = next(_keys(one, decodes, 1))
+                total += self._decode_ns(one, len(decodes), keys)
+        return total
+
+    def _base(self, tokens: int, rows: int, samples: int) -> float:
+        """What does not depend on contexts."""
+        total = self._all.tokens.get(tokens)
+        if total is None:
+            total = self._tokens_ns(self._all, tokens)
+        edge = self._embedded.get(tokens)
+        if edge is None:
+            edge = self._embedded[tokens] = self.device.time(self._embedding.work(tokens))
+        logits = self._edges.get(samples)
+        if logits is None:
+            work = self._head.work(samples)
+            logits = self._edges[samples] = self.device.time(work) if samples else 0.0
+        f = self.factors
+        return total + edge + logits + self._layers_ns + f.step_ns + f.request_ns * rows
+
+    def _tokens_ns(self, stack: _Stack, tokens: int) -> float:
+        total = sum(one.count * self.device.time(one.work(tokens)) for one in stack.operations)
+        total += sum(one.count * self.device.time(one.write(tokens)) for one in stack.attention)
+        stack.tokens[tokens] = total
+        return total
+
+    def _stack(self, first: int, end: int) -> _Stack:
+        if (first, end) not in self._stacks:
+            ctx, layers = self._ctx, range(first, end)
+            self._stacks[first, end] = _Stack(
+                token_operations(self._model, self._hardware, ctx.quant, layers),
+                attentions(self._model, self._hardware, ctx.layout, layers),
+            )
+        return self._stacks[first, end]
+
+    @staticmethod
+    def _moved(batch: Batch) -> list[int]:
+        """Contexts after the first step."""
+        return [p + n for n, p in zip(batch.tokens, batch.starts, strict=True)]
+
+    # ---------------------------------------------------------------- any batch
+
+    def _operations(self, batch: Batch) -> Iterator[Priced]:
+        """Layers are cut where a row's range of layers begins or ends."""
+        rows, total = self._rows(batch)
+        cuts = sorted({0, self._model.layers, *(cut for *_, layers in rows for cut in layers)})
+        for first, end in zip(cuts, cuts[1:], strict=False):
+            inside = [(n, p) for n, p, (a, b) in rows if a <= first and end <= b]
+            if inside:
+                yield from self._layers(self._stack(first, end), inside)
+        begun = sum(n for n, _, (first, _) in rows if first == 0)
+        if begun:
+            yield self._priced(1, "embedding", self._embedding.work(begun))
+        drafts = sum(item.draft for item in batch.extras.values())
+        if logits := sum(batch.samples) + drafts:
+            yield self._priced(1, "head", self._head.work(logits))
+        if batch.copies and self._ctx.layout:
+            pools = self._ctx.layout.pools
+            moved = 2 * sum(pools[pool].bytes_per_page for pool, _, _ in batch.copies) / self._hardware.tp
+            yield self._priced(1, "copy", Work(kv_bytes=moved))
+        for one in batch.background:
+            yield self._priced(1, one.kind, Work(flops=one.flops / self._hardware.tp))
+
+    def _rows(self, batch: Batch) -> tuple[list[tuple[int, int, tuple[int, int]]], int]:
+        """Queries, context and layers of each row; drafts are queries."""
+        whole, rows = (0, self._model.layers), []
+        for i, (n, p) in enumerate(zip(batch.tokens, batch.starts, strict=True)):
+            item = batch.extras.get(i)
+            rows.append((n + item.draft, p, item.layers or whole) if item else (n, p, whole))
+        return rows, sum(n for n, *_ in rows)
+
+    def _layers(self, stack: _Stack, rows: list[Row]) -> Iterator[Priced]:
+        tokens = sum(n for n, _ in rows)
+        chunks = [row for row in rows if row[0] != 1]
+        decodes = [p for n, p in rows if n == 1]
+        for one in stack.operations:
+            yield self._priced(one.count, one.name, one.work(tokens))
+        for kind in stack.attention:
+            yield self._priced(kind.count, "kv_write", kind.write(tokens))
+            if chunks:
+                yield self._priced(kind.count, "attention_chunk", kind.chunks(chunks))
+            if decodes:
+                keys = next(_keys(kind, decodes, 1))
+                yield self._priced(kind.count, "attention_decode", kind.decode(len(decodes), keys))
+
+    def _priced(self, count: int, name: str, work: Work) -> Priced:
+        device = self.device
+        return Priced(
+            name,
+            count,
+            work,
+            count * device.time(work),
+            count * device.compute_ns(work),
+            count * device.memory_ns(work),
+            count * device.network_ns(work),
+        )
+
+    def _overhead_ns(self, batch: Batch) -> float:
+        f, whole = self.factors, self._model.layers
+        rows, _ = self._rows(batch)
+        run = {layer for *_, (a, b) in rows for layer in range(a, b)} if batch.extras else range(whole)
+        sampled = sum(len(more) for more in batch.forks.values())
+        return f.step_ns + f.request_ns * (len(batch.tokens) + sampled) + f.layer_ns * len(run) * bool(rows)
+
+
+def _keys(one: Attention, starts: Sequence[int], steps: int) -> Iterator[int]:
+    """Keys seen in all, step by step, by rows of one query each; contexts grow by one."""
+    rows, window = len(starts), one.window
+    if window is None:
+        keys = sum(starts) + rows
+        for _ in range(steps):
+            yield keys
+            keys += rows
+        return
+    keys = sum([min(p + 1, window) for p in starts])
+    if steps == 1:
+        yield keys
+        return
+    full = sorted([window - p - 1 for p in starts if p + 1 < window], reverse=True)  # steps until it is
+    growing = len(full)
+    for step in range(steps):
+        yield keys
+        while growing and full[growing - 1] <= step:
+            growing -= 1
+        keys += growing
