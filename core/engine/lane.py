@@ -252,6 +252,8 @@ class Lane:
         start_ns = max(launched_ns, self.last_end_ns)
         self.last_end_ns = ends[-1]
         if event.more:
+            if self._work is not None:  # the hold goes on when its next step has ended
+                self._steps_left += batch.steps - steps - 1
             self._go_on(batch, steps, done)
             engine.ledger.landed(())  # a resize may want what it was promised and did not use
         else:

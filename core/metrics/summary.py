@@ -22,6 +22,7 @@ from servelab.core.metrics.definitions import (
 from servelab.core.metrics.distribution import Distribution
 from servelab.core.metrics.goodput import Goodput, judge_all
 from servelab.core.metrics.identity import identity, notes, rest_of_info, stated_tbt_ns, vllm_identity
+from servelab.core.metrics.instances import instances
 from servelab.core.metrics.pages import kv_pages
 from servelab.core.metrics.timeline import STATES, EngineFacts, RequestFacts, Timeline
 from servelab.core.records import to_dict
@@ -100,6 +101,7 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
     result["servelab"] = {
         "schema_version": RESULT_SCHEMA,
         **identity(timeline),
+        "energy_per_output_token_j": _per_token(timeline, outputs),
         "notes": notes(timeline),
         "itl_mode": options.itl_mode,
         "percentile_method": "linear",
@@ -118,10 +120,17 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         **statistics_ms("queueing", queueing, options.percentiles),
         "batch": _batch(timeline.engines.values()),
         "kv_pages": kv_pages(timeline),
+        "instances": instances(timeline),
         "quality": _quality(timeline),
         "info": rest_of_info(timeline),
     }
     return result
+
+
+def _per_token(timeline: Timeline, outputs: int) -> float | None:
+    """Energy of the run over the output tokens of completed requests, in joules."""
+    energy = timeline.finished.energy_j if timeline.finished else None
+    return None if energy is None else ratio(energy, outputs)
 
 
 def _check(facts: RequestFacts) -> None:

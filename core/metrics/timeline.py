@@ -23,6 +23,7 @@ from servelab.core.records import (
     RequestFinished,
     RequestForked,
     RequestPreempted,
+    RequestRouted,
     RunFinished,
     RunStarted,
     StepDone,
@@ -223,6 +224,7 @@ class Timeline:
             RunStarted.ev: self._run_started,
             RequestArrived.ev: self._arrived,
             RequestAdmitted.ev: self._admitted,
+            RequestRouted.ev: self._routed,
             RequestForked.ev: self._forked,
             StepDone.ev: self._step,
             RequestPreempted.ev: self._preempted,
@@ -273,6 +275,9 @@ class Timeline:
             facts.admitted_ns = record.t_ns
             facts.first_cached = record.cached_tokens
         self._engine(record).memory.admitted(record)
+
+    def _routed(self, record: RequestRouted) -> None:
+        self._facts(record.request, record).engine = record.engine
 
     def _forked(self, record: RequestForked) -> None:
         self._facts(record.request, record).add(array("q", [record.t_ns]), 1)

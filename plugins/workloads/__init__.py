@@ -53,6 +53,14 @@ TABLE = (
         tier="stable",
     ),
     PluginSpec(
+        name="closed_loop",
+        factory="servelab.plugins.workloads.closed_loop:ClosedLoop",
+        config="servelab.plugins.workloads.closed_loop:ClosedLoopConfig",
+        summary="closed loop: clients that ask again when they are answered, lengths from laws",
+        provides=frozenset({"workload.prompt_ids", "workload.truth", "workload.closed_loop"}),
+        tier="stable",
+    ),
+    PluginSpec(
         name="mooncake",
         factory="servelab.plugins.workloads.mooncake:Mooncake",
         config="servelab.plugins.workloads.mooncake:MooncakeConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any, overload
 
@@ -32,9 +32,15 @@ class MadeWhenRead(Sequence[int]):
     def __getitem__(self, at: slice) -> Sequence[int]: ...
 
     def __getitem__(self, at: int | slice) -> int | Sequence[int]:
+        return self._made()[at]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._made())  # the inherited one asks for each by its place
+
+    def _made(self) -> array[int]:
         if self._ids is None:
             self._ids = self.make()
-        return self._ids[at]
+        return self._ids
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):

@@ -1,8 +1,8 @@
 """The operations of a decoder on one device: what each does for so many tokens, rows or contexts.
 
 Symbols as on the page: T tokens of the step, R rows of logits, d hidden, H query heads, K KV heads, h width
-of a head, f inner width, V vocabulary, E experts of which k per token, t devices; w, a, c bytes per element of
-weights, activations, KV.
+of a head, f inner width, V vocabulary, E experts of which k per token, t devices; w, a, c bytes per element
+of weights, activations, KV.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def head(model: ModelFacts, hardware: HardwareFacts, quant: Quantizer | None) ->
 def _linears(
     model: ModelFacts, hardware: HardwareFacts, quant: Quantizer | None, layers: range
 ) -> Iterator[Operation]:
-    """Linears of one input and one format as one product, as engines fuse them; alike over layers, counted."""
+    """Linears of one input and one format as one product, as engines fuse them; counted over layers."""
     counts: dict[object, int] = {}
     made: dict[object, Operation] = {}
     for sites in _groups(model, layers):
@@ -115,11 +115,11 @@ def _groups(model: ModelFacts, layers: range) -> Iterator[list[LinearSite]]:
 
 
 def shard(site: LinearSite, model: ModelFacts, hardware: HardwareFacts) -> LinearSite:
-    """One device's part. Outputs are divided, of ``o`` and ``down`` inputs; KV heads are copied where they are
-    fewer than devices, and what makes latents (``other``) is on every device.
+    """One device's part. Outputs are divided, of ``o`` and ``down`` inputs; KV heads are copied where they
+    are fewer than devices, and what makes latents is on every device.
     """
     t = hardware.tp
-    if t == 1 or site.role == "other":
+    if t == 1 or site.name.endswith(("q_a_proj", "kv_a_proj_with_mqa")):
         return site
     if site.role in ("o", "down", "expert_down"):
         return replace(site, k=ceil(site.k / t))
