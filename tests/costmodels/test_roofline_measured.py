@@ -21,7 +21,7 @@ from tests.costmodels.rooflines import CONFIGS, device, model, roofline
 from servelab.core.compose import compose
 from servelab.core.config import validate
 from servelab.core.engine.virtual import VirtualDriver
-from servelab.core.metrics.summary import summarize
+from servelab.core.metrics.summary import SummaryOptions, summarize
 from servelab.core.metrics.timeline import Timeline
 from servelab.core.records import Record
 from servelab.core.registry import Registry
@@ -132,7 +132,7 @@ def replay(log: Path, **settings: Any) -> dict[str, Any]:
         emit=records.append,
     )
     driver.run()
-    return summarize(Timeline().feed_all(records))
+    return summarize(Timeline().feed_all(records), SummaryOptions(percentiles=(90, 99)))
 
 
 def requests(log: Path) -> list[dict[str, Any]]:
