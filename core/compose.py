@@ -191,8 +191,8 @@ def compose(
         task: Task = build.one("task")
         described = build.ask("workload", workload.describe)
         info = _info(config, registry, selected, layout, capacity, executor, described)
-        if describe := getattr(instances[0].cost, "describe", None):
-            info["cost"] = build.ask("cost", describe)
+        if hasattr(instances[0].cost, "describe"):
+            info["cost"] = build.ask("cost", instances[0].cost.describe)
     except BaseException as exc:
         for one in [executor, *(other.executor for other in instances[1:])]:
             try:

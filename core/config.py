@@ -92,7 +92,7 @@ class PartOf:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {"title": self.title, "anyOf": [{"type": "string"}, {"type": "object"}]}
+        return {"title": self.title, "part_of": self.kind, "anyOf": [{"type": "string"}, {"type": "object"}]}
 
     def _read(self, value: Any, info: core_schema.ValidationInfo) -> Part:
         if isinstance(value, Part) and value.kind == self.kind:
