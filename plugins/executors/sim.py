@@ -83,7 +83,12 @@ class SimExecutor(PlaceholderExecutor):
 
     def describe(self) -> dict[str, Any]:
         """What memory is used for, in bytes over all devices of the instance."""
-        return {"source": "none: a shape only", "bytes": self._weights, **self._memory}
+        return {
+            "source": "none",
+            "quantization": "none (a shape only)",
+            "bytes": self._weights,
+            **self._memory,
+        }
 
     def _kv_memory(self, layout: KVLayout) -> int:
         c, device = self.config, self._hardware

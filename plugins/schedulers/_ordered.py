@@ -53,7 +53,7 @@ class Ordered(ABC):
         """What requests are sorted by, least first."""
 
     def plan(self, view: StepView) -> StepPlan:
-        return self._inner.plan(_OrderedView(view, self.key, self.config.running))  # type: ignore[arg-type]
+        return self._inner.plan(_OrderedView(view, self.key, self.config.running))
 
 
 class _OrderedView:
