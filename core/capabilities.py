@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from servelab.core.errors import CapabilityError
 from servelab.core.registry import Registry, selection
 from servelab.core.spec import PluginSpec
 from servelab.core.vocabulary import find_conflicts
 
+if TYPE_CHECKING:
+    from servelab.core.config import Choice
+
 USED = frozenset(
-    {"scheduler", "kvcache", "prefix", "quant", "kernel", "cost", "workload", "executor", "task", "observer"}
+    {
+        "scheduler",
+        "kvcache",
+        "prefix",
+        "quant",
+        "kernel",
+        "router",
+        "cost",
+        "workload",
+        "executor",
+        "task",
+        "observer",
+    }
 )
 """Kinds that a composed run uses. Selecting any other is refused, never silently ignored."""
 
@@ -20,7 +36,23 @@ IMPLIED = {"quant": frozenset({"executor.quant"})}
 
 
 UNSERVED = frozenset(
-    {"prefix.approximate", "prefix.moving", "prefix.decode_fixup", "prefix.tiers", "prefix.pin"}
+    {
+        "prefix.approximate",
+        "prefix.moving",
+        "prefix.decode_fixup",
+        "prefix.tiers",
+        "prefix.pin",
+        "router.disaggregates",
+        "router.migrates",
+        "router.roles",
+        "router.scales",
+        "router.shares",
+        "router.lends",
+        "router.replicates",
+        "router.experts",
+        "router.models",
+        "router.plans",
+    }
 )
 """What the contracts describe and the engine does not call yet: a plugin that relies on it is refused."""
 
@@ -34,9 +66,48 @@ class Selected:
 
     kind: str
     spec: PluginSpec
+    parts: tuple[Selected, ...] = ()
+    """The plugins chosen within its settings."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.spec.name!r}"
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What others can rely on: of a plugin that is made of parts of its own kind, what it passes on and
+        all of them provide. Parts of other kinds are its own affair.
+        """
+        return self.spec.provides.intersection(*(part.provides for part in self._alike()))
+
+    @property
+    def may(self) -> frozenset[str]:
+        """What others must be able to live with: what it provides, and what any part of its kind does."""
+        return self.provides.union(*(part.may for part in self._alike()))
+
+    def everyone(self) -> Iterator[Selected]:
+        """It, and all within it."""
+        yield self
+        for part in self.parts:
+            yield from part.everyone()
+
+    def _alike(self) -> Iterator[Selected]:
+        return (part for part in self.parts if part.kind == self.kind)
+
+
+def select(chosen: Iterable[tuple[str, Choice]], registry: Registry) -> list[Selected]:
+    """Plugins as they were chosen, each with its parts.
+
+    Raises:
+        PluginError: nobody declares one of them.
+    """
+    return [
+        Selected(
+            kind,
+            registry.spec(kind, choice.name),
+            tuple(select(((part.kind, part) for part in choice.parts()), registry)),
+        )
+        for kind, choice in chosen
+    ]
 
 
 def check_capabilities(
@@ -54,12 +125,13 @@ def check_capabilities(
         CapabilityError: one error with every problem: the plugins, the capability and what to do.
     """
     problems = [*_runs(selected, registry), *_unused(selected), *_engine(selected, ahead, lanes)]
-    for one in selected:
-        others = [other for other in selected if other is not one]
-        problems += _missing(one, others, registry)
-        problems += _clashes(one, others)
+    for root in selected:
+        outside = [other for other in selected if other is not root]
+        for one in root.everyone():
+            problems += _missing(one, [*outside, *one.parts], registry)
+            problems += _clashes(one, [other for other in _all(selected) if other is not one])
     idle = frozenset() if ahead else frozenset({"scheduler.ahead"})  # it could, but will not
-    problems += find_conflicts({str(one): one.spec.provides - idle for one in selected})
+    problems += find_conflicts({str(one): one.may - idle for one in selected})
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise CapabilityError(
@@ -79,7 +151,7 @@ def _runs(selected: Sequence[Selected], registry: Registry) -> list[str]:
         ]
     runs = classes[0]
     problems = []
-    for one in selected:
+    for one in _all(selected):
         if one is executor or runs in one.spec.runs:
             continue
         fitting = [
@@ -104,7 +176,7 @@ def _engine(selected: Sequence[Selected], ahead: bool, lanes: bool) -> list[str]
     return [
         f"{one} does not provide {capability!r}, which {setting} of 2 and more needs; set {setting}=1 or "
         "choose another scheduler"
-        for one in selected
+        for one in _all(selected)
         for wanted, setting, capability in (
             (ahead, "engine.max_in_flight", "scheduler.ahead"),
             (lanes, "engine.lanes", "scheduler.lanes"),
@@ -117,18 +189,22 @@ def _unused(selected: Sequence[Selected]) -> list[str]:
     return [
         f"{one} is selected, but no part of this version's engine uses plugins of kind {one.kind!r}; "
         f"leave it out: {one.kind}=null"
-        for one in selected
+        for one in _all(selected)
         if one.kind not in USED
     ] + [
         f"{one} provides {capability!r}, which this version's engine does not serve; "
         f"choose another {one.kind}"
-        for one in selected
+        for one in _all(selected)
         for capability in sorted(one.spec.provides & UNSERVED)
     ]
 
 
+def _all(selected: Iterable[Selected]) -> list[Selected]:
+    return [one for root in selected for one in root.everyone()]
+
+
 def _missing(one: Selected, others: Sequence[Selected], registry: Registry) -> list[str]:
-    brought = frozenset().union(*(other.spec.provides for other in others))
+    brought = frozenset().union(*(other.provides for other in others))
     problems = []
     for capability in sorted((one.spec.requires | IMPLIED.get(one.kind, frozenset())) - brought):
         givers = [
@@ -139,6 +215,8 @@ def _missing(one: Selected, others: Sequence[Selected], registry: Registry) -> l
         # name the plugin of the family the capability is about, if there is one
         family = capability.partition(".")[0]
         holder = next((other for other in others if other.kind == family), None)
+        if holder and (within := [e for e in holder.everyone() if capability not in e.spec.provides]):
+            holder = within[-1]  # of a plugin made of parts, the part that lacks it
         lacks = f"{holder} does not provide" if holder else "no selected plugin provides"
         problems.append(f"{one} requires {capability!r}, which {lacks}; choose {_either(givers)}")
     return problems
@@ -149,7 +227,7 @@ def _clashes(one: Selected, others: Sequence[Selected]) -> list[str]:
         f"{one} conflicts with {capability!r}, which {other} provides; "
         f"choose another {one.kind} or another {other.kind}"
         for other in others
-        for capability in sorted(one.spec.conflicts & other.spec.provides)
+        for capability in sorted(one.spec.conflicts & other.provides)
     ]
 
 

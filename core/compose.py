@@ -11,13 +11,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from servelab.core import quality
-from servelab.core.capabilities import Selected, check_capabilities
-from servelab.core.config import DTYPE_BYTES, Choice, RunConfig, across, refusal
-from servelab.core.context import Context, seeded
+from servelab.core.bus import Bus
+from servelab.core.capabilities import Selected, check_capabilities, select
+from servelab.core.cluster.cluster import Cluster
+from servelab.core.config import DTYPE_BYTES, Choice, Part, RunConfig, across, refusal
+from servelab.core.context import BuildPart, Context, Oracle, seeded
 from servelab.core.engine.engine import Engine
 from servelab.core.environment import environment
 from servelab.core.errors import CapabilityError, ConfigError, PluginError, ServeLabError
-from servelab.core.facts import HardwareFacts, Limits, ModelFacts
+from servelab.core.facts import Limits, ModelFacts
 from servelab.core.families import KINDS
 from servelab.core.families.quant import WeightFormat
 from servelab.core.layout import Capacity, KVLayout
@@ -42,6 +44,15 @@ INFO_SCHEMA = 1
 """Version of ``Run.info``; raised when a key changes meaning or goes away."""
 
 
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One engine, and the parts that are its own."""
+
+    engine: Engine
+    executor: Executor
+    cost: CostModel
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything a task needs, built and checked."""
@@ -49,12 +60,13 @@ class Run:
     config: RunConfig
     registry: Registry
     task: Task
-    engine: Engine
-    executor: Executor
+    instances: list[Instance]
+    """In order of their index; a router may add to them."""
+    cluster: Cluster | None
+    """The router's side of them; None: there is no router."""
     quantizer: Quantizer | None
     tokenizer: Tokenizer | None
     """The executor's."""
-    cost: CostModel
     workload: Workload
     truths: dict[str, Truth]
     """True outcomes of live requests by id, filled by the driver; executors and declared oracles read it."""
@@ -62,6 +74,50 @@ class Run:
     info: dict[str, Any]
     """What identifies the run, in JSON types: settings, plugins, versions, seed, stamps, KV layout."""
     run_dir: Path | None
+
+    @property
+    def engine(self) -> Engine:
+        """Of the first instance."""
+        return self.instances[0].engine
+
+    @property
+    def executor(self) -> Executor:
+        """Of the first instance."""
+        return self.instances[0].executor
+
+    @property
+    def cost(self) -> CostModel:
+        """Of the first instance."""
+        return self.instances[0].cost
+
+    def for_driver(self, bus: Bus) -> dict[str, Any]:
+        """Arguments of a driver that serves the run's workload; sets which records its engines make."""
+        for one in self.instances:
+            one.engine.plan_log = bus.listens("planned")
+            one.engine.token_log = bus.asks("tokens")
+        return {
+            "engines": [one.engine for one in self.instances],
+            "executors": [one.executor for one in self.instances],
+            "costs": [one.cost for one in self.instances],
+            "workload": self.workload,
+            "truths": self.truths,
+            "emit": bus.emit,
+            "cluster": self.cluster,
+        }
+
+    def close(self) -> None:
+        """Close the executors of all instances; the first failure is raised when all have been asked."""
+        failed: Exception | None = None
+        for one in self.instances:
+            try:
+                one.executor.close()
+            except Exception as exc:
+                if failed is None:
+                    failed = exc
+                else:
+                    failed.add_note(f"also, of another instance: {type(exc).__name__}: {exc}")
+        if failed is not None:
+            raise failed
 
 
 def compose(
@@ -104,13 +160,15 @@ def compose(
         refused = build.ask("kernel", build.kernel.refuses, layout, build.model, build.hardware)
         _check_accepted(config.kernel.name, config.kvcache.name, refused)
         check_layout(layout, config.kvcache.name, build.model)  # as adapted
+    build.layout = layout
     if config.quant is not None:
         build.quantizer = build.checked_quantizer()
     executor: Executor = build.one("executor")
     build.tokenizer = getattr(executor, "tokenizer", None)
+    instances: list[Instance] = []
     try:
         capacity = build.ask("executor", executor.capacity, layout)
-        offline = any("task.offline" in one.spec.provides for one in selected)
+        offline = any("task.offline" in one.provides for one in selected)
         if (fit_length or offline) and config.engine.max_model_len is None:
             config = build.fit(layout, capacity, kvcache)
         _check_capacity(capacity, layout, kvcache, config, build.limits)
@@ -121,50 +179,35 @@ def compose(
         by_class = {name: one.bounds() for name, one in config.slo.classes.items()}
         if config.slo.bounds() or any(by_class.values()):
             workload = DefaultSLO(workload, config.slo.bounds(), by_class)
-        cost: CostModel = build.one("cost")
-        scheduler = build.one("scheduler")
-        observers = tuple(build("observer", choice) for choice in config.observers)
-        prefix = None
         if config.prefix is not None:
             check_shareable(layout, config.prefix.name)
-            prefix = build.one("prefix")
-            build.ask("prefix", prefix.attach, layout)
-        engine = Engine(
-            index=0,
-            scheduler=scheduler,
-            scheduler_name=config.scheduler.name,
-            kvcache=kvcache,
-            kvcache_name=config.kvcache.name,
-            layout=layout,
-            capacity=capacity,
-            limits=build.limits,
-            model=build.model,
-            hardware=build.hardware,
-            cost=cost,
-            horizon=executor.horizon,
-            checks=config.engine.checks,
-            prefix=prefix,
-            prefix_name=config.prefix.name if config.prefix else "",
-            shares=any("kvcache.fork" in one.spec.provides for one in selected),
-        )
+        check_cluster(config, executor)
+        shares = any("kvcache.fork" in one.provides for one in selected)
+        instances = [build.instance(0, kvcache, executor, capacity, shares)]
+        observers = tuple(build("observer", choice) for choice in config.observers)
+        for index in range(1, config.cluster.instances):
+            instances.append(build.another(index, shares))
+        cluster = build.cluster(instances, lambda index: build.another(index, shares))
         task: Task = build.one("task")
         described = build.ask("workload", workload.describe)
         info = _info(config, registry, selected, layout, capacity, executor, described)
+        if hasattr(instances[0].cost, "describe"):
+            info["cost"] = build.ask("cost", instances[0].cost.describe)
     except BaseException as exc:
-        try:
-            executor.close()
-        except Exception as second:
-            exc.add_note(f"while closing the executor: {type(second).__name__}: {second}")
+        for one in [executor, *(other.executor for other in instances[1:])]:
+            try:
+                one.close()
+            except Exception as second:
+                exc.add_note(f"while closing the executor: {type(second).__name__}: {second}")
         raise
     return Run(
         config=config,
         registry=registry,
         task=task,
-        engine=engine,
-        executor=executor,
+        instances=instances,
+        cluster=cluster,
         quantizer=build.quantizer,
         tokenizer=build.tokenizer,
-        cost=cost,
         workload=workload,
         truths=build.truths,
         observers=observers,
@@ -187,7 +230,7 @@ def another_quantizer(run: Run, choice: Choice) -> Quantizer:
 
 def _checked_selection(config: RunConfig, registry: Registry) -> list[Selected]:
     """The run's plugins, which can work together."""
-    selected = [Selected(kind, registry.spec(kind, choice.name)) for kind, choice in config.choices()]
+    selected = select(config.choices(), registry)
     check_capabilities(
         selected, registry, ahead=config.engine.max_in_flight > 1, lanes=config.engine.lanes > 1
     )
@@ -269,13 +312,84 @@ class _Builder:
         self.config, self.registry, self.run_dir, self.sweep = config, registry, run_dir, sweep
         shape = config.model.model_dump(include={f.name for f in fields(ModelFacts)}, exclude_none=True)
         self.model = ModelFacts(**shape, dtype_bytes=DTYPE_BYTES[config.model.dtype])
-        self.hardware = HardwareFacts(**config.hardware.model_dump()) if config.hardware else None
+        self.hardware = config.hardware.facts() if config.hardware else None
         limits = config.engine.model_dump(exclude={"checks", "max_model_len"})
         self.limits = Limits(max_model_len=config.engine.max_model_len or self.model.max_position, **limits)
         self.truths: dict[str, Truth] = {}
         self.kernel: AttentionBackend | None = None
+        self.layout: KVLayout | None = None
         self.quantizer: Quantizer | None = None
         self.tokenizer: Tokenizer | None = None
+        self.index = 0
+        """The instance that is being built."""
+
+    def instance(
+        self, index: int, kvcache: KVCache, executor: Executor, capacity: Capacity, shares: bool
+    ) -> Instance:
+        """An engine with a cost model, a scheduler and a prefix store of its own."""
+        config, layout = self.config, self.layout
+        assert layout is not None
+        cost: CostModel = self.one("cost")
+        scheduler = self.one("scheduler")
+        prefix = None
+        if config.prefix is not None:
+            prefix = self.one("prefix")
+            self.ask("prefix", prefix.attach, layout)
+        engine = Engine(
+            index=index,
+            scheduler=scheduler,
+            scheduler_name=config.scheduler.name,
+            kvcache=kvcache,
+            kvcache_name=config.kvcache.name,
+            layout=layout,
+            capacity=capacity,
+            limits=self.limits,
+            model=self.model,
+            hardware=self.hardware,
+            cost=cost,
+            horizon=executor.horizon,
+            checks=config.engine.checks,
+            prefix=prefix,
+            prefix_name=config.prefix.name if config.prefix else "",
+            shares=shares,
+        )
+        return Instance(engine, executor, cost)
+
+    def another(self, index: int, shares: bool) -> Instance:
+        """A further instance like the first, with generators of its own."""
+        assert self.layout is not None
+        self.index = index
+        try:
+            kvcache: KVCache = self.one("kvcache")
+            layout = self.ask("kvcache", kvcache.layout, self.model)
+            if self.kernel is not None:
+                layout = self.ask("kernel", self.kernel.adapt, layout, self.model)
+            if layout != self.layout:
+                raise PluginError(
+                    f"kvcache {self.config.kvcache.name!r} proposed another layout for instance {index}",
+                    where="layout()",
+                    why=f"{layout!r:.60} is not what it proposed for instance 0",
+                    do="propose the same layout whenever model and settings are the same",
+                )
+            executor: Executor = self.one("executor")
+            capacity = self.ask("executor", executor.capacity, self.layout)
+            return self.instance(index, kvcache, executor, capacity, shares)
+        finally:
+            self.index = 0
+
+    def cluster(self, instances: list[Instance], another: Callable[[int], Instance]) -> Cluster | None:
+        """The selected router with everything it is to rule."""
+        config = self.config
+        if config.router is None:
+            return None
+        return Cluster(
+            self.one("router"),
+            config.router.name,
+            [one.engine for one in instances],
+            report_interval_ns=round(config.cluster.report_interval_ms * 1e6),
+            model=self.model.name,
+            hardware=self.hardware,
+        )
 
     def fit(self, layout: KVLayout, capacity: Capacity, kvcache: KVCache) -> RunConfig:
         """Limit requests to what KV memory holds; the configuration with that stated."""
@@ -333,47 +447,107 @@ class _Builder:
                 do="mend the plugin; SERVELAB_TRACEBACK=1 shows where",
             ) from exc
 
-    def __call__(self, kind: str, choice: Choice) -> Any:
+    def __call__(self, kind: str, choice: Choice, place: tuple[str, ...] = ()) -> Any:
+        """A plugin, or a part of one at a place told by keys."""
         spec = self.registry.spec(kind, choice.name)
-        factory = self.registry.resolve(kind, choice.name, "factory")
-        where = f"{kind} {choice.name!r} of {self.registry.provider(kind, choice.name)}"
+        path = [*place, choice.name, *([f"instance {self.index}"] if self.index else [])]
+
+        def part(kind: str, choice: Choice, key: str = "") -> Any:
+            return self(kind, checked_part(kind, choice), (*place, key) if key else place)
+
         context = Context(
             kind=kind,
             name=choice.name,
-            rng=seeded(self.config.seed, kind, choice.name),
+            rng=seeded(self.config.seed, kind, "/".join(path)),
             model=self.model,
             hardware=self.hardware,
             limits=self.limits,
             oracle=self.truths.__getitem__ if kind == "executor" or spec.oracle else None,
             checkpoint=self.config.model if kind == "executor" else None,
-            kernel=self.kernel if kind == "executor" else None,
-            quant=self.quantizer if kind == "executor" else None,
+            kernel=self.kernel if kind in ("executor", "cost") else None,
+            quant=self.quantizer if kind in ("executor", "cost") else None,
+            layout=self.layout,
+            instance=self.index,
             seed=self.config.seed,
             tokenizer=self.tokenizer,
             run_dir=self.run_dir,
             sweep=self.sweep,
+            part=part,
         )
-        try:
-            made = factory(choice.config, context)
-        except ServeLabError:
-            raise
-        except Exception as exc:
-            raise PluginError(
-                f"{kind} {choice.name!r} could not be built",
-                where=where,
-                why=f"its factory {spec.factory} raised {type(exc).__name__}: {exc}",
-                do="SERVELAB_TRACEBACK=1 shows where; for settings it cannot work with, "
-                "a factory raises ConfigError",
-            ) from exc
-        lacking = [name for name in members(KINDS[kind].protocol) if not hasattr(made, name)]
-        if lacking:
-            raise PluginError(
-                f"{kind} {choice.name!r} is not a {KINDS[kind].protocol.partition(':')[2]}",
-                where=where,
-                why=f"what its factory returned, {made!r:.60}, has no {', '.join(lacking)}",
-                do=f"implement the protocol {KINDS[kind].protocol}",
-            )
-        return made
+        return assemble(choice, context, self.registry)
+
+
+def assemble(choice: Choice, context: Context, registry: Registry) -> Any:
+    """A plugin in a context.
+
+    Raises:
+        PluginError: the factory failed, or returned something else than its family asks for.
+    """
+    kind, spec = context.kind, registry.spec(context.kind, choice.name)
+    factory = registry.resolve(kind, choice.name, "factory")
+    where = f"{kind} {choice.name!r} of {registry.provider(kind, choice.name)}"
+    try:
+        made = factory(choice.config, context)
+    except ServeLabError:
+        raise
+    except Exception as exc:
+        raise PluginError(
+            f"{kind} {choice.name!r} could not be built",
+            where=where,
+            why=f"its factory {spec.factory} raised {type(exc).__name__}: {exc}",
+            do="SERVELAB_TRACEBACK=1 shows where; for settings it cannot work with, "
+            "a factory raises ConfigError",
+        ) from exc
+    lacking = [name for name in members(KINDS[kind].protocol) if not hasattr(made, name)]
+    if lacking:
+        raise PluginError(
+            f"{kind} {choice.name!r} is not a {KINDS[kind].protocol.partition(':')[2]}",
+            where=where,
+            why=f"what its factory returned, {made!r:.60}, has no {', '.join(lacking)}",
+            do=f"implement the protocol {KINDS[kind].protocol}",
+        )
+    return made
+
+
+def checked_part(kind: str, choice: Choice) -> Part:
+    """A part that was validated as one, and that capabilities were checked with.
+
+    Raises:
+        PluginError: the setting is not marked ``PartOf(kind)``.
+    """
+    if isinstance(choice, Part) and choice.kind == kind:
+        return choice
+    raise PluginError(
+        f"a part of kind {kind!r} is no setting of that kind",
+        where=f"Context.part({kind!r}, {choice!r:.60})",
+        why="the run's capabilities are checked with the parts that settings declare",
+        do=f'declare the setting as Annotated[Choice, PartOf("{kind}")], and give its value to part()',
+    )
+
+
+def parts_like(context: Context, registry: Registry, oracle: Oracle | None) -> BuildPart:
+    """``Context.part`` for a plugin that is built alone: contexts of parts are like its own.
+
+    Args:
+        context: of the plugin.
+        registry: where its parts are.
+        oracle: for parts that declare one.
+    """
+
+    def part(kind: str, choice: Choice, key: str = "", place: tuple[str, ...] = ()) -> Any:
+        place = (*place, key) if key else place
+        spec = registry.spec(kind, checked_part(kind, choice).name)
+        inner = replace(
+            context,
+            kind=kind,
+            name=choice.name,
+            rng=seeded(context.seed, kind, "/".join([*place, choice.name])),
+            oracle=oracle if spec.oracle else None,
+            part=lambda kind, choice, key="": part(kind, choice, key, place),
+        )
+        return assemble(choice, inner, registry)
+
+    return part
 
 
 def members(protocol: str) -> list[str]:
@@ -418,6 +592,36 @@ def check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
                     why=f"the layer sees {'all tokens' if window is None else f'{window} tokens'}",
                     do="mend the kvcache: give the layer a pool that keeps what it sees",
                 )
+
+
+def check_cluster(config: RunConfig, executor: Executor) -> None:
+    """Whether the run may have so many instances, and a router.
+
+    Raises:
+        CapabilityError: several instances without a router, or on an executor or a clock that has only one.
+    """
+    many = max(config.cluster.instances, config.cluster.max_instances or 1)
+    if many > 1 and config.router is None:
+        raise CapabilityError(
+            f"nobody says which of {many} instances a request goes to",
+            where="cluster.instances",
+            why="no router is selected",
+            do="choose one (+router=round_robin, +router=least_loaded), or set cluster.instances=1",
+        )
+    if many > 1 and not executor.simulated:
+        raise CapabilityError(
+            f"executor {config.executor.name!r} runs one instance, not {many}",
+            where="cluster.instances",
+            why="it does real work: several of it would share this machine and disturb each other's times",
+            do="set cluster.instances=1, or choose an executor that simulates (executor=sim)",
+        )
+    if config.router is not None and config.clock.name != "virtual":
+        raise CapabilityError(
+            f"router {config.router.name!r} needs the virtual clock",
+            where="clock.name",
+            why=f"the {config.clock.name} clock drives one engine, whose requests go straight to it",
+            do="set clock=virtual, or leave the router out: router=null",
+        )
 
 
 def check_shareable(layout: KVLayout, prefix: str) -> None:
@@ -489,7 +693,7 @@ def _info(
     executor: Executor,
     described: dict[str, Any],
 ) -> dict[str, Any]:
-    oracles = [one for one in selected if one.spec.oracle]
+    oracles = [one for root in selected for one in root.everyone() if one.spec.oracle]
     weights = executor.describe() if hasattr(executor, "describe") else {}
     return {
         "schema": INFO_SCHEMA,
@@ -507,6 +711,7 @@ def _info(
             *(_quant_stamps(config, selected, weights) if config.quant else []),
         ],
         "kv": _kv_info(layout, capacity),
+        **({"cluster": {"instances": config.cluster.instances}} if config.router else {}),
         "workload": described,
         **({"quality": _quality_info(config, selected)} if config.quant else {}),
     }
@@ -515,7 +720,7 @@ def _info(
 def _quant_stamps(config: RunConfig, selected: Iterable[Selected], weights: dict[str, Any]) -> list[str]:
     """Where the unquantized weights are from, and whether prices know that these are others."""
     stamps = [f"reference_weights: {weights.get('quantization', 'unknown')}"]
-    if config.clock.name == "virtual" and not any("cost.quant" in one.spec.provides for one in selected):
+    if config.clock.name == "virtual" and not any("cost.quant" in one.provides for one in selected):
         stamps.append(f"prices: cost {config.cost.name!r} prices quantized linears as unquantized ones")
     return stamps
 
@@ -524,14 +729,14 @@ def _quality_info(config: RunConfig, selected: Iterable[Selected]) -> dict[str, 
     """Whether the quality of a quantized run is measured, and on what, or why not."""
     if not config.quality.max_tokens:
         return {"measured": False, "why": "quality.max_tokens=0"}
-    if not any("executor.quality" in one.spec.provides for one in selected):
+    if not any("executor.quality" in one.provides for one in selected):
         return {"measured": False, "why": f"executor {config.executor.name!r} runs no model"}
     return {"measured": True, "corpus": quality.describe()}
 
 
 def _lane_stamps(config: RunConfig, selected: Iterable[Selected]) -> list[str]:
     """Lanes are free hardware unless the cost model prices them together: reports must say so."""
-    together = any("cost.lanes" in one.spec.provides for one in selected)
+    together = any("cost.lanes" in one.provides for one in selected)
     return [] if config.engine.lanes == 1 or together else ["lanes: each priced as if alone on the device"]
 
 
@@ -539,23 +744,29 @@ def _plugins_info(config: RunConfig, registry: Registry) -> dict[str, Any]:
     """By kind: what is selected, where it comes from and how it is set; a list for observers."""
     found: dict[str, Any] = {}
     for kind, choice in config.choices():
-        spec, provider = registry.spec(kind, choice.name), registry.provider(kind, choice.name)
-        about = {
-            "name": spec.name,
-            "distribution": provider.distribution,
-            "version": provider.version,
-            "paper": str(spec.paper),
-            "deviations": list(spec.deviations),
-            "tier": spec.tier,
-            "oracle": spec.oracle,
-            "settings": choice.settings(),
-            "non_default": choice.changed(),
-        }
+        about = _plugin_info(kind, choice, registry)
         if kind == "observer":
             found.setdefault(kind, []).append(about)
         else:
             found[kind] = about
     return found
+
+
+def _plugin_info(kind: str, choice: Choice, registry: Registry) -> dict[str, Any]:
+    spec, provider = registry.spec(kind, choice.name), registry.provider(kind, choice.name)
+    parts = [{"kind": part.kind, **_plugin_info(part.kind, part, registry)} for part in choice.parts()]
+    return {
+        "name": spec.name,
+        "distribution": provider.distribution,
+        "version": provider.version,
+        "paper": str(spec.paper),
+        "deviations": list(spec.deviations),
+        "tier": spec.tier,
+        "oracle": spec.oracle,
+        "settings": choice.settings(),
+        "non_default": choice.changed(),
+        **({"parts": parts} if parts else {}),
+    }
 
 
 def _kv_info(layout: KVLayout, capacity: Capacity) -> dict[str, Any]:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from math import isfinite
 from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from servelab.core.errors import ConfigError, PluginError, nearest
+from servelab.core.facts import HardwareFacts
 from servelab.core.families import KINDS
 from servelab.core.registry import Registry
 from servelab.core.request import SLO
@@ -35,6 +47,87 @@ class Choice(Section):
     def changed(self) -> dict[str, Any]:
         """The settings that differ from their defaults, in JSON types."""
         return _plain(self.config, exclude_defaults=True) if isinstance(self.config, BaseModel) else {}
+
+    def parts(self) -> list[Part]:
+        """The plugins chosen within its settings, in their order; not those within these."""
+        return list(_parts(self.config))
+
+
+class Part(Choice):
+    """A plugin chosen within the settings of another, which builds it by ``Context.part``."""
+
+    kind: str = Field(description="Kind of the plugin.")
+
+
+_PLACE = "*"
+"""Stands in problems of a part for where it was stated, which only pydantic knows."""
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """Marks a setting that chooses another plugin::
+
+        inner: Annotated[Choice, PartOf("scheduler")]
+
+    In a configuration it is a name, or a mapping with the name and settings, checked as a section is. Also
+    within tuples, mappings and models of the settings. Validated on its own, a model asks what is installed.
+
+    Args:
+        kind: of the plugins to choose from.
+    """
+
+    kind: str
+
+    @property
+    def title(self) -> str:
+        """The type, as ``servelab show`` tells it."""
+        return f"a {self.kind}: its name, or a mapping with its name and settings"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._read,
+            serialization=core_schema.plain_serializer_function_ser_schema(_part_settings, info_arg=True),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"title": self.title, "part_of": self.kind, "anyOf": [{"type": "string"}, {"type": "object"}]}
+
+    def _read(self, value: Any, info: core_schema.ValidationInfo) -> Part:
+        if isinstance(value, Part) and value.kind == self.kind:
+            return value
+        registry = (info.context or {}).get("registry") or _installed()
+        problems: list[str] = []
+        choice = _choice(_PLACE, self.kind, value, registry, problems)
+        if choice is None:
+            problems = problems or [f"{_PLACE}.name: must name a {self.kind} (got {value!r})"]
+            raise PydanticCustomError("part", "not a usable part", {"problems": problems})
+        return Part(kind=self.kind, name=choice.name, config=choice.config)
+
+
+def _part_settings(part: Part, info: core_schema.SerializationInfo) -> dict[str, Any]:
+    """A part as it is stated in a configuration."""
+    return {"name": part.name, **(part.changed() if info.exclude_defaults else part.settings())}
+
+
+@cache
+def _installed() -> Registry:
+    return Registry.load()
+
+
+def _parts(value: Any) -> Iterator[Part]:
+    if isinstance(value, Part):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _parts(getattr(value, name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _parts(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _parts(item)
 
 
 SHAPE = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_position")
@@ -111,6 +204,34 @@ class ModelConfig(Section):
         ge=0,
         description="Inner width of the feed-forward network of these layers, in elements.",
     )
+    shared_experts: int | None = Field(
+        default=None, ge=0, description="Further experts of the same width that every token runs through."
+    )
+    gated: bool | None = Field(
+        default=None, description="Feed-forward networks have a gate (three matrices); false: two matrices."
+    )
+    tied_embeddings: bool | None = Field(
+        default=None, description="The output head is the embedding, stored once."
+    )
+    kv_latent: int | None = Field(
+        default=None,
+        ge=0,
+        description="Latent attention: elements of the latent that a token keeps instead of K and V.",
+    )
+    q_latent: int | None = Field(
+        default=None,
+        ge=0,
+        description="Latent attention: latent that queries come from; 0: none.",
+    )
+    rope_dim: int | None = Field(
+        default=None,
+        ge=0,
+        description="Latent attention: rotated elements of a key, kept beside the latent; part of head_dim.",
+    )
+    v_dim: int | None = Field(
+        default=None, ge=0, description="Width of a value head where it is not head_dim; 0: it is."
+    )
+    origin: str | None = Field(default=None, description="Where the figures of the shape are from.")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -126,18 +247,88 @@ class ModelConfig(Section):
         return [name for name in SHAPE if getattr(self, name) is None]
 
 
+class AllReduce(Section):
+    """A measured all-reduce: ``latency + 2 (n - 1) / n * bytes / bandwidth``."""
+
+    devices: int = Field(ge=2, description="Devices taking part, n.")
+    latency_ns: float = Field(ge=0, description="Latency, in nanoseconds.")
+    bytes_per_s: float = Field(gt=0, description="Bandwidth, in bytes per second.")
+
+
 class HardwareConfig(Section):
-    """Peak figures of one device; null where a profile does not state the figure."""
+    """Figures of one device; null where a profile does not state the figure."""
 
     name: str = Field(description="Name shown in reports.")
-    flops: float | None = Field(default=None, gt=0, description="Dense matrix FLOP/s at the model's dtype.")
-    memory_bytes: int | None = Field(default=None, gt=0, description="Device memory, in bytes.")
+    tp: int = Field(
+        default=1, ge=1, description="Devices that share every layer of the model (tensor parallelism)."
+    )
+    flops: float | None = Field(
+        default=None,
+        gt=0,
+        description="Dense matrix FLOP/s of one device at 16-bit floats (on a CPU: at the model's dtype).",
+    )
+    flops_int8: float | None = Field(
+        default=None, gt=0, description="The same at 8-bit integers, both operands."
+    )
+    flops_fp8: float | None = Field(
+        default=None, gt=0, description="The same at 8-bit floats, both operands."
+    )
+    memory_bytes: int | None = Field(default=None, gt=0, description="Memory of one device, in bytes.")
     memory_bytes_per_s: float | None = Field(
-        default=None, gt=0, description="Memory bandwidth, in bytes per second."
+        default=None, gt=0, description="Memory bandwidth of one device, in bytes per second."
     )
     host_link_bytes_per_s: float | None = Field(
-        default=None, gt=0, description="Bandwidth between device and host, in bytes per second."
+        default=None, gt=0, description="Bandwidth between device and host, one way, in bytes per second."
     )
+    link_bytes_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Bandwidth between devices of one instance, one way, in bytes per second.",
+    )
+    network_bytes_per_s: float | None = Field(
+        default=None, gt=0, description="Bandwidth between instances, one way, in bytes per second."
+    )
+    idle_watts: float | None = Field(default=None, ge=0, description="Power of an idle device, in watts.")
+    peak_watts: float | None = Field(
+        default=None, gt=0, description="Power of a device at its limit, in watts."
+    )
+    price_per_hour: float | None = Field(default=None, ge=0, description="Of one device, in dollars.")
+    mfu: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the peak FLOP/s that large matrix products reach."
+    )
+    mbu: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the memory bandwidth that large reads reach."
+    )
+    smoothness: float | None = Field(
+        default=None,
+        ge=1,
+        allow_inf_nan=True,
+        description="Exponent of the smooth maximum of compute and memory time; inf: the greater of the two.",
+    )
+    op_ns: int | None = Field(default=None, ge=0, description="Time of an operation besides these, in ns.")
+    layer_ns: int | None = Field(
+        default=None,
+        ge=0,
+        description="Time of a layer besides its operations, in ns (an eager host).",
+    )
+    step_ns: int | None = Field(
+        default=None,
+        ge=0,
+        description="Time of a step besides its layers, in ns (scheduling, sampling).",
+    )
+    request_ns: int | None = Field(
+        default=None, ge=0, description="Time per request of a step besides its tokens, in ns."
+    )
+    all_reduce: tuple[AllReduce, ...] = Field(
+        default=(), description="Measured all-reduces, one entry per number of devices."
+    )
+    sources: dict[str, str] = Field(default={}, description="Where each figure is from, by its name.")
+
+    def facts(self) -> HardwareFacts:
+        """What policies and cost models are given."""
+        figures = self.model_dump(exclude={"sources", "all_reduce"})
+        reduces = tuple((one.devices, one.latency_ns, one.bytes_per_s) for one in self.all_reduce)
+        return HardwareFacts(**figures, all_reduce=reduces)
 
 
 class EngineConfig(Section):
@@ -203,6 +394,48 @@ class ClockConfig(Section):
     )
 
 
+class ClusterConfig(Section):
+    """Instances behind a router: each has its own engine, KV memory, and state of its policies."""
+
+    instances: int = Field(default=1, ge=1, le=4096, description="Instances there are at the start.")
+    max_instances: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Instances there may be at a time; null: as many as at the start.",
+    )
+    report_interval_ms: float = Field(
+        default=0.0,
+        ge=0,
+        description="Time between the reports that the router sees of each instance, in milliseconds; 0: an "
+        "instance reports at once whatever happens to it.",
+    )
+    network_gb_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Bandwidth of each instance's network link, one way, in 1e9 bytes per second; null: "
+        "hardware.network_bytes_per_s.",
+    )
+    network_latency_us: float = Field(
+        default=10.0,
+        ge=0,
+        description="Time of a transfer between instances besides its bytes, in microseconds. The default is "
+        "a round figure of ours.",
+    )
+    start_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="Time until a new instance is ready, in seconds; null: what the cost model says it takes "
+        "to load the weights.",
+    )
+
+    @model_validator(mode="after")
+    def _at_most(self) -> Self:
+        if self.max_instances is not None and self.max_instances < self.instances:
+            raise ValueError(f"max_instances must be at least instances, {self.instances}")
+        return self
+
+
 class QualityConfig(Section):
     """How quantized models are compared with the unquantized one."""
 
@@ -250,6 +483,7 @@ class RunConfig(Section):
     model: ModelConfig = Field(description="Shape of the model.")
     hardware: HardwareConfig | None = Field(default=None, description="The device; null: unknown.")
     engine: EngineConfig = Field(default=EngineConfig(), description="Limits and checks.")
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="Instances behind a router.")
     slo: SLOConfig = Field(default=SLOConfig(), description="Default bounds of requests.")
     clock: ClockConfig = Field(default=ClockConfig(), description="Who owns time.")
     quality: QualityConfig = Field(
@@ -257,7 +491,9 @@ class RunConfig(Section):
     )
 
     def choices(self) -> list[tuple[str, Choice]]:
-        """Every selected plugin as ``(kind, choice)``, in the order of ``KINDS``; observers in their own."""
+        """Every selected plugin as ``(kind, choice)``, in the order of ``KINDS``; observers in their own.
+        ``Choice.parts`` has those chosen within their settings.
+        """
         found: list[tuple[str, Choice]] = []
         for kind in KINDS:
             value = self.observers if kind == "observer" else getattr(self, kind)
@@ -390,7 +626,7 @@ def _choice(path: str, kind: str, value: Any, registry: Registry, problems: list
         problems.append(f"{path}.name: the config of {kind} {name!r} is {model!r}, not a pydantic model")
         return None
     try:
-        return Choice(name=name, config=model.model_validate(fields))
+        return Choice(name=name, config=model.model_validate(fields, context={"registry": registry}))
     except ValidationError as exc:
         problems += describe(exc, model, path)
         return None
@@ -434,7 +670,9 @@ def describe(exc: ValidationError, model: type[BaseModel], prefix: str = "") -> 
     for error in exc.errors(include_url=False):
         loc = error["loc"]
         path = ".".join([*([prefix] if prefix else []), *map(str, loc)]) or "(root)"
-        if error["type"] == "extra_forbidden":
+        if error["type"] == "part":
+            lines += [path + problem.removeprefix(_PLACE) for problem in error["ctx"]["problems"]]
+        elif error["type"] == "extra_forbidden":
             known = nearest(str(loc[-1]), _fields_at(model, loc[:-1]))
             lines.append(f"{path}: unknown field (got {error['input']!r}); {known}")
         elif error["type"] == "missing":

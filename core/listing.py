@@ -209,7 +209,8 @@ def type_text(field: FieldInfo) -> str:
         for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
         if getattr(m, attribute, None) is not None
     ]
-    kind, null, _ = (field.title or type_words(field.annotation)).partition(" or null")
+    titles = [title for m in field.metadata if isinstance(title := getattr(m, "title", None), str)]
+    kind, null, _ = (field.title or (titles or [type_words(field.annotation)])[0]).partition(" or null")
     return " ".join([kind, ", ".join(bounds)]).strip() + null
 
 

@@ -6,6 +6,7 @@ file. Users cannot know either, and Hydra's messages about it mislead, so both s
 - ``scheduler=x`` and ``+scheduler=x`` choose a technique; ``executor=x`` and ``+executor=x`` a fixed part;
 - ``scheduler.field=v`` sets a field whether or not a file mentions it (pydantic refuses unknown ones);
 - ``quant=null`` (or ``none``) leaves a part out;
+- ``workload.of=x workload.of.field=v`` chooses a plugin within another's settings and sets its fields;
 - a misspelt section is refused here, with the nearest name.
 """
 
@@ -26,6 +27,7 @@ SECTIONS = frozenset("observers" if kind == "observer" else kind for kind in KIN
     "model",
     "hardware",
     "engine",
+    "cluster",
     "slo",
     "clock",
     "quality",
@@ -36,6 +38,7 @@ USUAL_OBSERVERS = ("jsonl", "progress", "report")
 ROOTS = SECTIONS | TECHNIQUES | {"hydra"}
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
+_NAMES = re.compile(r"[A-Za-z_]\w*(,[A-Za-z_]\w*)*")
 _OTHER_CONFIG = ("-cn", "-cp", "--config-name", "--config-path")
 _TAKES_VALUE = frozenset(
     {*_OTHER_CONFIG, "-cd", "--config-dir", "-p", "--package", "-sc", "-c", "--cfg", "-i", "--info"}
@@ -52,10 +55,18 @@ def normalize(argv: Sequence[str]) -> list[str]:
         return list(argv)  # another primary configuration has its own sections
     out: list[str] = []
     skip = False
+    keys = [arg.partition("=")[0].lstrip("+") for arg in argv]
     for arg in argv:
         match = None if skip or arg.startswith("-") else _OVERRIDE.fullmatch(arg)
         skip = arg in _TAKES_VALUE
-        out.append(arg if match is None else _rewrite(arg, **match.groupdict()))
+        if match is None:
+            out.append(arg)
+            continue
+        stated = match.groupdict()
+        beside = any(key.startswith(stated["key"] + ".") for key in keys)
+        if beside and "." in stated["key"] and _NAMES.fullmatch(stated["value"]):
+            stated["key"] += ".name"  # the name and the settings go into one mapping
+        out.append(_rewrite(arg, **stated))
     return out
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from servelab.core.engine.ledger import Transfer
 from servelab.core.engine.state import Lease, Request
 from servelab.core.events import Batch
+from servelab.core.facts import HardwareFacts
 from servelab.core.plan import Tokens
 from servelab.core.request import RequestSpec
 from servelab.core.testing.fakes import TOY_MODEL, toy_limits
@@ -44,6 +45,28 @@ GRID = (
     2048,
 )
 """Counts on both sides of where tiles and pages end."""
+
+TOY_DEVICE = HardwareFacts(
+    name="toy device",
+    flops=1e12,
+    flops_int8=2e12,
+    flops_fp8=2e12,
+    memory_bytes=2**30,
+    memory_bytes_per_s=1e10,
+    host_link_bytes_per_s=1e9,
+    link_bytes_per_s=2e9,
+    network_bytes_per_s=1e9,
+    idle_watts=10.0,
+    peak_watts=100.0,
+    mfu=0.8,
+    mbu=0.9,
+    smoothness=2.0,
+    op_ns=100,
+    layer_ns=0,
+    step_ns=1000,
+    request_ns=10,
+)
+"""A device that states every figure a cost model may ask for; round ones, of no real device."""
 
 Row = tuple[int, int]
 """(tokens, start) of one request."""
@@ -93,6 +116,10 @@ class CostSuite(PluginSuite):
     contract: ClassVar[str] = "servelab/core/families/cost.py"
 
     # ------------------------------------------------------------- helpers
+
+    def make(self, **context: Any) -> Any:
+        """On a device with every figure, unless the check says another."""
+        return super().make(**{"hardware": TOY_DEVICE} | context)
 
     def cost(self) -> Any:
         """A fresh cost model."""
@@ -169,6 +196,33 @@ class CostSuite(PluginSuite):
         self._grows(
             "a draft", lambda n: self.price(cost, batch_of([(1, 64)], drafts=(n,)))[0], tuple(range(9))
         )
+
+    def test_drafts_are_tokens(self) -> None:
+        """A draft of many tokens costs more than none."""
+        cost = self.cost()
+        without, long = (self.price(cost, batch_of([(1, 64)] * 4, drafts=(n,)))[0] for n in (0, 1024))
+        if long <= without:
+            self.fail(
+                f"{self.name}: four decodes, one with a draft of 1024 tokens, cost {long} ns; without the "
+                f"draft {without} ns",
+                rule="draft tokens are run like any others: prices grow with them",
+                do="add item.draft of batch.extras to the request's tokens, as Batch.num_tokens() does",
+            )
+
+    def test_order_does_not_matter(self) -> None:
+        """The requests of a batch in another order cost the same."""
+        cost, rng = self.cost(), Random(self.seed)
+        rows = [(rng.choice([1, 1, 7, 300]), rng.randrange(2000)) for _ in range(24)]
+        (price,) = self.price(cost, batch_of(rows))
+        for _ in range(5):
+            rng.shuffle(rows)
+            (again,) = self.price(cost, batch_of(rows))
+            if again != price:
+                self.fail(
+                    f"{self.name}: {len(rows)} requests cost {price} ns, and {again} ns in another order",
+                    rule="prices come from shapes alone, whatever the order of the requests",
+                    do="sum over all requests; round once, at the end",
+                )
 
     def test_grows_with_context(self) -> None:
         """A longer context never costs less."""

@@ -26,13 +26,14 @@ from typing import Any, ClassVar, NoReturn
 
 import pytest
 
-from servelab.core.compose import members
+from servelab.core.compose import members, parts_like
 from servelab.core.config import Choice, choice_of
 from servelab.core.context import Context, seeded
 from servelab.core.errors import PluginError, ServeLabError, nearest
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.families import KINDS
 from servelab.core.registry import Registry, blocked_names
+from servelab.core.request import Truth
 from servelab.core.spec import PluginSpec
 from servelab.core.testing.traps import forbidden_calls
 
@@ -160,7 +161,10 @@ class PluginSuite:
             known["oracle"] = {}.__getitem__
         try:
             factory = registry.resolve(self.kind, spec.name, "factory")
-            made = factory(choice.config, Context(**known | context))
+            alone = Context(**known | context)
+            nobody: dict[str, Truth] = {}
+            parts = parts_like(alone, registry, alone.oracle or nobody.__getitem__)
+            made = factory(choice.config, replace(alone, part=parts))
         except ConformanceError:
             raise
         except Exception as exc:

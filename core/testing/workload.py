@@ -16,6 +16,7 @@ from typing import Any, ClassVar, get_args
 
 import pytest
 
+from servelab.core.compose import parts_like
 from servelab.core.context import seeded
 from servelab.core.errors import ServeLabError
 from servelab.core.facts import Limits, ModelFacts
@@ -426,8 +427,10 @@ class WorkloadSuite(PluginSuite):
             pytest.skip(f"{self.name} sends nothing that a short model could not serve")
         limits = replace(self._limits(), max_model_len=limit)
         registry, spec, choice = self._selected
+        context = self._context(limits=limits)
+        context = replace(context, part=parts_like(context, registry, None))
         try:
-            registry.resolve(self.kind, spec.name, "factory")(choice.config, self._context(limits=limits))
+            registry.resolve(self.kind, spec.name, "factory")(choice.config, context)
         except ServeLabError as exc:
             if not exc.do:
                 self.fail(

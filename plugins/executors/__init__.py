@@ -25,6 +25,16 @@ TABLE = (
         tier="stable",
     ),
     PluginSpec(
+        name="sim",
+        factory="servelab.plugins.executors.sim:SimExecutor",
+        config="servelab.plugins.executors.sim:SimExecutorConfig",
+        summary="a described device: KV pages from its memory, time from the cost model, no model",
+        runs=("sim",),
+        provides=frozenset({"executor.sim", "executor.simulated", "executor.quant"}),
+        requires=frozenset({"workload.truth"}),
+        tier="stable",
+    ),
+    PluginSpec(
         name="scripted",
         factory="servelab.plugins.executors.scripted:ScriptedExecutor",
         config="servelab.plugins.executors.scripted:ScriptedExecutorConfig",

@@ -32,89 +32,24 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop
 from random import Random
-from typing import Any, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-from servelab.core.api import SLO, Arrival, Cancel, Context, RequestSpec, Truth, WorkloadError
+from servelab.core.api import Arrival, Cancel, Context
 from servelab.core.records import RequestFinished
 from servelab.plugins.workloads._describe import arrival_statistics, json_settings, statistics
-from servelab.plugins.workloads._laws import Constant, LengthLaw, LogNormal, chooser
+from servelab.plugins.workloads._laws import LengthLaw, LogNormal
+from servelab.plugins.workloads._population import Population
+from servelab.plugins.workloads._requests import NS_PER_MS, Requests
 from servelab.plugins.workloads._traffic import Traffic
 
-NS_PER_MS = 1_000_000
 
-
-class RequestClass(BaseModel):
-    """A share of the requests, with its own tenant, priority and bounds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(min_length=1, description="Value of the requests' ``request_class``.")
-    weight: float = Field(
-        default=1.0, gt=0, le=1e9, description="Its share is this over the sum of all weights. Ours."
-    )
-    tenant: str = Field(default="default", min_length=1, description="Who pays. Ours.")
-    priority: int = Field(default=0, description="Higher is more important. Ours.")
-    ttft_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on time to first token, ms."
-    )
-    tpot_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on time per output token, ms."
-    )
-    e2el_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on end-to-end latency, ms."
-    )
-
-    tbt_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on every gap between tokens, ms."
-    )
-
-    def slo(self) -> SLO | None:
-        """The bounds in nanoseconds, or None if it states none."""
-        bounds = SLO(
-            ttft_ns=_ns(self.ttft_ms),
-            tpot_ns=_ns(self.tpot_ms),
-            e2el_ns=_ns(self.e2el_ms),
-            tbt_ns=_ns(self.tbt_ms),
-        )
-        return None if bounds == SLO() else bounds
-
-
-class SyntheticConfig(Traffic):
+class SyntheticConfig(Requests, Traffic):
     """Settings of the ``synthetic`` workload. Defaults are ours, sized for a small model on a CPU."""
-
-    prompt_length: LengthLaw = Field(
-        default=LogNormal(median=128, sigma=0.6, min=16, max=1024),
-        description="Law of the prompt length in tokens, without the shared prefix.",
-    )
-    output_length: LengthLaw = Field(
-        default=LogNormal(median=64, sigma=0.7, min=1, max=512),
-        description="Law of the true output length in tokens: enforced, and hidden from policies.",
-    )
-    max_new_tokens: LengthLaw = Field(
-        default=Constant(value=1024),
-        description="Law of the client's cap in tokens, independent of the true length. An output above its "
-        "cap is cut there and ends with reason 'length'; ``describe`` counts them as ``length_capped``.",
-    )
-
-    with_prompt_ids: bool = Field(
-        default=True, description="Give prompts token ids, which executors that run a model need."
-    )
-    prefix_tokens: int = Field(
-        default=0,
-        ge=0,
-        le=100_000_000,
-        description="Tokens at the start of every prompt that all requests share, on top of prompt_length.",
-    )
-
-    classes: tuple[RequestClass, ...] = Field(
-        default=(), description="Mixture of classes; empty: all requests of class 'online', without bounds."
-    )
 
     cancel_fraction: float = Field(
         default=0.0, ge=0, le=1, description="Chance that a client gives up if it has to wait too long."
@@ -123,26 +58,6 @@ class SyntheticConfig(Traffic):
         default=LogNormal(median=10_000, sigma=1.0, min=1, max=3_600_000),
         description="Law of how long such a client waits after arriving before it cancels, ms.",
     )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.prefix_tokens and not self.with_prompt_ids:
-            raise ValueError(
-                f"prefix_tokens={self.prefix_tokens} cannot be shared without token ids: "
-                "set with_prompt_ids to true, or prefix_tokens to 0"
-            )
-        if self.max_new_tokens.highest < self.output_length.lowest:
-            raise ValueError(
-                f"every request would be cut: max_new_tokens is at most {self.max_new_tokens.highest}, "
-                f"output_length at least {self.output_length.lowest}: raise the first or lower the second"
-            )
-        groups = Counter((c.name, c.tenant) for c in self.classes)
-        (name, tenant), times = max(groups.items(), key=lambda kv: kv[1], default=(("", ""), 0))
-        if times > 1:
-            raise ValueError(
-                f"class {name!r} of tenant {tenant!r} is listed {times} times: merge them or rename one"
-            )
-        return self
 
 
 class Synthetic:
@@ -157,50 +72,26 @@ class Synthetic:
 
     def __init__(self, config: SyntheticConfig, ctx: Context) -> None:
         self._config = config
-        self._where = f"workload {ctx.name!r}"
         self._vocab = ctx.model.vocab
         # drawn once, so that every stream below can be restarted
         self._root = ctx.rng.getrandbits(64)
-        self._classes = config.classes or (RequestClass(name="online"),)
 
-        n = config.num_requests
         self._times = config.times_ns(self._stream("arrival"))
-        drawn = self._column("prompt", config.prompt_length)
-        self._prompts = array("q", [config.prefix_tokens + length for length in drawn])
-        self._outputs = self._column("output", config.output_length)
-        self._further = [self._column(f"output/{k}", config.output_length) for k in range(1, config.samples)]
-        """True lengths of the further samples of each prompt."""
-        self._caps = self._column("cap", config.max_new_tokens)
-        choose, pick = chooser([c.weight for c in self._classes]), self._stream("class").random
-        self._class_of = array("q", [choose(pick()) for _ in range(n)])
+        self._requests = Population(config, config.samples, self._stream, ctx)
+        self._requests.extend(config.num_requests, self._times.__getitem__)
         self._patience_ms = self._column("patience", config.patience_ms)
         gives_up = self._stream("cancel").random
-        self._cancels = [i for i in range(n) if gives_up() < config.cancel_fraction]
-        self._check_lengths(ctx.limits.max_model_len, ctx.model.max_position)
+        self._cancels = [i for i in range(config.num_requests) if gives_up() < config.cancel_fraction]
 
     def arrivals(self) -> Iterator[Arrival | Cancel]:
         """Requests and cancellations in time order; at the same time, cancellations first."""
-        config, slos = self._config, [c.slo() for c in self._classes]
-        prompt_ids = self._prompt_ids()
+        requests, prompt_ids = self._requests, self._prompt_ids()
         pending = [(self._times[i] + self._patience_ms[i] * NS_PER_MS, i) for i in self._cancels]
         heapify(pending)
         for i, time_ns in enumerate(self._times):
             while pending and pending[0][0] <= time_ns:
                 yield _cancel(heappop(pending))
-            which = self._class_of[i]
-            request_class = self._classes[which]
-            spec = RequestSpec(
-                id=_id(i),
-                prompt_tokens=self._prompts[i],
-                max_new_tokens=self._caps[i],
-                prompt_ids=next(prompt_ids),
-                tenant=request_class.tenant,
-                request_class=request_class.name,
-                priority=request_class.priority,
-                slo=slos[which],
-                n=config.samples,
-            )
-            yield Arrival(time_ns, spec, Truth(self._outputs[i], tuple(each[i] for each in self._further)))
+            yield Arrival(time_ns, requests.spec(i, _id(i), next(prompt_ids)), requests.truth(i))
         while pending:
             yield _cancel(heappop(pending))
 
@@ -210,20 +101,13 @@ class Synthetic:
 
     def describe(self) -> dict[str, Any]:
         """Sample statistics and every setting, ready for JSON. See the workload's page for the keys."""
-        config, prompt_total = self._config, sum(self._prompts)
-        outputs = [self._outputs, *self._further]
         return {
             **arrival_statistics(self._times),
-            "prompt_tokens": statistics(self._prompts),
-            "output_tokens": statistics([o for each in outputs for o in each]),
-            "max_new_tokens": statistics(self._caps),
-            "length_capped": sum(o > c for each in outputs for o, c in zip(each, self._caps, strict=True)),
-            "shared_prefix_share": config.prefix_tokens * (len(self._prompts) - 1) / prompt_total,
+            **self._requests.describe(),
             "turns": 1,
             "cancellations": len(self._cancels),
             "patience_ms": statistics([self._patience_ms[i] for i in self._cancels]),
-            "classes": self._class_counts(),
-            "settings": json_settings(config),
+            "settings": json_settings(self._config),
         }
 
     def _stream(self, quantity: str) -> Random:
@@ -238,42 +122,11 @@ class Synthetic:
         """Token ids of each request in turn."""
         shared, vocab = self._config.prefix_tokens, self._vocab
         if not self._config.with_prompt_ids:
-            yield from [None] * len(self._prompts)
+            yield from [None] * len(self._requests.prompts)
             return
         prefix, rng = uniform_ids(shared, vocab, self._stream("prefix")), self._stream("tokens")
-        for length in self._prompts:
+        for length in self._requests.prompts:
             yield prefix + uniform_ids(length - shared, vocab, rng)
-
-    def _class_counts(self) -> list[dict[str, Any]]:
-        counts = Counter(self._class_of)
-        return [
-            {"name": c.name, "tenant": c.tenant, "requests": counts[k]} for k, c in enumerate(self._classes)
-        ]
-
-    def _check_lengths(self, limit: int, max_position: int) -> None:
-        """What a request really takes is its prompt and the output it is allowed."""
-        config = self._config
-        outputs = map(max, zip(self._outputs, *self._further, strict=True))
-        for i, (prompt, output, cap) in enumerate(zip(self._prompts, outputs, self._caps, strict=True)):
-            served = min(output, cap)
-            if prompt + served <= limit:
-                continue
-            longest_output = min(config.output_length.highest, config.max_new_tokens.highest)
-            longest = config.prefix_tokens + config.prompt_length.highest + longest_output
-            prefix = f" with {config.prefix_tokens} of prefix_tokens" if config.prefix_tokens else ""
-            if limit < max_position:
-                otherwise = f"raise engine.max_model_len (the model allows {max_position})"
-            else:
-                otherwise = "choose a model with a longer context"
-            raise WorkloadError(
-                f"request {_id(i)} is longer than the model allows",
-                where=f"{self._where}, prompt_length {config.prompt_length}, "
-                f"output_length {config.output_length}",
-                why=f"prompt of {prompt} tokens{prefix} plus {served} of output is {prompt + served}, "
-                f"limit {limit} (max_model_len)",
-                do=f"these laws reach {longest} tokens: lower them to {limit} together (max of prompt_length "
-                f"and output_length, or their values), or {otherwise}",
-            )
 
 
 def uniform_ids(n: int, vocab: int, rng: Random) -> tuple[int, ...]:
@@ -288,7 +141,3 @@ def _id(index: int) -> str:
 def _cancel(due: tuple[int, int]) -> Cancel:
     time_ns, index = due
     return Cancel(time_ns, _id(index))
-
-
-def _ns(ms: float | None) -> int | None:
-    return None if ms is None else round(ms * NS_PER_MS)

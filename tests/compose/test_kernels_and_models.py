@@ -237,9 +237,10 @@ def test_the_tokenizer_reaches_what_is_built_after_the_executor(raw: Raw, regist
     assert (own.tokenizer, own.seed) == (None, 7)
     assert own.checkpoint is made.config.model
     assert {context.seed for context in seen.values()} == {7}
-    # where the weights are, and what computes with them, is the executor's alone
+    # where the weights are is the executor's alone; what computes with them is priced too
     assert {context.checkpoint for context in seen.values()} == {None}
-    assert {context.kernel for context in seen.values()} == {None}
+    assert {kind for kind, context in seen.items() if context.kernel is not None} == {"cost"}
+    assert {kind for kind, context in seen.items() if context.layout is None} == {"kvcache", "kernel"}
 
 
 def test_an_executor_without_a_tokenizer(raw: Raw, registry: Registry) -> None:

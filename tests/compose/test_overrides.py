@@ -40,6 +40,21 @@ def test_rewriting(given: str, wanted: str) -> None:
     assert normalize([given]) == [wanted]
 
 
+def test_a_plugin_within_another_is_named_beside_its_settings() -> None:
+    """Hydra cannot set a field of what is a word."""
+    given = ["workload.of=x", "workload.of.rate=2", "+workload.of.law={law: a}", "workload.of.law.max=3"]
+    assert normalize(given) == [
+        "++workload.of.name=x",
+        "++workload.of.rate=2",
+        "++workload.of.law={law: a}",
+        "++workload.of.law.max=3",
+    ]
+    assert normalize(["workload.of=x,y", "workload.off.rate=2"]) == [
+        "++workload.of=x,y",
+        "++workload.off.rate=2",
+    ]
+
+
 @pytest.mark.parametrize("flag", ["-sc", "--cfg", "--info", "--config-dir", "-cd", "--package"])
 def test_values_of_flags_are_left_alone(flag: str) -> None:
     assert normalize([flag, "query=bash", "scheduler=x"]) == [flag, "query=bash", "+scheduler=x"]

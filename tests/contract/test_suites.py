@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,21 @@ from servelab.core.testing import SUITES, PluginSuite, suite_of
 
 def _fitted(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
     """Settings of schedulers that state their own limits: those of the engine."""
-    return {"max_num_batched_tokens": limits.max_batch_tokens, "max_num_seqs": limits.max_batch_requests}
+    return {name: getattr(limits, _LIMITS[name]) for name in suite.config}
+
+
+_LIMITS = {
+    "max_num_batched_tokens": "max_batch_tokens",
+    "chunk_size": "max_batch_tokens",
+    "max_num_seqs": "max_batch_requests",
+    "max_ragged_batch_size": "max_batch_tokens",
+    "max_ragged_sequence_count": "max_batch_requests",
+}
+
+
+def _fitted_inner(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
+    """The same of what an ordering wrapper wraps."""
+    return {"inner": {"name": "vllm_v1", **_fitted(suite, limits)}}
 
 
 _PLACE: list[pytest.TempPathFactory] = []
@@ -48,9 +63,32 @@ def _tiny_model(suite: PluginSuite) -> dict[str, Any]:
 
 MORE: dict[tuple[str, str], dict[str, Any]] = {
     ("scheduler", name): {"config": {"max_num_batched_tokens": 64, "max_num_seqs": 16}, "settings": _fitted}
-    for name in ("aggressive", "conservative", "pastfuture", "pf_oracle", "vllm_v1")
+    for name in ("aggressive", "conservative", "pastfuture", "pf_oracle", "vllm_v0", "vllm_v1")
 } | {
+    ("cost", "phase_linear"): {
+        "config": {"prefill_ms": [18.1, 0.1, 7e-6], "decode_ms": [19.9, 6e-4, 0.04], "large_batch": 95}
+        | {"decode_large_ms": [7.2, 5.8e-4, 0.16]}
+    },
+    ("cost", "table"): {
+        "config": {"prompt_ms": {512: 93, 1024: 154, 8192: 1550}, "token_ms": {1: 43.0, 64: 71.6}}
+    },
+    ("scheduler", "sarathi"): {"config": {"chunk_size": 64, "max_num_seqs": 16}, "settings": _fitted},
+    ("scheduler", "splitfuse"): {
+        "config": {"max_ragged_batch_size": 64, "max_ragged_sequence_count": 16},
+        "settings": _fitted,
+    },
+    ("scheduler", "orca"): {"config": {"max_num_seqs": 16}, "settings": _fitted},
+    ("scheduler", "static_batch"): {
+        "config": {"max_num_seqs": 16},
+        "settings": _fitted,
+        "exempt": {"test_looks_at_arrivals": "its batches are closed: that is the technique"},
+    },
     ("executor", "scripted"): {
+        "tight": {"num_kv_pages": 20},
+        "host": {"num_kv_pages": 40, "num_host_pages": 20},
+    },
+    ("executor", "sim"): {
+        "config": {"num_kv_pages": 64},
         "tight": {"num_kv_pages": 20},
         "host": {"num_kv_pages": 40, "num_host_pages": 20},
     },
@@ -63,6 +101,18 @@ MORE: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 """Attributes of the suite of one plugin: settings for a toy world, exemptions with their reason."""
+_INNER = {"inner": {"name": "vllm_v1", "max_num_batched_tokens": 64, "max_num_seqs": 16}}
+MORE |= {
+    ("scheduler", name): {"config": _INNER, "settings": _fitted_inner}
+    for name in ("edf", "fcfs", "priority", "sjf", "sjf_oracle")
+}
+for _name in ("sjf", "sjf_oracle"):
+    MORE["scheduler", _name]["exempt"] = {
+        "test_no_starvation": "long jobs wait while shorter ones keep coming: the rule's known price"
+    }
+FILES = Path(__file__).parents[1] / "workloads" / "files"
+MORE["workload", "azure"] = {"config": {"path": str(FILES / "azure.csv")}}
+MORE["workload", "mooncake"] = {"config": {"path": str(FILES / "mooncake.jsonl")}}
 MORE["observer", "progress"] = {"config": {"mode": "on"}}  # also without a terminal
 
 for _kind, _suite in SUITES.items():

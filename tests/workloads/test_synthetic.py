@@ -22,6 +22,7 @@ from servelab.core.records import RequestFinished
 from servelab.plugins.workloads import _describe
 from servelab.plugins.workloads import synthetic as module
 from servelab.plugins.workloads._arrivals import RampUp
+from servelab.plugins.workloads._requests import RequestClass
 from servelab.plugins.workloads.synthetic import Synthetic, SyntheticConfig
 
 Build = Callable[..., Synthetic]
@@ -79,6 +80,7 @@ def test_the_same_in_every_process() -> None:
 import hashlib
 from servelab.core.api import Context, Limits, ModelFacts
 from servelab.core.context import seeded
+from servelab.plugins.workloads._requests import RequestClass
 from servelab.plugins.workloads.synthetic import Synthetic, SyntheticConfig
 model = ModelFacts(name="t", layers=1, hidden=8, heads=1, kv_heads=1, head_dim=8, ffn=8, vocab=259,
                    max_position=4096)
@@ -505,7 +507,7 @@ def test_a_cap_that_sometimes_suffices_is_allowed(build: Build) -> None:
 
 
 def test_every_setting_is_documented_and_frozen() -> None:
-    for model in (SyntheticConfig, module.RequestClass, RampUp):
+    for model in (SyntheticConfig, RequestClass, RampUp):
         assert all(field.description for field in model.model_fields.values())
     config = SyntheticConfig()
     with pytest.raises(ValidationError, match="frozen"):

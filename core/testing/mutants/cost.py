@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from servelab.core.engine.ledger import Transfer
@@ -51,6 +52,19 @@ class ForgetsOldContext(Line):
     def price(self, batch: Batch, steps: int) -> Sequence[int]:
         reads = [sum((s + k) % 256 for s in batch.starts) for k in range(steps)]
         return [self.step_ns + self.token_ns * batch.num_tokens() + n for n in reads]
+
+
+class BlindToDrafts(Line):
+    def price(self, batch: Batch, steps: int) -> Sequence[int]:
+        return super().price(replace(batch, extras={}), steps)
+
+
+class FirstIsSpecial(Line):
+    """Prices the batch as if all contexts were as long as the first."""
+
+    def price(self, batch: Batch, steps: int) -> Sequence[int]:
+        alike = [batch.starts[0]] * len(batch.starts)
+        return super().price(replace(batch, starts=alike), steps)
 
 
 class WarmsUp(Line):
@@ -110,6 +124,15 @@ MUTANTS = (
         "test_grows_with_context",
         "a decode behind a context of 256 costs",
         "a long context costs less",
+    ),
+    _mutant(
+        BlindToDrafts, "test_drafts_are_tokens", "a draft of 1024 tokens, cost", "drafts are run for nothing"
+    ),
+    _mutant(
+        FirstIsSpecial,
+        "test_order_does_not_matter",
+        "in another order",
+        "the first request stands for all",
     ),
     _mutant(WarmsUp, "test_is_pure", "when it is priced again", "prices depend on what was priced before"),
     _mutant(MovesTheBatch, "test_is_pure", "price() changed its batch", "moves the batch on in place"),

@@ -278,6 +278,8 @@ def shape(config: Mapping[str, Any]) -> dict[str, Any]:
     found |= {key: config[key] for key in ("windows", "experts", "experts_per_token") if config.get(key)}
     if config.get("dense_layers"):
         found |= {"dense_layers": config["dense_layers"], "dense_ffn": config["intermediate_size"]}
+    if config.get("tie_word_embeddings"):
+        found["tied_embeddings"] = True
     return found
 
 

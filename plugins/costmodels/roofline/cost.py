@@ -1,0 +1,437 @@
+"""Roofline cost model: FLOPs and bytes of every operation, over what the device reaches of its peaks.
+
+Paper: Yuan et al., "LLM Inference Unveiled: Survey and Roofline Model Insights", 2024, arXiv 2402.16363
+(LLM-Viewer), whose times are those of ``+cost=roofline_ideal``. Collectives without measurements are those of
+GenZ (Bambhaniya et al., 2024, arXiv 2406.01698).
+
+Mechanism: the operations of a step are counted (``operations``), each takes the smooth maximum of its compute
+and its memory time (``device``), and the step is their sum with an overhead per layer, per request and per
+step. Efficiencies and overheads are the device profile's, fitted on measurements, or the settings'
+(``factors``). Formulas, symbols and units are on the page.
+
+Deviations:
+1. Compute and memory overlap in part (smooth maximum), and operations, layers, steps and requests have
+   overheads; LLM-Viewer has the greater of both, and none.
+2. Keys and values of attention are read once per KV head; LLM-Viewer's fused attention reads them once per
+   query head.
+3. The 8-bit peak needs 8-bit weights and activations, whatever the width of KV; LLM-Viewer asks for 8-bit KV
+   too. Attention is always priced at 16 bits.
+4. Logits are of the rows that sample; LLM-Viewer prices them for every token of a prompt.
+5. Embedding and all-reduces are priced, softmax is not.
+6. Attention is priced here, not by the kernel plugin: a run on a described GPU must not cost what the kernel
+   of this machine does.
+
+Faithful when: worked values by hand (Llama-3-8B on A100, H100 and H200; Llama-2-7B operation by operation);
+monotone; chunks cost at least the whole; a batch of decodes at most its members; a hold equals its steps; the
+breakdown adds up to the price; fits reproduce their errors on measured matrix products.
+
+Tier: stable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
+
+from servelab.core.api import ConfigError, Context
+from servelab.core.engine.ledger import Transfer
+from servelab.core.events import Batch
+from servelab.core.sites import weight_bytes
+from servelab.plugins.costmodels.roofline.device import Device, Work, check_shards, measured_ring
+from servelab.plugins.costmodels.roofline.energy import power
+from servelab.plugins.costmodels.roofline.factors import RooflineConfig, factors, needed
+from servelab.plugins.costmodels.roofline.operations import (
+    Attention,
+    Operation,
+    attentions,
+    embedding,
+    head,
+    kv_share,
+    token_operations,
+)
+
+Row = tuple[int, int]
+"""(queries, context before them)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """One kind of operation in a step."""
+
+    name: str
+    count: int
+    """How often it runs."""
+    work: Work
+    """Of one of them, on one device."""
+    ns: float
+    """Of all of them."""
+    compute_ns: float
+    """Of all of them, were nothing else in their way; likewise below."""
+    memory_ns: float
+    network_ns: float
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """Where the time of a step goes. Bytes and FLOPs are those of one device."""
+
+    operations: tuple[Priced, ...]
+    overhead_ns: float
+    """Host: per layer, per request and per step."""
+
+    @property
+    def ns(self) -> float:
+        """The price, before it is rounded up."""
+        return sum(one.ns for one in self.operations) + self.overhead_ns
+
+    @property
+    def flops(self) -> float:
+        return sum(one.count * one.work.flops for one in self.operations)
+
+    def bytes(self, tier: Literal["weight", "kv", "activation", "network"]) -> float:
+        """Moved in all: of weights, of KV, of activations; or of messages between devices."""
+        of = attrgetter(f"work.{tier}_bytes")
+        return float(sum(one.count * of(one) for one in self.operations))
+
+    @property
+    def lanes(self) -> dict[str, float]:
+        """Nanoseconds that each resource would take by itself. Their greatest bounds the step from below if
+        all its work could overlap."""
+        return {
+            "compute": sum(one.compute_ns for one in self.operations),
+            "memory": sum(one.memory_ns for one in self.operations),
+            "network": sum(one.network_ns for one in self.operations),
+            "host": self.overhead_ns,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """A range of layers."""
+
+    operations: list[Operation]
+    attention: list[Attention]
+
+
+class _Sum(NamedTuple):
+    """Of several operations."""
+
+    ns: float
+    compute_ns: float
+    memory_ns: float
+
+
+class RooflineCost:
+    """O(requests) sums and O(operations) per call, O(1) per further step of a hold; keeps prices by number of
+    tokens, of which there are at most ``max_batch_tokens``.
+    """
+
+    def __init__(self, config: RooflineConfig, ctx: Context) -> None:
+        """
+        Raises:
+            ConfigError: no device is chosen, its profile lacks a figure, or it cannot share the model.
+        """
+        if ctx.hardware is None:
+            raise ConfigError(
+                "cost 'roofline' has no device to price",
+                where="hardware",
+                why="no hardware is chosen",
+                do="choose a device (hardware=a100_80g), or prices without one: +cost=scripted",
+            )
+        check_shards(ctx.model, ctx.hardware)
+        self.config, self._ctx, self._model, self._hardware = config, ctx, ctx.model, ctx.hardware
+        self.factors = factors(config, ctx.hardware)
+        self.device = Device(config, ctx.hardware, self.factors)
+        self._stacks: dict[tuple[int, int], _Stack] = {}
+        self._all = self._stack(0, ctx.model.layers)
+        self._embedding = embedding(ctx.model)
+        self._head = head(ctx.model, ctx.hardware, ctx.quant)
+        for one in (*self._all.operations, self._head):
+            self.device.has(one.work(1).unit, one.name)
+        self._tokens: dict[int, _Sum] = {}
+        """By tokens of the step: all that does not depend on contexts, but for the head."""
+        self._logits: dict[int, _Sum] = {}
+        """By rows of logits: the head."""
+        self._layers_ns = float(self.factors.layer_ns * ctx.model.layers)
+        self.power = power(ctx.hardware)
+        self.idle_watts = None if self.power is None else self.power.idle_watts
+
+    # ---------------------------------------------------------------- contract
+
+    def price(self, batch: Batch, steps: int) -> Sequence[int]:
+        rows, samples = len(batch.tokens), sum(batch.samples)
+        if _is_plain(batch):
+            if batch.tokens.count(1) == rows:
+                return self._held(rows, samples, batch.starts, steps)
+            chunks, decodes = _split(batch)
+            base = self._base(sum(batch.tokens), rows, samples)
+            first = ceil(base + self._attention_ns(chunks, decodes))
+        else:
+            first = max(1, ceil(self.breakdown(batch).ns))
+        if steps == 1:
+            return [first]
+        return [first, *self._held(rows, samples, _moved(batch), steps - 1)]
+
+    def energy(self, batch: Batch, steps: int) -> Sequence[float]:
+        """Joules of each step beyond an idle device's; see ``energy``. As fast as ``price``."""
+        assert self.power is not None, "asked only where idle_watts is known"
+        if _is_plain(batch):
+            chunks, decodes = _split(batch)
+            busy = self._busy(sum(batch.tokens), sum(batch.samples), chunks, len(decodes))
+            keys = [next(_keys(one, decodes, 1)) for one in self._all.attention]
+            first = self._joules(busy, keys)
+        else:
+            lanes = self.breakdown(batch).lanes
+            first = self.power.joules(lanes["compute"], lanes["memory"])
+        if steps == 1:
+            return [first]
+        starts, rows = _moved(batch), len(batch.tokens)
+        busy = self._busy(rows, sum(batch.samples), [], rows)
+        groups = [_keys(one, starts, steps - 1) for one in self._all.attention]
+        return [first, *(self._joules(busy, seen) for seen in zip(*groups, strict=True))]
+
+    def transfer_time(self, transfer: Transfer) -> int:
+        """Over the host links of all devices of the instance at once, each its part of the pages.
+
+        Raises:
+            ConfigError: the profile states no host link.
+        """
+        link = needed(self._hardware, "host_link_bytes_per_s", "pages move between device and host")
+        share = kv_share(self._model, self._hardware)
+        return self.config.transfer_ns + ceil(share * transfer.bytes * 1e9 / link)
+
+    # ------------------------------------------------------------------- loads
+
+    def load_time(self, source: Literal["disk", "host", "peer"], nbytes: int | None = None) -> int:
+        """Nanoseconds to bring bytes to the devices of the instance; None: the whole model.
+
+        Raises:
+            ConfigError: the bandwidth is not stated.
+        """
+        size = weight_bytes(self._model, self._ctx.quant) if nbytes is None else nbytes
+        if source == "disk":
+            bandwidth = self.config.disk_bytes_per_s
+            if bandwidth is None:
+                raise ConfigError(
+                    "the bandwidth of the disk is not stated",
+                    where="cost 'roofline', load_time()",
+                    why="weights come from disk",
+                    do="state cost.disk_bytes_per_s",
+                )
+        elif source == "host":
+            bandwidth = needed(self._hardware, "host_link_bytes_per_s", "weights come from the host")
+            bandwidth *= self._hardware.tp
+        else:
+            bandwidth = needed(self._hardware, "network_bytes_per_s", "weights come from another instance")
+        return self.config.transfer_ns + ceil(size * 1e9 / bandwidth)
+
+    # ------------------------------------------------------------- explanation
+
+    def breakdown(self, batch: Batch) -> Breakdown:
+        """The first step of a launch, operation by operation; what ``price`` sums up faster."""
+        return Breakdown(tuple(self._operations(batch)), self._overhead_ns(batch))
+
+    def describe(self) -> dict[str, Any]:
+        """Factors in force and where each is from."""
+        found: dict[str, Any] = {"device": self._hardware.name, "devices": self._hardware.tp}
+        found |= self.factors.describe()
+        if self._hardware.tp > 1:
+            found["all_reduce"] = "measured" if measured_ring(self._hardware) else "from link_bytes_per_s"
+        return found
+
+    # ---------------------------------------------------------------- fast path
+
+    def _held(self, rows: int, samples: int, starts: Sequence[int], steps: int) -> list[int]:
+        """Decodes: one token per row and step, contexts one longer each step."""
+        base = self._base(rows, rows, samples)
+        groups = self._all.attention
+        if len(groups) == 1 and groups[0].window is None:
+            one, context = groups[0], sum(starts) + rows
+            if steps == 1:
+                return [ceil(base + self._decode_ns(one, rows, context))]
+            decode = self._decode_ns
+            return [ceil(base + decode(one, rows, c)) for c in range(context, context + steps * rows, rows)]
+        totals = [base] * steps
+        for one in groups:
+            for k, keys in enumerate(_keys(one, starts, steps)):
+                totals[k] += self._decode_ns(one, rows, keys)
+        return [ceil(total) for total in totals]
+
+    def _decode_ns(self, one: Attention, rows: int, keys: int) -> float:
+        """As ``device.time(one.decode(rows, keys))`` for all its layers."""
+        device = self.device
+        compute = one.pair_flops * keys * device.flop_ns["16bit"]
+        memory = (one.kv_bytes * keys + one.query_bytes * rows) * device.byte_ns
+        return one.count * (device.smooth(compute, memory) + device.op_ns)
+
+    def _attention_ns(self, chunks: list[Row], decodes: Sequence[int]) -> float:
+        total = 0.0
+        for one in self._all.attention:
+            if chunks:
+                total += one.count * self.device.time(one.chunks(chunks))
+            if decodes:
+                total += self._decode_ns(one, len(decodes), next(_keys(one, decodes, 1)))
+        return total
+
+    def _base(self, tokens: int, rows: int, samples: int) -> float:
+        """What does not depend on contexts."""
+        whole = self._tokens.get(tokens) or self._count_tokens(tokens)
+        logits = self._logits.get(samples) or self._count_logits(samples)
+        f = self.factors
+        return whole.ns + logits.ns + self._layers_ns + f.step_ns + f.request_ns * rows
+
+    def _busy(self, tokens: int, samples: int, chunks: list[Row], decodes: int) -> tuple[float, float]:
+        """Compute and memory time of a step, but for the keys that its decodes read."""
+        whole = self._tokens.get(tokens) or self._count_tokens(tokens)
+        logits = self._logits.get(samples) or self._count_logits(samples)
+        compute, memory = whole.compute_ns + logits.compute_ns, whole.memory_ns + logits.memory_ns
+        for one in self._all.attention:
+            if chunks:
+                work = one.chunks(chunks)
+                compute += one.count * self.device.compute_ns(work)
+                memory += one.count * self.device.memory_ns(work)
+            memory += one.count * one.query_bytes * decodes * self.device.byte_ns
+        return compute, memory
+
+    def _joules(self, busy: tuple[float, float], keys: Sequence[int]) -> float:
+        """With the keys seen by decodes, in all, by kind of layer."""
+        assert self.power is not None
+        compute, memory = busy
+        device = self.device
+        for one, seen in zip(self._all.attention, keys, strict=True):
+            compute += one.count * one.pair_flops * seen * device.flop_ns["16bit"]
+            memory += one.count * one.kv_bytes * seen * device.byte_ns
+        return self.power.joules(compute, memory)
+
+    def _count_tokens(self, tokens: int) -> _Sum:
+        works = [(one.count, one.work(tokens)) for one in self._all.operations]
+        works += [(one.count, one.write(tokens)) for one in self._all.attention]
+        found = self._tokens[tokens] = self._sum([*works, (1, self._embedding.work(tokens))])
+        return found
+
+    def _count_logits(self, samples: int) -> _Sum:
+        found = self._logits[samples] = self._sum([(1, self._head.work(samples))] if samples else [])
+        return found
+
+    def _sum(self, works: list[tuple[int, Work]]) -> _Sum:
+        device = self.device
+        return _Sum(
+            sum(count * device.time(work) for count, work in works),
+            sum(count * device.compute_ns(work) for count, work in works),
+            sum(count * device.memory_ns(work) for count, work in works),
+        )
+
+    def _stack(self, first: int, end: int) -> _Stack:
+        if (first, end) not in self._stacks:
+            ctx, layers = self._ctx, range(first, end)
+            self._stacks[first, end] = _Stack(
+                token_operations(self._model, self._hardware, ctx.quant, layers),
+                attentions(self._model, self._hardware, ctx.layout, layers),
+            )
+        return self._stacks[first, end]
+
+    # ---------------------------------------------------------------- any batch
+
+    def _operations(self, batch: Batch) -> Iterator[Priced]:
+        """Layers are cut where a row's range of layers begins or ends."""
+        rows = self._rows(batch)
+        cuts = sorted({0, self._model.layers, *(cut for *_, layers in rows for cut in layers)})
+        for first, end in pairwise(cuts):
+            inside = [(n, p) for n, p, (a, b) in rows if a <= first and end <= b]
+            if inside:
+                yield from self._layers(self._stack(first, end), inside)
+        begun = sum(n for n, _, (first, _) in rows if first == 0)
+        if begun:
+            yield self._priced(1, "embedding", self._embedding.work(begun))
+        drafts = sum(item.draft for item in batch.extras.values())
+        if logits := sum(batch.samples) + drafts:
+            yield self._priced(1, "head", self._head.work(logits))
+        if batch.copies and self._ctx.layout:
+            pools = self._ctx.layout.pools
+            moved = 2 * sum(pools[pool].bytes_per_page for pool, _, _ in batch.copies) / self._hardware.tp
+            yield self._priced(1, "copy", Work(kv_bytes=moved))
+        for one in batch.background:
+            yield self._priced(1, one.kind, Work(flops=one.flops / self._hardware.tp))
+
+    def _rows(self, batch: Batch) -> list[tuple[int, int, tuple[int, int]]]:
+        """Queries, context and layers of each row; drafts are queries."""
+        whole, rows = (0, self._model.layers), []
+        for i, (n, p) in enumerate(zip(batch.tokens, batch.starts, strict=True)):
+            item = batch.extras.get(i)
+            rows.append((n + item.draft, p, item.layers or whole) if item else (n, p, whole))
+        return rows
+
+    def _layers(self, stack: _Stack, rows: list[Row]) -> Iterator[Priced]:
+        tokens = sum(n for n, _ in rows)
+        chunks = [row for row in rows if row[0] != 1]
+        decodes = [p for n, p in rows if n == 1]
+        for one in stack.operations:
+            yield self._priced(one.count, one.name, one.work(tokens))
+        for kind in stack.attention:
+            yield self._priced(kind.count, "kv_write", kind.write(tokens))
+            if chunks:
+                yield self._priced(kind.count, "attention_chunk", kind.chunks(chunks))
+            if decodes:
+                keys = next(_keys(kind, decodes, 1))
+                yield self._priced(kind.count, "attention_decode", kind.decode(len(decodes), keys))
+
+    def _priced(self, count: int, name: str, work: Work) -> Priced:
+        device = self.device
+        return Priced(
+            name,
+            count,
+            work,
+            count * device.time(work),
+            count * device.compute_ns(work),
+            count * device.memory_ns(work),
+            count * device.network_ns(work),
+        )
+
+    def _overhead_ns(self, batch: Batch) -> float:
+        f, whole = self.factors, self._model.layers
+        rows = self._rows(batch)
+        run = {layer for *_, (a, b) in rows for layer in range(a, b)} if batch.extras else range(whole)
+        sampled = sum(len(more) for more in batch.forks.values())
+        return f.step_ns + f.request_ns * (len(batch.tokens) + sampled) + f.layer_ns * len(run) * bool(rows)
+
+
+def _is_plain(batch: Batch) -> bool:
+    """Nothing but tokens, each through all layers."""
+    return bool(batch.tokens) and not (batch.extras or batch.background or batch.copies or batch.forks)
+
+
+def _split(batch: Batch) -> tuple[list[Row], list[int]]:
+    """Rows of several queries, and the contexts before those of one."""
+    rows = list(zip(batch.tokens, batch.starts, strict=True))
+    return [row for row in rows if row[0] != 1], [p for n, p in rows if n == 1]
+
+
+def _moved(batch: Batch) -> list[int]:
+    """Contexts after the first step."""
+    return [p + n for n, p in zip(batch.tokens, batch.starts, strict=True)]
+
+
+def _keys(one: Attention, starts: Sequence[int], steps: int) -> Iterator[int]:
+    """Keys seen in all, step by step, by rows of one query each; contexts grow by one."""
+    rows, window = len(starts), one.window
+    if window is None:
+        keys = sum(starts) + rows
+        for _ in range(steps):
+            yield keys
+            keys += rows
+        return
+    keys = sum([min(p + 1, window) for p in starts])
+    if steps == 1:
+        yield keys
+        return
+    full = sorted([window - p - 1 for p in starts if p + 1 < window], reverse=True)  # steps until it is
+    growing = len(full)
+    for step in range(steps):
+        yield keys
+        while growing and full[growing - 1] <= step:
+            growing -= 1
+        keys += growing
