@@ -221,7 +221,9 @@ def test_energy_and_figures_are_reported(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_no_energy_is_told_of_real_time() -> None:
     """Also where the executor simulates: what the machine draws meanwhile is nobody's price."""
-    run = composed(clock="wall", workload={"name": "synthetic", "num_requests": 2, "request_rate": "inf"})
+    run = composed(
+        clock={"name": "wall"}, workload={"name": "synthetic", "num_requests": 2, "request_rate": "inf"}
+    )
     records: list[Record] = []
     driver = WallDriver(**run.for_driver(Listener(records)))  # type: ignore[arg-type]
     driver.run()
