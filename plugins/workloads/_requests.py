@@ -28,7 +28,7 @@ from servelab.plugins.workloads._named_lengths import NAMED, named
 class _Lengths(BaseModel):
     """Base of settings that state laws of lengths, which may have a name together."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     lengths: str | None = Field(
         default=None,
