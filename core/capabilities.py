@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from servelab.core.config import Choice
 
 USED = frozenset(
-    {"scheduler", "kvcache", "prefix", "quant", "kernel", "cost", "workload", "executor", "task", "observer"}
+    {
+        "scheduler",
+        "kvcache",
+        "prefix",
+        "quant",
+        "kernel",
+        "router",
+        "cost",
+        "workload",
+        "executor",
+        "task",
+        "observer",
+    }
 )
 """Kinds that a composed run uses. Selecting any other is refused, never silently ignored."""
 
@@ -24,7 +36,23 @@ IMPLIED = {"quant": frozenset({"executor.quant"})}
 
 
 UNSERVED = frozenset(
-    {"prefix.approximate", "prefix.moving", "prefix.decode_fixup", "prefix.tiers", "prefix.pin"}
+    {
+        "prefix.approximate",
+        "prefix.moving",
+        "prefix.decode_fixup",
+        "prefix.tiers",
+        "prefix.pin",
+        "router.disaggregates",
+        "router.migrates",
+        "router.roles",
+        "router.scales",
+        "router.shares",
+        "router.lends",
+        "router.replicates",
+        "router.experts",
+        "router.models",
+        "router.plans",
+    }
 )
 """What the contracts describe and the engine does not call yet: a plugin that relies on it is refused."""
 

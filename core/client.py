@@ -120,17 +120,7 @@ class Client:
     def __init__(self, run: Run) -> None:
         self._mailbox = Mailbox()
         bus = Bus((*run.observers, self._mailbox))
-        run.engine.plan_log = bus.listens("planned")
-        run.engine.token_log = True
-        driver = WallDriver(
-            keep_open=True,
-            engines=[run.engine],
-            executors=[run.executor],
-            costs=[run.cost],
-            workload=run.workload,
-            truths=run.truths,
-            emit=bus.emit,
-        )
+        driver = WallDriver(keep_open=True, **run.for_driver(bus))  # the mailbox asks for tokens
         self._lock = RLock()
         self._driver: WallDriver | None = driver
         """None once it has stopped."""

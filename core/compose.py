@@ -11,7 +11,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from servelab.core import quality
+from servelab.core.bus import Bus
 from servelab.core.capabilities import Selected, check_capabilities, select
+from servelab.core.cluster.cluster import Cluster
 from servelab.core.config import DTYPE_BYTES, Choice, Part, RunConfig, across, refusal
 from servelab.core.context import BuildPart, Context, Oracle, seeded
 from servelab.core.engine.engine import Engine
@@ -42,6 +44,15 @@ INFO_SCHEMA = 1
 """Version of ``Run.info``; raised when a key changes meaning or goes away."""
 
 
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One engine, and the parts that are its own."""
+
+    engine: Engine
+    executor: Executor
+    cost: CostModel
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything a task needs, built and checked."""
@@ -49,12 +60,13 @@ class Run:
     config: RunConfig
     registry: Registry
     task: Task
-    engine: Engine
-    executor: Executor
+    instances: list[Instance]
+    """In order of their index; a router may add to them."""
+    cluster: Cluster | None
+    """The router's side of them; None: there is no router."""
     quantizer: Quantizer | None
     tokenizer: Tokenizer | None
     """The executor's."""
-    cost: CostModel
     workload: Workload
     truths: dict[str, Truth]
     """True outcomes of live requests by id, filled by the driver; executors and declared oracles read it."""
@@ -62,6 +74,50 @@ class Run:
     info: dict[str, Any]
     """What identifies the run, in JSON types: settings, plugins, versions, seed, stamps, KV layout."""
     run_dir: Path | None
+
+    @property
+    def engine(self) -> Engine:
+        """Of the first instance."""
+        return self.instances[0].engine
+
+    @property
+    def executor(self) -> Executor:
+        """Of the first instance."""
+        return self.instances[0].executor
+
+    @property
+    def cost(self) -> CostModel:
+        """Of the first instance."""
+        return self.instances[0].cost
+
+    def for_driver(self, bus: Bus) -> dict[str, Any]:
+        """Arguments of a driver that serves the run's workload; sets which records its engines make."""
+        for one in self.instances:
+            one.engine.plan_log = bus.listens("planned")
+            one.engine.token_log = bus.asks("tokens")
+        return {
+            "engines": [one.engine for one in self.instances],
+            "executors": [one.executor for one in self.instances],
+            "costs": [one.cost for one in self.instances],
+            "workload": self.workload,
+            "truths": self.truths,
+            "emit": bus.emit,
+            "cluster": self.cluster,
+        }
+
+    def close(self) -> None:
+        """Close the executors of all instances; the first failure is raised when all have been asked."""
+        failed: Exception | None = None
+        for one in self.instances:
+            try:
+                one.executor.close()
+            except Exception as exc:
+                if failed is None:
+                    failed = exc
+                else:
+                    failed.add_note(f"also, of another instance: {type(exc).__name__}: {exc}")
+        if failed is not None:
+            raise failed
 
 
 def compose(
@@ -109,6 +165,7 @@ def compose(
         build.quantizer = build.checked_quantizer()
     executor: Executor = build.one("executor")
     build.tokenizer = getattr(executor, "tokenizer", None)
+    instances: list[Instance] = []
     try:
         capacity = build.ask("executor", executor.capacity, layout)
         offline = any("task.offline" in one.provides for one in selected)
@@ -122,50 +179,35 @@ def compose(
         by_class = {name: one.bounds() for name, one in config.slo.classes.items()}
         if config.slo.bounds() or any(by_class.values()):
             workload = DefaultSLO(workload, config.slo.bounds(), by_class)
-        cost: CostModel = build.one("cost")
-        scheduler = build.one("scheduler")
-        observers = tuple(build("observer", choice) for choice in config.observers)
-        prefix = None
         if config.prefix is not None:
             check_shareable(layout, config.prefix.name)
-            prefix = build.one("prefix")
-            build.ask("prefix", prefix.attach, layout)
-        engine = Engine(
-            index=0,
-            scheduler=scheduler,
-            scheduler_name=config.scheduler.name,
-            kvcache=kvcache,
-            kvcache_name=config.kvcache.name,
-            layout=layout,
-            capacity=capacity,
-            limits=build.limits,
-            model=build.model,
-            hardware=build.hardware,
-            cost=cost,
-            horizon=executor.horizon,
-            checks=config.engine.checks,
-            prefix=prefix,
-            prefix_name=config.prefix.name if config.prefix else "",
-            shares=any("kvcache.fork" in one.provides for one in selected),
-        )
+        check_cluster(config, executor)
+        shares = any("kvcache.fork" in one.provides for one in selected)
+        instances = [build.instance(0, kvcache, executor, capacity, shares)]
+        observers = tuple(build("observer", choice) for choice in config.observers)
+        for index in range(1, config.cluster.instances):
+            instances.append(build.another(index, shares))
+        cluster = build.cluster(instances, lambda index: build.another(index, shares))
         task: Task = build.one("task")
         described = build.ask("workload", workload.describe)
         info = _info(config, registry, selected, layout, capacity, executor, described)
+        if hasattr(instances[0].cost, "describe"):
+            info["cost"] = build.ask("cost", instances[0].cost.describe)
     except BaseException as exc:
-        try:
-            executor.close()
-        except Exception as second:
-            exc.add_note(f"while closing the executor: {type(second).__name__}: {second}")
+        for one in [executor, *(other.executor for other in instances[1:])]:
+            try:
+                one.close()
+            except Exception as second:
+                exc.add_note(f"while closing the executor: {type(second).__name__}: {second}")
         raise
     return Run(
         config=config,
         registry=registry,
         task=task,
-        engine=engine,
-        executor=executor,
+        instances=instances,
+        cluster=cluster,
         quantizer=build.quantizer,
         tokenizer=build.tokenizer,
-        cost=cost,
         workload=workload,
         truths=build.truths,
         observers=observers,
@@ -278,6 +320,76 @@ class _Builder:
         self.layout: KVLayout | None = None
         self.quantizer: Quantizer | None = None
         self.tokenizer: Tokenizer | None = None
+        self.index = 0
+        """The instance that is being built."""
+
+    def instance(
+        self, index: int, kvcache: KVCache, executor: Executor, capacity: Capacity, shares: bool
+    ) -> Instance:
+        """An engine with a cost model, a scheduler and a prefix store of its own."""
+        config, layout = self.config, self.layout
+        assert layout is not None
+        cost: CostModel = self.one("cost")
+        scheduler = self.one("scheduler")
+        prefix = None
+        if config.prefix is not None:
+            prefix = self.one("prefix")
+            self.ask("prefix", prefix.attach, layout)
+        engine = Engine(
+            index=index,
+            scheduler=scheduler,
+            scheduler_name=config.scheduler.name,
+            kvcache=kvcache,
+            kvcache_name=config.kvcache.name,
+            layout=layout,
+            capacity=capacity,
+            limits=self.limits,
+            model=self.model,
+            hardware=self.hardware,
+            cost=cost,
+            horizon=executor.horizon,
+            checks=config.engine.checks,
+            prefix=prefix,
+            prefix_name=config.prefix.name if config.prefix else "",
+            shares=shares,
+        )
+        return Instance(engine, executor, cost)
+
+    def another(self, index: int, shares: bool) -> Instance:
+        """A further instance like the first, with generators of its own."""
+        assert self.layout is not None
+        self.index = index
+        try:
+            kvcache: KVCache = self.one("kvcache")
+            layout = self.ask("kvcache", kvcache.layout, self.model)
+            if self.kernel is not None:
+                layout = self.ask("kernel", self.kernel.adapt, layout, self.model)
+            if layout != self.layout:
+                raise PluginError(
+                    f"kvcache {self.config.kvcache.name!r} proposed another layout for instance {index}",
+                    where="layout()",
+                    why=f"{layout!r:.60} is not what it proposed for instance 0",
+                    do="propose the same layout whenever model and settings are the same",
+                )
+            executor: Executor = self.one("executor")
+            capacity = self.ask("executor", executor.capacity, self.layout)
+            return self.instance(index, kvcache, executor, capacity, shares)
+        finally:
+            self.index = 0
+
+    def cluster(self, instances: list[Instance], another: Callable[[int], Instance]) -> Cluster | None:
+        """The selected router with everything it is to rule."""
+        config = self.config
+        if config.router is None:
+            return None
+        return Cluster(
+            self.one("router"),
+            config.router.name,
+            [one.engine for one in instances],
+            report_interval_ns=round(config.cluster.report_interval_ms * 1e6),
+            model=self.model.name,
+            hardware=self.hardware,
+        )
 
     def fit(self, layout: KVLayout, capacity: Capacity, kvcache: KVCache) -> RunConfig:
         """Limit requests to what KV memory holds; the configuration with that stated."""
@@ -338,6 +450,7 @@ class _Builder:
     def __call__(self, kind: str, choice: Choice, place: tuple[str, ...] = ()) -> Any:
         """A plugin, or a part of one at a place told by keys."""
         spec = self.registry.spec(kind, choice.name)
+        path = [*place, choice.name, *([f"instance {self.index}"] if self.index else [])]
 
         def part(kind: str, choice: Choice, key: str = "") -> Any:
             return self(kind, checked_part(kind, choice), (*place, key) if key else place)
@@ -345,7 +458,7 @@ class _Builder:
         context = Context(
             kind=kind,
             name=choice.name,
-            rng=seeded(self.config.seed, kind, "/".join([*place, choice.name])),
+            rng=seeded(self.config.seed, kind, "/".join(path)),
             model=self.model,
             hardware=self.hardware,
             limits=self.limits,
@@ -354,6 +467,7 @@ class _Builder:
             kernel=self.kernel if kind in ("executor", "cost") else None,
             quant=self.quantizer if kind in ("executor", "cost") else None,
             layout=self.layout,
+            instance=self.index,
             seed=self.config.seed,
             tokenizer=self.tokenizer,
             run_dir=self.run_dir,
@@ -480,6 +594,36 @@ def check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
                 )
 
 
+def check_cluster(config: RunConfig, executor: Executor) -> None:
+    """Whether the run may have so many instances, and a router.
+
+    Raises:
+        CapabilityError: several instances without a router, or on an executor or a clock that has only one.
+    """
+    many = max(config.cluster.instances, config.cluster.max_instances or 1)
+    if many > 1 and config.router is None:
+        raise CapabilityError(
+            f"nobody says which of {many} instances a request goes to",
+            where="cluster.instances",
+            why="no router is selected",
+            do="choose one (+router=round_robin, +router=least_loaded), or set cluster.instances=1",
+        )
+    if many > 1 and not executor.simulated:
+        raise CapabilityError(
+            f"executor {config.executor.name!r} runs one instance, not {many}",
+            where="cluster.instances",
+            why="it does real work: several of it would share this machine and disturb each other's times",
+            do="set cluster.instances=1, or choose an executor that simulates (executor=sim)",
+        )
+    if config.router is not None and config.clock.name != "virtual":
+        raise CapabilityError(
+            f"router {config.router.name!r} needs the virtual clock",
+            where="clock.name",
+            why=f"the {config.clock.name} clock drives one engine, whose requests go straight to it",
+            do="set clock=virtual, or leave the router out: router=null",
+        )
+
+
 def check_shareable(layout: KVLayout, prefix: str) -> None:
     """Full pages of all pools must stand for the same tokens, and stay where they are."""
     windows = [pool.id for pool in layout.pools if pool.retention != "full"]
@@ -567,6 +711,7 @@ def _info(
             *(_quant_stamps(config, selected, weights) if config.quant else []),
         ],
         "kv": _kv_info(layout, capacity),
+        **({"cluster": {"instances": config.cluster.instances}} if config.router else {}),
         "workload": described,
         **({"quality": _quality_info(config, selected)} if config.quant else {}),
     }

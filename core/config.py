@@ -394,6 +394,48 @@ class ClockConfig(Section):
     )
 
 
+class ClusterConfig(Section):
+    """Instances behind a router: each has its own engine, KV memory, and state of its policies."""
+
+    instances: int = Field(default=1, ge=1, le=4096, description="Instances there are at the start.")
+    max_instances: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Instances there may be at a time; null: as many as at the start.",
+    )
+    report_interval_ms: float = Field(
+        default=0.0,
+        ge=0,
+        description="Time between the reports that the router sees of each instance, in milliseconds; 0: an "
+        "instance reports at once whatever happens to it.",
+    )
+    network_gb_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Bandwidth of each instance's network link, one way, in 1e9 bytes per second; null: "
+        "hardware.network_bytes_per_s.",
+    )
+    network_latency_us: float = Field(
+        default=10.0,
+        ge=0,
+        description="Time of a transfer between instances besides its bytes, in microseconds. The default is "
+        "a round figure of ours.",
+    )
+    start_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="Time until a new instance is ready, in seconds; null: what the cost model says it takes "
+        "to load the weights.",
+    )
+
+    @model_validator(mode="after")
+    def _at_most(self) -> Self:
+        if self.max_instances is not None and self.max_instances < self.instances:
+            raise ValueError(f"max_instances must be at least instances, {self.instances}")
+        return self
+
+
 class QualityConfig(Section):
     """How quantized models are compared with the unquantized one."""
 
@@ -441,6 +483,7 @@ class RunConfig(Section):
     model: ModelConfig = Field(description="Shape of the model.")
     hardware: HardwareConfig | None = Field(default=None, description="The device; null: unknown.")
     engine: EngineConfig = Field(default=EngineConfig(), description="Limits and checks.")
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="Instances behind a router.")
     slo: SLOConfig = Field(default=SLOConfig(), description="Default bounds of requests.")
     clock: ClockConfig = Field(default=ClockConfig(), description="Who owns time.")
     quality: QualityConfig = Field(

@@ -77,6 +77,8 @@ class Context:
     unquantized."""
     layout: KVLayout | None = None
     """How KV memory is divided, given to what is built after the kvcache and the kernel."""
+    instance: int = 0
+    """Which of several instances it is built for."""
     seed: int = 0
     """The run's seed, for chance that must not depend on order (a request's own draws)."""
     tokenizer: Tokenizer | None = None

@@ -74,6 +74,8 @@ class Abort:
 class Arrive:
     ORDER: ClassVar[int] = 4
     spec: RequestSpec
+    since_ns: int | None = None
+    """When it really arrived, if it was held at the router; None: now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         RequestArrived,
         RequestFinished,
         RequestForked,
+        RequestHeld,
         RequestPreempted,
+        RequestRouted,
         RunFinished,
         RunStarted,
         StepDone,
@@ -157,6 +159,14 @@ class Events:
         """A request entered an engine; its true length is not in the record."""
 
     @hookspec
+    def servelab_on_request_held(self, record: RequestHeld) -> None:
+        """The router keeps a request that has just arrived."""
+
+    @hookspec
+    def servelab_on_request_routed(self, record: RequestRouted) -> None:
+        """A request that was held at the router goes to an engine."""
+
+    @hookspec
     def servelab_on_request_admitted(self, record: RequestAdmitted) -> None:
         """A waiting request was scheduled, first or again."""
 
@@ -220,6 +230,8 @@ class Events:
 EVENT_OF_RECORD: dict[str, str] = {
     "run_started": "servelab_on_run_started",
     "arrived": "servelab_on_request_arrived",
+    "held": "servelab_on_request_held",
+    "routed": "servelab_on_request_routed",
     "admitted": "servelab_on_request_admitted",
     "forked": "servelab_on_request_forked",
     "planned": "servelab_after_plan",

@@ -169,7 +169,7 @@ class LLM:
                 )
             self._client = Client(run)
         except BaseException:
-            run.executor.close()
+            run.close()
             raise
         self.info = run.info
         """What identifies the run: settings, plugins, versions, weights, KV layout."""

@@ -27,6 +27,7 @@ SECTIONS = frozenset("observers" if kind == "observer" else kind for kind in KIN
     "model",
     "hardware",
     "engine",
+    "cluster",
     "slo",
     "clock",
     "quality",

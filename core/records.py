@@ -16,6 +16,9 @@ LOG_SCHEMA = 1
 """Version of the record fields; raised when one changes meaning or goes away."""
 
 
+ROUTER = -1
+"""``engine`` of records of requests that are in no engine: held or refused by the router."""
+
 Ending = Literal["completed", "rejected", "aborted", "cancelled", "failed", "unfinished"]
 """How a request ends.
 
@@ -55,6 +58,8 @@ class RunFinished(Record):
     """Real seconds from the first record to this one."""
     peak_rss_bytes: int | None = field(default=None, compare=False)
     """Most memory that the process ever held, from its own start."""
+    energy_j: float | None = None
+    """Energy of all devices by the run's clock; None: the cost model knows no energy, or time was real."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,6 +79,26 @@ class RequestArrived(Record):
     slo_tbt_ns: int | None = None
     parent: str | None = None
     """The request that computes its prompt, if it is a further sample of one."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestHeld(Record):
+    """The router keeps a request that has just arrived: here and in its arrival ``engine`` is ``ROUTER``."""
+
+    ev = "held"
+    request: str
+    until_ns: int
+    """When the router is asked again at the latest."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestRouted(Record):
+    """A request that the router held goes to an engine."""
+
+    ev = "routed"
+    request: str
+    source: int
+    """Where it was: ``ROUTER``."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -279,6 +304,8 @@ RECORDS: dict[str, type[Record]] = {
     for cls in (
         RunStarted,
         RequestArrived,
+        RequestHeld,
+        RequestRouted,
         RequestAdmitted,
         RequestForked,
         Planned,

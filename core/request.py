@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -107,6 +107,16 @@ class Truth:
 def sample_id(id: str, sample: int) -> str:
     """Id of one of the outputs drawn from the prompt of request ``id``: ``r7``, ``r7#1``, ``r7#2``, ..."""
     return f"{id}#{sample}" if sample else id
+
+
+def samples_of(spec: RequestSpec) -> list[RequestSpec]:
+    """The outputs drawn from one prompt, as requests of their own; the further ones are no turns of its
+    program.
+    """
+    if spec.n == 1:
+        return [spec]
+    alone = replace(spec, n=1, program=None, turn=0, is_last_turn=True, tool=None)
+    return [spec, *(replace(alone, id=sample_id(spec.id, k), sample=k) for k in range(1, spec.n))]
 
 
 @dataclass(frozen=True, slots=True)

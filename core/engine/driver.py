@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from servelab.core.engine.engine import Engine
 from servelab.core.errors import PluginCallError, PluginError, ServeLabError, StallError, WorkloadError
@@ -31,12 +31,17 @@ from servelab.core.events import (
     Timer,
     TransferDone,
 )
-from servelab.core.families.cost import CostModel
+from servelab.core.families.cost import CostModel, meter_of
 from servelab.core.families.executor import Executor
 from servelab.core.families.workload import Workload
 from servelab.core.records import Record, RequestFinished
 from servelab.core.request import Arrival, Cancel, RequestSpec, Truth, sample_id
 
+if TYPE_CHECKING:
+    from servelab.core.cluster.cluster import Cluster
+
+CLUSTER = -1
+"""Engine index of entries that are the cluster's."""
 _SCHEDULE = Schedule()
 _TIMER = Timer()
 T = TypeVar("T")
@@ -50,6 +55,8 @@ class Flying:
     ends_ns: list[int]
     cut: bool = False
     """Replaced by a shorter one: its entry on the heap means nothing any more."""
+    joules: Sequence[float] = ()
+    """Of each step, beyond an idle device's; empty: the cost model knows no energy."""
 
 
 class Driver:
@@ -64,6 +71,7 @@ class Driver:
         truths: filled with the true outcome of each live request; executors and oracles read it.
         emit: takes every record.
         dispatch: engine index for an arriving request; default: the first.
+        cluster: the router's side of several engines, in place of ``dispatch``.
     """
 
     def __init__(
@@ -76,6 +84,7 @@ class Driver:
         truths: dict[str, Truth],
         emit: Callable[[Record], None],
         dispatch: Callable[[RequestSpec], int] | None = None,
+        cluster: Cluster | None = None,
     ) -> None:
         if not len(engines) == len(executors) == len(costs) or not engines:
             raise ValueError("one executor and one cost model per engine, and at least one engine")
@@ -87,6 +96,7 @@ class Driver:
         self.now_ns = 0
         self._emit = emit
         self._dispatch = dispatch or (lambda spec: 0)
+        self._cluster = cluster
         self._home: dict[str, int] = {}
         self._arrivals: Iterator[Arrival | Cancel] = iter(())
         self._upcoming: Arrival | Cancel | None = None
@@ -105,6 +115,16 @@ class Driver:
         """Per engine, timed launches in flight by their number."""
         self._lane_end: dict[tuple[int, int], int] = {}
         self._touched: set[int] = set()
+        self._joules = 0.0
+        """Of steps that ended, beyond an idle device's."""
+
+    @property
+    def energy_j(self) -> float | None:
+        """Of all devices until now; None: a cost model knows no energy."""
+        idle = [meter.idle_watts for cost in self.costs if (meter := meter_of(cost)) is not None]
+        if len(idle) < len(self.costs):
+            return None
+        return sum(idle) * self.now_ns / 1e9 + self._joules
 
     def run(self) -> None:
         """Serve the workload to its end.
@@ -115,6 +135,8 @@ class Driver:
         try:
             self._arrivals = iter(self._guard("workload", self.workload.arrivals))
             self._upcoming = self._next_item(0)
+            if self._cluster is not None:
+                self._cluster.attach(self)
             self._loop()
             for engine in self.engines:  # contexts still kept between turns are let go
                 self._do(engine.index, engine.stop(self.now_ns, "the run is over"), self.now_ns)
@@ -134,6 +156,8 @@ class Driver:
         now = max(self.now_ns, self._handed_ns)
         for engine in self.engines:
             records += [c.record for c in engine.stop(now, reason) if isinstance(c, Emit)]
+        if self._cluster is not None:
+            records += self._cluster.stop(now, reason)
         noted = False
         for record in records:
             try:
@@ -148,10 +172,14 @@ class Driver:
         """Nothing is left but timers, and they have nobody to wake."""
         if self._upcoming is not None or self._events:
             return False
+        if self._cluster is not None and self._cluster.busy:
+            return False
         return not any(engine.requests or engine.in_flight for engine in self.engines)
 
     def _check_stall(self) -> None:
         """Nothing will ever happen again: every request must have ended."""
+        if self._cluster is not None:
+            self._cluster.check_stall(self.now_ns)
         for engine in self.engines:
             if engine.requests:
                 raise StallError(
@@ -204,19 +232,29 @@ class Driver:
 
     def _schedule_touched(self, now: int) -> None:
         now = self._handed_ns = max(now, self._handed_ns)
+        if self._cluster is not None:
+            self._cluster.settle(now)
         touched = sorted(self._touched)
         self._touched.clear()
         for index in touched:
             self._do(index, self.engines[index].handle(_SCHEDULE, now), now)
+        if self._cluster is not None:
+            self._cluster.arrange(now)
         self._skip_void()
 
     def _fire(self, index: int, what: Any, now: int) -> None:
         if isinstance(what, Flying):
             del self._flying[index][what.batch.launch]
+            self._joules += sum(what.joules)
             self._deliver(index, self._ended(index, what.batch, what.ends_ns), now)
         elif isinstance(what, Arrival):
             self._arrive(what, now)
+        elif index == CLUSTER:
+            assert self._cluster is not None
+            self._cluster.woke(now)
         elif isinstance(what, Cancel):
+            if self._cluster is not None and self._cluster.cancelled(what.request_id, now):
+                return
             home = self._home.get(what.request_id)
             # that sample has ended, others of its prompt may live: engines ignore ids they do not know
             for index in range(len(self.engines)) if home is None else (home,):
@@ -258,7 +296,10 @@ class Driver:
                 why="it must give one price of at least 1 ns per step",
                 do="mend the cost model's price()",
             )
-        self._fly(index, Flying(batch, list(accumulate(prices, initial=start))[1:]))
+        flying = Flying(batch, list(accumulate(prices, initial=start))[1:])
+        if (meter := meter_of(self.costs[index])) is not None:
+            flying.joules = self._guard(f"cost model of engine {index}", meter.energy, batch, batch.steps)
+        self._fly(index, flying)
 
     def _fly(self, index: int, flying: Flying) -> None:
         self._flying[index][flying.batch.launch] = flying
@@ -303,11 +344,13 @@ class Driver:
             flying.cut = True
             self._events -= 1
             del self._flying[index][batch.launch]
+            self._joules += sum(flying.joules[:done])
             more = not done or ends[done - 1] < now
             if more:
-                self._fly(index, Flying(batch, ends[done : done + 1]))
+                self._fly(index, Flying(batch, ends[done : done + 1], joules=flying.joules[done : done + 1]))
             else:
                 self._lane_end[index, batch.lane] = now
+                self._touched.add(index)
             if done:
                 event = self._ended(index, batch, ends[:done], more)
                 self._do(index, self.engines[index].handle(event, now), now)
@@ -327,6 +370,8 @@ class Driver:
             self._emit(command.record)
             if isinstance(command.record, RequestFinished):
                 self._finished(command.record)
+            if self._cluster is not None:
+                self._cluster.saw(command.record)
         elif isinstance(command, Launch):
             self._launch(index, command.batch, now)
         elif isinstance(command, Interrupt):
@@ -369,6 +414,9 @@ class Driver:
         if item.truth is not None:
             for k in range(spec.n):
                 self.truths[sample_id(spec.id, k)] = item.truth.of(k)
+        if self._cluster is not None:
+            self._cluster.arrived(spec, now)
+            return
         index = self._guard("dispatch", self._dispatch, spec)
         if type(index) is not int or not 0 <= index < len(self.engines):
             raise PluginError(
@@ -376,9 +424,13 @@ class Driver:
                 why=f"there are {len(self.engines)} engines",
                 do="answer with an index of the engines given to the driver",
             )
+        self.send(index, spec, now)
+
+    def send(self, index: int, spec: RequestSpec, now: int, since_ns: int | None = None) -> None:
+        """Hand a request to an engine; ``since_ns``: when it arrived, if that was before."""
         if len(self.engines) > 1:
             self._home |= dict.fromkeys((sample_id(spec.id, k) for k in range(spec.n)), index)
-        self._deliver(index, Arrive(spec), now)
+        self._deliver(index, Arrive(spec, since_ns), now)
 
     def _finished(self, record: RequestFinished) -> None:
         """Forget a request and accept what follows from its end."""
@@ -393,6 +445,39 @@ class Driver:
                     do="react with items at or after the record's time",
                 )
             self._accept(item)
+
+    # ---------------------------------------------------------- for a cluster
+
+    def sync(self, index: int, now: int) -> None:
+        """Bring an engine up to date: what its held launches have done by now."""
+        if self._flying[index]:
+            self._cut(index, now)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request is live in one of several engines."""
+        return request_id in self._home
+
+    def next_step_end(self, now: int) -> int | None:
+        """When a step of any launch in flight ends next, if that is known."""
+        ends = [
+            flying.ends_ns[bisect_right(flying.ends_ns, now)]
+            for flights in self._flying
+            for flying in flights.values()
+            if flying.ends_ns[-1] > now
+        ]
+        return min(ends, default=None)
+
+    def wake_cluster(self, at_ns: int) -> None:
+        """Call the cluster's ``woke`` then, if the run still lasts."""
+        if (CLUSTER, at_ns) not in self._timers:
+            self._timers.add((CLUSTER, at_ns))
+            self._push(at_ns, Timer.ORDER, CLUSTER, _TIMER)
+
+    def tell(self, record: Record) -> None:
+        """A record of something that happened in no engine."""
+        self._emit(record)
+        if isinstance(record, RequestFinished):
+            self._finished(record)
 
 
 _END: Any = object()

@@ -15,7 +15,7 @@ from servelab.core.engine.lane import Lane
 from servelab.core.engine.ledger import Ledger, Transfer
 from servelab.core.engine.reuse import Reuse
 from servelab.core.engine.samples import Samples
-from servelab.core.engine.state import Request
+from servelab.core.engine.state import Request, arrival_record
 from servelab.core.engine.validate import PlanCheck
 from servelab.core.engine.views import Expiring, ProgramView, StepView, renew_view, renew_views
 from servelab.core.errors import LedgerError, PluginCallError, PluginError, ServeLabError, WorkloadError
@@ -48,7 +48,6 @@ from servelab.core.records import (
     Planned,
     Record,
     RequestAdmitted,
-    RequestArrived,
     RequestFinished,
     RequestPreempted,
     StepDone,
@@ -56,7 +55,7 @@ from servelab.core.records import (
     TransferEnded,
     TransferStarted,
 )
-from servelab.core.request import Phase, RequestSpec, RequestView, sample_id
+from servelab.core.request import Phase, RequestSpec, RequestView, sample_id, samples_of
 
 T = TypeVar("T")
 
@@ -350,15 +349,17 @@ class Engine:
                 do="mend the workload",
             )
         self._break_holds()
-        r = self._welcome(spec)
+        since_ns = event.since_ns
+        r = self._welcome(spec, None, since_ns)
         self.waiting[r.id] = r
         if spec.program is not None:
-            program = self.programs.setdefault(spec.program, ProgramView(spec.program, self.now_ns))
+            program = self.programs.setdefault(spec.program, ProgramView(spec.program, r.arrival_ns))
             program.turns += 1
             program.live += 1
             r.program_arrival_ns = program.arrival_ns
         if spec.n > 1:
-            self.samples.arrived(r, [self._welcome(one, r.id) for one in self.samples.specs(spec)])
+            further = samples_of(spec)[1:]
+            self.samples.arrived(r, [self._welcome(one, r.id, since_ns) for one in further])
         if self._lost is not None:
             self._end(r, "failed", self._lost)
         elif spec.prompt_tokens >= self.limits.max_model_len:
@@ -371,33 +372,19 @@ class Engine:
         else:
             self.contexts.adopt(r)
 
-    def _welcome(self, spec: RequestSpec, parent: str | None = None) -> Request:
+    def _welcome(self, spec: RequestSpec, parent: str | None, since_ns: int | None) -> Request:
         """A live request, in no queue yet; its arrival is told."""
         room = self.limits.max_model_len - spec.prompt_tokens
-        r = Request(spec, self.now_ns, min(spec.max_new_tokens, max(room, 1)), self.ledger.open(spec.id))
+        came_ns = self.now_ns if since_ns is None else since_ns
+        r = Request(spec, came_ns, min(spec.max_new_tokens, max(room, 1)), self.ledger.open(spec.id))
         r.home = self
         self.requests[r.id] = r
         self.arrived += 1
-        slo = spec.slo
-        self.emit(
-            RequestArrived(
-                t_ns=self.now_ns,
-                engine=self.index,
-                request=r.id,
-                prompt_tokens=spec.prompt_tokens,
-                max_new_tokens=spec.max_new_tokens,
-                request_class=spec.request_class,
-                priority=spec.priority,
-                tenant=spec.tenant,
-                program=spec.program,
-                turn=spec.turn,
-                slo_ttft_ns=slo.ttft_ns if slo else None,
-                slo_tpot_ns=slo.tpot_ns if slo else None,
-                slo_e2el_ns=slo.e2el_ns if slo else None,
-                parent=parent,
-                slo_tbt_ns=slo.tbt_ns if slo else None,
-            )
-        )
+        record = arrival_record(spec, r.arrival_ns, self.index, parent)
+        if since_ns is None:
+            self.emit(record)
+        else:  # the router told it, when it came
+            self._teach(record)
         return r
 
     def _abort(self, event: Abort) -> None:
@@ -592,6 +579,9 @@ class Engine:
     def emit(self, record: Record) -> None:
         """Report what happened, to the driver and to a scheduler that learns."""
         self._out.append(Emit(record))
+        self._teach(record)
+
+    def _teach(self, record: Record) -> None:
         if self._learn is not None:
             self.call(self._learn, record, f"on_event(), record {record.ev!r}")
 

@@ -15,6 +15,7 @@ from servelab.core.errors import PluginCallError, PluginError, ServeLabError
 from servelab.core.families.prefix import Content, PrefixStore, Provenance, Span
 from servelab.core.plan import Background, Tokens
 from servelab.core.records import PagesEvicted
+from servelab.core.request import RequestSpec
 
 if TYPE_CHECKING:
     from servelab.core.engine.engine import Engine
@@ -76,6 +77,15 @@ class Reuse:
         r.lease.hit = spans
         r.computed = r.cached = tokens
         r.pending = length - tokens
+
+    def known_tokens(self, spec: RequestSpec) -> int:
+        """Leading tokens of a prompt that the store has; changes nothing."""
+        if spec.prompt_ids is None:
+            return 0
+        r = Request(spec, 0, 1, Lease(spec.id, len(self._engine.layout.pools)))
+        content, provenance = self._content(r, spec.prompt_tokens), self._provenance(r)
+        spans = self._call(self._store.match, content, provenance, self._engine.now_ns, readonly=True)
+        return self._checked(spans, spec.prompt_tokens, r) if spans else 0
 
     def _hold(self, r: Request) -> None:
         lease = r.lease

@@ -8,7 +8,6 @@ One that cannot share waits like a preempted request and computes the prompt its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from servelab.core.engine.state import Request
@@ -16,7 +15,7 @@ from servelab.core.errors import PluginError
 from servelab.core.events import Batch, LaunchDone
 from servelab.core.plan import Outcome
 from servelab.core.records import RequestAdmitted, RequestForked, TokensEmitted
-from servelab.core.request import Phase, RequestSpec, sample_id
+from servelab.core.request import Phase
 
 if TYPE_CHECKING:
     from servelab.core.engine.engine import Engine
@@ -35,11 +34,6 @@ class Samples:
         self._live: dict[str, list[Request]] = {}
         self.forking = 0
         """Samples whose prompt is being computed by a request that is not waiting (any more, or again)."""
-
-    def specs(self, spec: RequestSpec) -> list[RequestSpec]:
-        """The further samples of a request, as requests of their own: no turns of its program."""
-        alone = replace(spec, n=1, program=None, turn=0, is_last_turn=True, tool=None)
-        return [replace(alone, id=sample_id(spec.id, k), sample=k) for k in range(1, spec.n)]
 
     def arrived(self, first: Request, others: Sequence[Request]) -> None:
         """The others wait for the prompt of the first."""

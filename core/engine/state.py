@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from servelab.core.plan import Tokens
+from servelab.core.records import RequestArrived
 from servelab.core.request import Phase, RequestSpec, RequestView
 
 if TYPE_CHECKING:
@@ -55,6 +56,28 @@ class Lease:
         """Leading full pages that were offered to the store, or came from it."""
         self.kept: list[tuple[int, int]] = []
         """(pool, page): gone from its tables, held until the store knows that it has let go."""
+
+
+def arrival_record(spec: RequestSpec, t_ns: int, engine: int, parent: str | None = None) -> RequestArrived:
+    """What is told of a request when it arrives."""
+    slo = spec.slo
+    return RequestArrived(
+        t_ns=t_ns,
+        engine=engine,
+        request=spec.id,
+        prompt_tokens=spec.prompt_tokens,
+        max_new_tokens=spec.max_new_tokens,
+        request_class=spec.request_class,
+        priority=spec.priority,
+        tenant=spec.tenant,
+        program=spec.program,
+        turn=spec.turn,
+        slo_ttft_ns=slo.ttft_ns if slo else None,
+        slo_tpot_ns=slo.tpot_ns if slo else None,
+        slo_e2el_ns=slo.e2el_ns if slo else None,
+        parent=parent,
+        slo_tbt_ns=slo.tbt_ns if slo else None,
+    )
 
 
 class Request:

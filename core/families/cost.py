@@ -3,14 +3,18 @@
 Intent: say how long a launch takes on some hardware, from shapes alone. The same object drives the
 virtual clock, answers schedulers' what-if questions, and is held to measurements by ``task=validate``.
 
-Capabilities: ``cost.lanes`` (prices concurrent lanes), ``cost.energy``, ``cost.quant`` (prices the formats of
-a quantizer; without it, a quantized run on the virtual clock is stamped).
+Capabilities: ``cost.lanes`` (prices concurrent lanes), ``cost.energy`` (``EnergyModel``, where the device's
+power is known), ``cost.quant`` (prices the formats of a quantizer; without it, a quantized run on the virtual
+clock is stamped).
+
+A cost model may have ``describe() -> dict``, in JSON types: the figures it prices with and where each is
+from. Runs and reports show them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from servelab.core.engine.ledger import Transfer
@@ -24,10 +28,35 @@ class CostModel(Protocol):
         """Nanoseconds of each of the ``steps`` steps, each at least 1.
 
         Equal to ``steps`` single calls on batches whose starts have moved on by one token per step.
-        Monotone in every token count and every context length.
+        Monotone in every token count, drafts included, and every context length. The order of the requests
+        does not matter.
         """
         ...
 
     def transfer_time(self, transfer: Transfer) -> int:
         """Nanoseconds of a transfer that has its link to itself, at least 1."""
         ...
+
+
+class EnergyModel(CostModel, Protocol):
+    """With ``cost.energy``."""
+
+    idle_watts: float | None
+    """Power of all devices of the instance while they do nothing; None: not known, and nothing is told."""
+
+    def energy(self, batch: Batch, steps: int) -> Sequence[float]:
+        """Joules of each step, as in ``price``, beyond what idle devices take."""
+        ...
+
+
+class Meter(Protocol):
+    """An ``EnergyModel`` whose devices' power is known."""
+
+    idle_watts: float
+
+    def energy(self, batch: Batch, steps: int) -> Sequence[float]: ...
+
+
+def meter_of(cost: Any) -> Meter | None:
+    """The cost model itself, if it knows energy."""
+    return None if getattr(cost, "idle_watts", None) is None else cost

@@ -43,6 +43,7 @@ def identity(timeline: Timeline) -> dict[str, Any]:
         "clock": info.get("clock"),
         "wall_s": last.wall_s if last else None,
         "peak_rss_bytes": last.peak_rss_bytes if last else None,
+        "energy_j": last.energy_j if last else None,
     }
 
 

@@ -21,6 +21,7 @@ from servelab.core.records import (
     RequestFinished,
     RequestForked,
     RequestPreempted,
+    RequestRouted,
     StepDone,
     TransferEnded,
     TransferStarted,
@@ -73,6 +74,7 @@ class Phases:
         """Requests whose phase a step may change."""
         self._feeders: dict[str, Callable[[Any], Sequence[Change]]] = {
             RequestArrived.ev: self._arrived,
+            RequestRouted.ev: self._routed,
             RequestAdmitted.ev: self._admitted,
             StepDone.ev: self._step,
             RequestForked.ev: self._forked,
@@ -108,6 +110,12 @@ class Phases:
     def _arrived(self, r: RequestArrived) -> Sequence[Change]:
         self.live.setdefault(r.engine, {})[r.request] = Live(r.t_ns)
         return (Change(r.request, "queued", r.t_ns),)
+
+    def _routed(self, r: RequestRouted) -> Sequence[Change]:
+        one = self.live.get(r.source, {}).pop(r.request, None)
+        if one is not None:
+            self.live.setdefault(r.engine, {})[r.request] = one
+        return ()
 
     def _admitted(self, r: RequestAdmitted) -> Sequence[Change]:
         one = self._get(r, r.request)

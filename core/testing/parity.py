@@ -156,7 +156,7 @@ def served(
     try:
         run.task.run(run)
     finally:
-        run.executor.close()
+        run.close()
     return keep.records
 
 

@@ -186,7 +186,6 @@ class Parts:
             do=f"state settings that fit: config = {{{kind!r}: {{...}}}}",
         ) from last
 
-
     def _settings(self, model: type[BaseModel] | None) -> dict[str, Any]:
         """Small values of settings; a plugin within keeps its name."""
         drawn = {}

@@ -27,6 +27,11 @@ ORCA = Paper(
     year=2022,
     id="OSDI 2022",
 )
+FASTGEN = Paper(
+    title="DeepSpeed-FastGen: High-throughput Text Generation for LLMs via MII and DeepSpeed-Inference",
+    year=2024,
+    id="arXiv:2401.08671",
+)
 
 HELD = "Steady decoding is held (StepPlan.hold), also while the queue is blocked; the steps are equal."
 ALONE = (
@@ -229,7 +234,7 @@ TABLE = (
             "A prompt longer than chunk_schedule_max_tokens stays at the last stage; the released code "
             "stops there.",
         ),
-        provides=frozenset({"scheduler.chunks"}),
+        provides=frozenset({"scheduler.ahead", "scheduler.chunks"}),
     ),
     PluginSpec(
         name="orca",
@@ -249,6 +254,46 @@ TABLE = (
             "decode find no page: the youngest is dropped then.",
             "One batch is in flight; the paper's pipelines have one per stage.",
         ),
+        provides=frozenset({"scheduler.ahead"}),
+    ),
+    PluginSpec(
+        name="static_batch",
+        factory="servelab.plugins.schedulers.static_batch:StaticBatch",
+        config="servelab.plugins.schedulers.static_batch:StaticBatchConfig",
+        summary="request-level batching: a batch runs until its last member has finished, then the next",
+        paper=ORCA,
+        deviations=(
+            HELD,
+            "An iteration has engine.max_batch_tokens tokens, the port has no limit: a batch ends where "
+            "its prompts fill one, and a prompt that is longer is rejected.",
+            "The reservation is an account over the KV cache's pages; each of several samples reserves "
+            "for itself. The first of a batch is admitted as soon as its prompt fits. Only in pools that "
+            "shrink during a run, or with reserve=kvcache over a cache that reserves nothing, may a "
+            "decode find no page: the youngest is dropped then.",
+            "With keep_padding a finished place costs the FLOPs of a token as long as the batch's longest "
+            "request, as background work that cost models price by itself; what it would read of KV is "
+            "not priced. It runs where nothing is timed for real: the torch executor refuses background "
+            "work.",
+            "KV of finished members is free at once, also with keep_padding: nobody could be admitted to "
+            "it before the batch ends.",
+        ),
+        provides=frozenset({"scheduler.ahead"}),
+    ),
+    PluginSpec(
+        name="splitfuse",
+        factory="servelab.plugins.schedulers.splitfuse:SplitFuse",
+        config="servelab.plugins.schedulers.splitfuse:SplitFuseConfig",
+        summary="Dynamic SplitFuse: passes of one size, long prompts cut and short ones put together",
+        paper=FASTGEN,
+        deviations=(
+            HELD,
+            "A reset keeps its place behind everybody who had arrived by then; others keep the order of "
+            "the queue.",
+            "In pools with a window, what is left of a prompt counts no more than the window and a pass.",
+            "Passes are planned while the one before runs only with engine.max_in_flight=2; a request in "
+            "flight is not reset then.",
+        ),
+        provides=frozenset({"scheduler.ahead", "scheduler.chunks"}),
     ),
 )
 

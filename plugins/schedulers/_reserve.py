@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from servelab.core.api import RequestView, StepView
+from servelab.core.api import KVBudget, RequestView, StepPlan, StepView
 
 Reserve = Literal["request_max", "model_max", "kvcache"]
 
@@ -42,7 +42,7 @@ class Reservations:
         most = self._longest
         if self._reserve == "request_max":
             most = request.prompt_tokens + request.max_new_tokens
-        need = list(kv.pages_needed(request, most - request.computed_tokens))
+        need = list(kv.pages_needed(request, most - request.computed_tokens - request.in_flight_tokens))
         if not (self._windows or request.forks):
             return need
         held = request.pages
@@ -74,3 +74,74 @@ class Reservations:
 
     def _add(self, pages: list[int]) -> None:
         self._promised = [a + b for a, b in zip(self._promised, pages, strict=True)]
+
+
+class Door:
+    """Admits waiting requests to one step: prompts run whole, and all they may need is reserved.
+
+    Args:
+        view: of this call.
+        plan: where work, rejections and reasons go.
+        running: who runs.
+        pages: what is free now.
+        most: running requests at most.
+        reserve: see ``Reservations``.
+    """
+
+    def __init__(
+        self,
+        view: StepView,
+        plan: StepPlan,
+        running: list[RequestView],
+        pages: KVBudget,
+        most: int,
+        reserve: Reserve,
+    ) -> None:
+        self.shut = False
+        """Somebody did not fit: nobody after them is let in."""
+        self._view, self._plan, self._pages, self._most = view, plan, pages, most
+        self._reserve: Reserve = reserve
+        self._running = running
+        self._reservations: Reservations | None = None
+        self.seats = len(running) + view.forking
+        """Places taken, with those of samples still to start."""
+        self._limit = view.limits.max_batch_tokens
+        self._left = self._limit - len(plan.work)
+
+    def opens(self, request: RequestView) -> bool:
+        """Let the next one in, refuse it for good, or keep it and everybody after it waiting (False)."""
+        n, seats = request.pending_tokens, self.seats
+        if n > self._limit:
+            what = f"its prompt of {n} tokens runs whole; engine.max_batch_tokens is {self._limit}"
+            return self._refuse(request, what)
+        if seats and seats + request.forks >= self._most:
+            return self._keep(request, f"max_num_seqs {self._most} reached")
+        if n > self._left:
+            return self._keep(request, f"prompt of {n} tokens, {self._left} left in this iteration")
+        reserved = self._reservations or Reservations(self._view, self._reserve, self._running)
+        self._reservations = reserved
+        if not reserved.reserve(request):
+            if request.forks and reserved.never(request):
+                there = self._view.kv.total_pages
+                what = f"its {1 + request.forks} samples may need more than {there} KV pages"
+                return self._refuse(request, what)
+            if seats or request.forks:  # else nothing would ever change the answer
+                return self._keep(request, f"{reserved.free} KV pages are not reserved")
+        if not self._pages.take(request, n):
+            return self._keep(request, f"out of KV pages for its prompt: {self._pages.free} free")
+        self._plan.run(request, n)
+        self._left -= n
+        self.seats += 1 + request.forks
+        return True
+
+    def _keep(self, request: RequestView, reason: str) -> bool:
+        self._plan.defer(request, reason)
+        self.shut = True
+        return False
+
+    def _refuse(self, request: RequestView, reason: str) -> bool:
+        if request.admitted_ns is None:
+            self._plan.reject(request, reason)
+        else:  # it ran before: a sample that could not share its prompt's pages, or one that was dropped
+            self._plan.abort(request, reason)
+        return True

@@ -38,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from servelab.core.api import Context, Hold, KVBudget, RequestView, StepPlan, StepView
 from servelab.plugins.schedulers._decode import decode
 from servelab.plugins.schedulers._device import check_device
-from servelab.plugins.schedulers._reserve import Reservations, Reserve
+from servelab.plugins.schedulers._reserve import Door, Reserve
 
 
 class OrcaConfig(BaseModel):
@@ -67,61 +67,16 @@ class Orca:
     def plan(self, view: StepView) -> StepPlan:
         plan, pages = StepPlan(), view.kv.budget()
         running = list(view.running)
-        decode(plan, running, pages, self.config.max_num_seqs)
-        changed = bool(plan.preemptions)
-        if not changed and len(view.waiting):
-            changed = self._admit(view, plan, running, pages)
-        if plan.work and not changed and self.config.hold_steps > 1:
+        short = decode(plan, running, pages, self.config.max_num_seqs)
+        steady = not short and len(plan.work) == len(running) > 0
+        if not short and len(view.waiting):
+            steady = not self._admit(view, plan, running, pages) and steady
+        if steady and self.config.hold_steps > 1:
             # who waits keeps waiting: places and reservations only come back at an event
             plan.hold = Hold(self.config.hold_steps)
         return plan
 
     def _admit(self, view: StepView, plan: StepPlan, running: list[RequestView], pages: KVBudget) -> bool:
         """Waiting requests in order, up to the first that does not fit; True if any was let in or refused."""
-        most, limit = self.config.max_num_seqs, view.limits.max_batch_tokens
-        seats, left = len(running) + view.forking, limit - len(plan.work)
-        reserved: Reservations | None = None
-        changed = False
-        for request in view.waiting:
-            n = request.pending_tokens
-            if n > limit:
-                refuse(
-                    plan, request, f"prompt of {n} tokens, engine.max_batch_tokens is {limit}: it runs whole"
-                )
-                changed = True
-                continue
-            if seats and seats + request.forks >= most:
-                plan.defer(request, f"max_num_seqs {most} reached")
-                break
-            if n > left:
-                plan.defer(request, f"prompt of {n} tokens, {left} left in this iteration")
-                break
-            reserved = reserved or Reservations(view, self.config.reserve, running)
-            if not reserved.reserve(request):
-                if request.forks and reserved.never(request):
-                    refuse(
-                        plan,
-                        request,
-                        f"its {1 + request.forks} samples may need more than {view.kv.total_pages} KV pages",
-                    )
-                    changed = True
-                    continue
-                if seats or request.forks:
-                    plan.defer(request, f"{reserved.free} KV pages are not reserved")
-                    break
-            if not pages.take(request, n):
-                plan.defer(request, f"out of KV pages for its prompt: {pages.free} free")
-                break
-            plan.run(request, n)
-            left -= n
-            seats += 1 + request.forks
-            changed = True
-        return changed
-
-
-def refuse(plan: StepPlan, request: RequestView, reason: str) -> None:
-    """End a waiting request that can never run."""
-    if request.admitted_ns is None:
-        plan.reject(request, reason)
-    else:
-        plan.abort(request, reason)
+        door = Door(view, plan, running, pages, self.config.max_num_seqs, self.config.reserve)
+        return any([door.opens(request) for request in view.waiting if not door.shut])

@@ -137,13 +137,12 @@ class Sarathi:
         for request in prompts:
             pages.promise(request)
 
-        decode(plan, running, pages, config.max_num_seqs)
+        short = decode(plan, running, pages, config.max_num_seqs)
+        steady = not short and len(plan.work) == len(running) > 0
         used = self._go_on(plan, prompts, pages)
-        admitted = False
-        if not plan.preemptions:
-            admitted = self._admit(view, plan, len(running) + view.forking, used, pages)
-        steady = not (plan.preemptions or prompts or admitted)
-        if steady and plan.work and config.hold_steps > 1:
+        if not short and not plan.preemptions:
+            steady = not self._admit(view, plan, len(running) + view.forking, used, pages) and steady
+        if steady and config.hold_steps > 1:
             # who waits keeps waiting: pages and places only come back at an event
             plan.hold = Hold(config.hold_steps)
         return plan

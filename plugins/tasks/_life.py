@@ -18,7 +18,11 @@ Status = Literal["ok", "interrupted", "failed"]
 
 
 def announced(
-    run: Run, info: Mapping[str, Any], work: Callable[[Bus], None], now_ns: Callable[[], int]
+    run: Run,
+    info: Mapping[str, Any],
+    work: Callable[[Bus], None],
+    now_ns: Callable[[], int],
+    energy_j: Callable[[], float | None] = lambda: None,
 ) -> None:
     """Do a task's work between the first and the last record of its run; the executor is always closed.
 
@@ -27,6 +31,7 @@ def announced(
         info: what the first record says.
         work: gets the bus.
         now_ns: time of the last record.
+        energy_j: until then.
 
     Raises:
         The first error, when everything is wound up; what fails meanwhile is noted on it.
@@ -39,10 +44,10 @@ def announced(
         work(bus)
     except BaseException as exc:
         error = exc
-    error = _attempt(run.executor.close, "closing the executor", error)
+    error = _attempt(run.close, "closing the executor", error)
     if bus is not None:
         status, reason = _ending(error)
-        last = RunFinished(t_ns=now_ns(), status=status, reason=reason, **usage.cost())
+        last = RunFinished(t_ns=now_ns(), status=status, reason=reason, energy_j=energy_j(), **usage.cost())
         error = _attempt(partial(bus.emit, last), "ending the run", error)
     if error is not None:
         raise error

@@ -10,7 +10,7 @@ Deviations: none. Tier: stable.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from servelab.core import quality
 from servelab.core.api import Context
@@ -34,26 +34,23 @@ class Bench:
 
         def serve(bus: Bus) -> None:
             nonlocal driver
-            run.engine.plan_log = bus.listens("planned")
-            run.engine.token_log = bus.asks("tokens")
             driver = _driver(run, bus)
             driver.run()
             heard = bus.listens("quality")
             if heard and run.config.quant and run.quantizer and run.info["quality"]["measured"]:
                 quality.measure(run, {run.config.quant.name: run.quantizer}, bus.emit, driver.now_ns)
 
-        announced(run, run.info, serve, lambda: driver.now_ns if driver else 0)
+        announced(
+            run,
+            run.info,
+            serve,
+            lambda: driver.now_ns if driver else 0,
+            lambda: driver.energy_j if driver else None,
+        )
 
 
 def _driver(run: Run, bus: Bus) -> Driver:
-    parts: dict[str, Any] = {
-        "engines": [run.engine],
-        "executors": [run.executor],
-        "costs": [run.cost],
-        "workload": run.workload,
-        "truths": run.truths,
-        "emit": bus.emit,
-    }
+    parts = run.for_driver(bus)
     if run.config.clock.name == "virtual":
         from servelab.core.engine.virtual import VirtualDriver
 

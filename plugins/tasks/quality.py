@@ -55,7 +55,7 @@ class QualityTask:
             choices = self._choices(run)
             quantizers = {label: another_quantizer(run, choice) for label, choice in choices.items()}
         except BaseException:
-            run.executor.close()
+            run.close()
             raise
         found: dict[str, QualityMeasured] = {}
 

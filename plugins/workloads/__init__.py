@@ -8,6 +8,19 @@ from servelab.core.api import Paper, PluginSpec, hookimpl
 
 TABLE = (
     PluginSpec(
+        name="azure",
+        factory="servelab.plugins.workloads.azure:Azure",
+        config="servelab.plugins.workloads.azure:AzureConfig",
+        summary="open loop: the Azure LLM inference traces, code and conversation",
+        paper=Paper(
+            title="Splitwise: Efficient Generative LLM Inference Using Phase Splitting",
+            year=2024,
+            id="arXiv 2311.18677",
+        ),
+        provides=frozenset({"workload.prompt_ids", "workload.truth"}),
+        tier="stable",
+    ),
+    PluginSpec(
         name="burstgpt",
         factory="servelab.plugins.workloads.burstgpt:BurstGPT",
         config="servelab.plugins.workloads.burstgpt:BurstGPTConfig",
@@ -45,6 +58,25 @@ TABLE = (
         config="servelab.plugins.workloads.closed_loop:ClosedLoopConfig",
         summary="closed loop: clients that ask again when they are answered, lengths from laws",
         provides=frozenset({"workload.prompt_ids", "workload.truth", "workload.closed_loop"}),
+        tier="stable",
+    ),
+    PluginSpec(
+        name="mooncake",
+        factory="servelab.plugins.workloads.mooncake:Mooncake",
+        config="servelab.plugins.workloads.mooncake:MooncakeConfig",
+        summary="open loop: the Mooncake traces, long prompts whose hashes say what they share",
+        paper=Paper(
+            title="Mooncake: A KVCache-centric Disaggregated Architecture for LLM Serving",
+            year=2025,
+            id="arXiv 2407.00079",
+        ),
+        deviations=(
+            "Where at least half of the gaps are 0, times inside a tick are drawn uniformly, in the order of "
+            "the file; the tick is the median gap between different stamps. ``spread_ticks: false`` replays "
+            "the stamps.",
+            "Tokens are made up: prompts that share no block share no token prefix but by chance.",
+        ),
+        provides=frozenset({"workload.prompt_ids", "workload.truth"}),
         tier="stable",
     ),
     PluginSpec(

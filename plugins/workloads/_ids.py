@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
-from typing import overload
+from typing import Any, overload
 
 
-class DrawnIds(Sequence[int]):
-    """``length`` token ids, uniform over ``[0, vocab)``; equal keys give equal ids."""
+class MadeWhenRead(Sequence[int]):
+    """Token ids that follow from a few values, ``recipe``; equal recipes are equal ids."""
 
-    __slots__ = ("_ids", "key", "length", "vocab")
+    __slots__ = ("_ids", "length", "recipe")
 
-    def __init__(self, key: str, length: int, vocab: int) -> None:
-        self.key, self.length, self.vocab = key, length, vocab
+    def __init__(self, length: int, *recipe: Any) -> None:
+        self.length, self.recipe = length, recipe
         self._ids: array[int] | None = None
 
-    def _made(self) -> array[int]:
-        if self._ids is None:
-            self._ids = uniform_ids(self.length, self.vocab, Random(self.key))
-        return self._ids
+    def make(self) -> array[int]:
+        """All ``length`` of them."""
+        raise NotImplementedError  # abstract
 
     def __len__(self) -> int:
         return self.length
@@ -35,20 +34,52 @@ class DrawnIds(Sequence[int]):
     def __getitem__(self, at: int | slice) -> int | Sequence[int]:
         return self._made()[at]
 
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._made())  # the inherited one asks for each by its place
+
+    def _made(self) -> array[int]:
+        if self._ids is None:
+            self._ids = self.make()
+        return self._ids
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, DrawnIds) and self._identity() == other._identity()
+        if type(other) is not type(self):
+            return NotImplemented
+        return (self.length, self.recipe) == (other.length, other.recipe)
 
     def __hash__(self) -> int:
-        return hash(self._identity())
+        return hash((self.length, self.recipe))
 
     def __repr__(self) -> str:
-        return f"DrawnIds({self.key!r}, {self.length}, {self.vocab})"
+        return f"{type(self).__name__}({', '.join(map(repr, (self.length, *self.recipe)))})"
 
-    def __reduce__(self) -> tuple[type[DrawnIds], tuple[str, int, int]]:
-        return DrawnIds, self._identity()  # made anew where it is read
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.length, *self.recipe)  # made anew where it is read
 
-    def _identity(self) -> tuple[str, int, int]:
-        return self.key, self.length, self.vocab
+
+class DrawnIds(MadeWhenRead):
+    """``DrawnIds(length, key, vocab)``: uniform over ``[0, vocab)``."""
+
+    __slots__ = ()
+
+    def make(self) -> array[int]:
+        key, vocab = self.recipe
+        return uniform_ids(self.length, vocab, Random(key))
+
+
+class BlockIds(MadeWhenRead):
+    """``BlockIds(length, key, hashes, block_tokens, vocab)``: blocks of equal hash are equal tokens, uniform
+    over ``[0, vocab)``; the last block may be cut.
+    """
+
+    __slots__ = ()
+
+    def make(self) -> array[int]:
+        key, hashes, block_tokens, vocab = self.recipe
+        ids = array("I")
+        for one in hashes:
+            ids.extend(uniform_ids(block_tokens, vocab, Random(f"{key}/{one}")))
+        return ids[: self.length]
 
 
 def uniform_ids(n: int, vocab: int, rng: Random) -> array[int]:

@@ -81,7 +81,7 @@ def test_all_problems_at_once(raw: dict[str, Any], registry: Registry) -> None:
         ("slo.classes.offline.tpot_ms: ", "greater than 0 (got -1)"),
         ("slo.classes.deadline: ", "(got 7)"),
         ("enigne: unknown field (got None); did you mean 'engine'?",),
-        ("cost: missing; known: scripted",),
+        ("cost: missing; ", "scripted"),
     ]
     for start, *rest in expected:
         (line,) = (line for line in found if line.startswith(start))

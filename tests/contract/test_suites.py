@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ _LIMITS = {
     "max_num_batched_tokens": "max_batch_tokens",
     "chunk_size": "max_batch_tokens",
     "max_num_seqs": "max_batch_requests",
+    "max_ragged_batch_size": "max_batch_tokens",
+    "max_ragged_sequence_count": "max_batch_requests",
 }
 
 
@@ -62,8 +65,24 @@ MORE: dict[tuple[str, str], dict[str, Any]] = {
     ("scheduler", name): {"config": {"max_num_batched_tokens": 64, "max_num_seqs": 16}, "settings": _fitted}
     for name in ("aggressive", "conservative", "pastfuture", "pf_oracle", "vllm_v0", "vllm_v1")
 } | {
+    ("cost", "phase_linear"): {
+        "config": {"prefill_ms": [18.1, 0.1, 7e-6], "decode_ms": [19.9, 6e-4, 0.04], "large_batch": 95}
+        | {"decode_large_ms": [7.2, 5.8e-4, 0.16]}
+    },
+    ("cost", "table"): {
+        "config": {"prompt_ms": {512: 93, 1024: 154, 8192: 1550}, "token_ms": {1: 43.0, 64: 71.6}}
+    },
     ("scheduler", "sarathi"): {"config": {"chunk_size": 64, "max_num_seqs": 16}, "settings": _fitted},
+    ("scheduler", "splitfuse"): {
+        "config": {"max_ragged_batch_size": 64, "max_ragged_sequence_count": 16},
+        "settings": _fitted,
+    },
     ("scheduler", "orca"): {"config": {"max_num_seqs": 16}, "settings": _fitted},
+    ("scheduler", "static_batch"): {
+        "config": {"max_num_seqs": 16},
+        "settings": _fitted,
+        "exempt": {"test_looks_at_arrivals": "its batches are closed: that is the technique"},
+    },
     ("executor", "scripted"): {
         "tight": {"num_kv_pages": 20},
         "host": {"num_kv_pages": 40, "num_host_pages": 20},
@@ -91,6 +110,9 @@ for _name in ("sjf", "sjf_oracle"):
     MORE["scheduler", _name]["exempt"] = {
         "test_no_starvation": "long jobs wait while shorter ones keep coming: the rule's known price"
     }
+FILES = Path(__file__).parents[1] / "workloads" / "files"
+MORE["workload", "azure"] = {"config": {"path": str(FILES / "azure.csv")}}
+MORE["workload", "mooncake"] = {"config": {"path": str(FILES / "mooncake.jsonl")}}
 MORE["observer", "progress"] = {"config": {"mode": "on"}}  # also without a terminal
 
 for _kind, _suite in SUITES.items():

@@ -1,8 +1,8 @@
 """The operations of a decoder on one device: what each does for so many tokens, rows or contexts.
 
 Symbols as on the page: T tokens of the step, R rows of logits, d hidden, H query heads, K KV heads, h width
-of a head, f inner width, V vocabulary, E experts of which k per token, t devices; w, a, c bytes per element of
-weights, activations, KV.
+of a head, f inner width, V vocabulary, E experts of which k per token, t devices; w, a, c bytes per element
+of weights, activations, KV.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FUSED_PASSES = 4
 """Times the residual stream moves per layer in norms, rotation and activation, fused as engines do."""
 FLOPS_PER_ELEMENT = 10
 """Of the same, per element of the residual stream."""
-ELEMENTWISE_LAUNCHES = 3
-"""Two norms with the residual, one activation; rotation goes with the KV write."""
+ELEMENTWISE_LAUNCHES = 1
+"""They are one operation here, as a compiler fuses them; rotation goes with the KV write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def head(model: ModelFacts, hardware: HardwareFacts, quant: Quantizer | None) ->
 def _linears(
     model: ModelFacts, hardware: HardwareFacts, quant: Quantizer | None, layers: range
 ) -> Iterator[Operation]:
-    """Linears of one input and one format as one product, as engines fuse them; alike over layers, counted."""
+    """Linears of one input and one format as one product, as engines fuse them; counted over layers."""
     counts: dict[object, int] = {}
     made: dict[object, Operation] = {}
     for sites in _groups(model, layers):
@@ -115,8 +115,8 @@ def _groups(model: ModelFacts, layers: range) -> Iterator[list[LinearSite]]:
 
 
 def shard(site: LinearSite, model: ModelFacts, hardware: HardwareFacts) -> LinearSite:
-    """One device's part. Outputs are divided, of ``o`` and ``down`` inputs; KV heads are copied where they are
-    fewer than devices, and what makes latents is on every device.
+    """One device's part. Outputs are divided, of ``o`` and ``down`` inputs; KV heads are copied where they
+    are fewer than devices, and what makes latents is on every device.
     """
     t = hardware.tp
     if t == 1 or site.name.endswith(("q_a_proj", "kv_a_proj_with_mqa")):
@@ -292,7 +292,7 @@ def _attention(
         return Attention(
             count=count,
             window=window,
-            kv_bytes=kv_bytes,  # one latent for all heads: every device keeps it
+            kv_bytes=kv_bytes * kv_share(model, hardware),
             query_bytes=heads * (2 * latent + model.rope_dim) * width,
             pair_flops=2 * heads * (2 * latent + model.rope_dim),
             chunk_pair_flops=2 * heads * (model.head_dim + value),
@@ -302,11 +302,18 @@ def _attention(
     return Attention(
         count=count,
         window=window,
-        kv_bytes=kv_bytes * ceil(model.kv_heads / hardware.tp) / model.kv_heads,
+        kv_bytes=kv_bytes * kv_share(model, hardware),
         query_bytes=heads * (model.head_dim + value) * width,
         pair_flops=flops,
         chunk_pair_flops=flops,
     )
+
+
+def kv_share(model: ModelFacts, hardware: HardwareFacts) -> float:
+    """Of a token's KV, the share each device keeps: whole heads, copied where devices are more; a latent,
+    which all heads read, is on every device.
+    """
+    return 1.0 if model.kv_latent else ceil(model.kv_heads / hardware.tp) / model.kv_heads
 
 
 def _kv_bytes(model: ModelFacts, layout: KVLayout | None, layer: int) -> float:

@@ -61,3 +61,14 @@ def words(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(words(item) for item in value) or "[]"
     return str(value)
+
+
+def figures(stated: Mapping[str, Any]) -> str:
+    """Figures of a cost model with where each is from: ``device a100, mfu 0.741 (profile)``."""
+    found = (
+        (name, f"{words(one['value'])} ({one['from']})")
+        if isinstance(one, Mapping) and set(one) == {"value", "from"}
+        else (name, words(one))
+        for name, one in stated.items()
+    )
+    return ", ".join(f"{name} {text}" for name, text in found)

@@ -275,6 +275,7 @@ def _results(result: Mapping[str, Any]) -> Markup:
         table(("total", "value", "unit", ""), _totals(result), (1,)),
         *_slo(result),
         *_pools(result),
+        *_instances(result),
     )
 
 
@@ -337,6 +338,10 @@ def _totals(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     if extra["evicted_pages"]:
         note += f"; {number(extra['evicted_pages'])} pages evicted"
     yield ("prefix hits", number(hits), "tokens", note)
+    if extra["energy_j"] is not None:
+        each = number(extra["energy_per_output_token_j"], 3)
+        note = f"all devices, idle included; {each} J per output token"
+        yield ("energy", number(extra["energy_j"] / 1e3, 1), "kJ", note)
     if extra["wall_s"] is not None:
         yield ("real time", number(extra["wall_s"], 1), "s", "of the whole run")
     if extra["peak_rss_bytes"] is not None:
@@ -402,6 +407,29 @@ def _pools(result: Mapping[str, Any]) -> Iterator[Markup]:
             range(1, len(head)),
             "KV memory: pages in use, and what they hold, mean over time in tokens.",
         )
+
+
+def _instances(result: Mapping[str, Any]) -> Iterator[Markup]:
+    """What each did, where there are several."""
+    rows = [
+        (
+            one["instance"],
+            number(one["requests"]),
+            number(one["output_tokens"]),
+            number(one["run_tokens"]),
+            number(one["steps"]),
+            number(one["mean_requests"], 1),
+            percent(one["mean_kv_use"]),
+            percent(one["peak_kv_use"]),
+        )
+        for one in result["servelab"].get("instances") or ()
+    ]
+    if len(rows) > 1:
+        head = (
+            *("instance", "requests", "output tokens", "tokens run", "steps", "requests per step"),
+            *("mean KV %", "peak KV %"),
+        )
+        yield table(head, rows, range(1, len(head)), "Instances: requests that ended there, and its work.")
 
 
 def _plots(drawn: Sequence[Plot | Missing], no_plots: str) -> Iterator[Markup]:
@@ -488,6 +516,7 @@ def _card(info: Mapping[str, Any]) -> Iterator[Markup]:
         ("All effective settings, defaults included", "settings"),
         ("KV layout", "kv"),
         ("Weights", "weights"),
+        ("Figures that prices are made of", "cost"),
         ("Workload", "workload"),
     ):
         if info.get(key):

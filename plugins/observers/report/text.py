@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from servelab.core.metrics.definitions import percentile_name
+from servelab.plugins.observers.report.facts import figures
 
 WIDTH = 100
 """Columns the report keeps to."""
@@ -36,6 +37,7 @@ def render(result: Mapping[str, Any], percentiles: Sequence[float], folder: Path
         yield from _totals(result)
         yield ""
         yield from _classes(extra)
+        yield from _instances(extra)
     yield from _quality(extra)
     for note in extra["notes"]:
         yield from _wrapped(f"note: {note}", " " * 6)
@@ -70,6 +72,7 @@ def _head(extra: Mapping[str, Any]) -> Iterator[str]:
         "model": info.get("model"),
         "clock": extra["clock"],
         "executor": (extra["plugins"].get("executor") or {}).get("name"),
+        "instances": (info.get("cluster") or {}).get("instances"),
         "seed": extra["seed"],
         "stamps": _words(extra["stamps"]) or "none",
         "machine": _machine(info.get("machine") or {}),
@@ -79,12 +82,15 @@ def _head(extra: Mapping[str, Any]) -> Iterator[str]:
     for name, value in facts.items():
         if value is not None:
             yield from _wrapped(f"  {name:<9} {_words(value)}", " " * 12)
+    if priced := info.get("cost"):
+        yield from _wrapped(f"  {'cost':<9} {figures(priced)}", " " * 12)
     yield from _weights(info.get("weights") or {})
+    many = (info.get("cluster") or {}).get("instances", 1)
     for pool in (info.get("kv") or {}).get("pools") or ():
         pages, tokens, size = (pool.get(key) for key in ("pages", "page_tokens", "bytes_per_page"))
         yield (
             f"  {'kv':<9} pool {pool.get('id', '?')}: {_number(pages)} pages of {_number(tokens)} tokens, "
-            f"{_number(size)} bytes each"
+            f"{_number(size)} bytes each" + (f", in each of {_number(many)} instances" if many > 1 else "")
         )
 
 
@@ -184,8 +190,17 @@ def _totals(result: Mapping[str, Any]) -> Iterator[str]:
         ),
         ("prefix hits", _number(extra["prefix_hit_tokens"]), "tok", _reuse(extra)),
         *(row for pool in extra["kv_pages"] for row in _kv_rows(pool)),
+        *_energy(extra),
     ]
     yield from _table(("total", "value", "unit", ""), rows, numbers_from=1, numbers_to=2)
+
+
+def _energy(extra: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    if extra["energy_j"] is None:
+        return []
+    each = extra["energy_per_output_token_j"]
+    note = "all devices, idle included" + (f"; {_number(each, 3)} J per output token" if each else "")
+    return [("energy", _number(extra["energy_j"] / 1e3, 1), "kJ", note)]
 
 
 def _reuse(extra: Mapping[str, Any]) -> str:
@@ -239,6 +254,28 @@ def _classes(extra: Mapping[str, Any]) -> Iterator[str]:
         for name, one in classes.items()
     ]
     head = ("class", "SLO %", *(f"{metric} %" for metric in metrics), "good req/s", "good tok/s", "judged")
+    yield from _table(head, rows, numbers_from=1)
+    yield ""
+
+
+def _instances(extra: Mapping[str, Any]) -> Iterator[str]:
+    """What each did, where there are several."""
+    if len(extra["instances"]) < 2:
+        return
+    rows = [
+        (
+            str(one["instance"]),
+            _number(one["requests"]),
+            _number(one["output_tokens"]),
+            _number(one["run_tokens"]),
+            _number(one["steps"]),
+            _number(one["mean_requests"], 1),
+            _percent(one["mean_kv_use"], unit=False),
+            _percent(one["peak_kv_use"], unit=False),
+        )
+        for one in extra["instances"]
+    ]
+    head = ("instance", "requests", "output tok", "tok run", "steps", "req/step", "mean KV %", "peak KV %")
     yield from _table(head, rows, numbers_from=1)
     yield ""
 

@@ -1,0 +1,126 @@
+"""Dynamic SplitFuse: every forward pass has the same size; long prompts are cut, short ones put together.
+
+Source: Holmes et al., "DeepSpeed-FastGen: High-throughput Text Generation for LLMs via MII and
+DeepSpeed-Inference", 2024, arXiv 2401.08671; released code microsoft/DeepSpeed-MII
+(``mii/batching/ragged_batching.py``) and microsoft/DeepSpeed
+(``deepspeed/inference/v2/ragged/manager_configs.py``).
+
+Mechanism: requests stand in a buffer, first in first out; one that has made a token goes to its end. A pass
+takes generations first, one token each, skipping those that find no page; then prompts in order, as many of
+their tokens as are left, provided that all that is left of the prompt would fit in free pages, else none
+after it either. At most the last of them is cut, and stays at the front. If nothing can run, the last in
+the buffer that holds KV is reset: its KV is dropped, and it goes to the end as a prompt with all it has
+produced.
+
+Symbols: max_ragged_batch_size (tokens), max_ragged_sequence_count (requests) as in DeepSpeed, whose KV
+blocks have 128 tokens: ``kvcache.page_tokens=128``.
+
+Deviations:
+1. Steady decoding is held (``StepPlan.hold``), also while the queue is blocked; the steps are equal.
+2. A reset keeps its place behind everybody who had arrived by then; others keep the order of the queue.
+3. In pools with a window, what is left of a prompt counts no more than the window and a pass.
+4. Passes are planned while the one before runs only with engine.max_in_flight=2; a request in flight is not
+   reset then.
+
+Faithful when: tokens of a pass <= 768, and 768 whenever so many are pending and KV permits; only the last
+piece of a prompt samples; at most one prompt is cut in a pass; generations precede prompts; tokens equal
+those of unsplit runs.
+
+Tier: prototype: its published throughput is not reproduced yet.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from servelab.core.api import Context, Hold, RequestView, StepPlan, StepView
+from servelab.plugins.schedulers._decode import decodes
+from servelab.plugins.schedulers._device import check_device
+from servelab.plugins.schedulers._prompts import PromptBudget
+
+
+class SplitFuseConfig(BaseModel):
+    """Settings of ``+scheduler=splitfuse``. Defaults are DeepSpeed's (``manager_configs.py``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_ragged_batch_size: int = Field(768, ge=1, description="tokens of a pass at most")
+    max_ragged_sequence_count: int = Field(512, ge=1, description="requests of a pass at most")
+    hold_steps: int = Field(
+        4096, ge=1, description="steps of unchanged decoding to ask for at once; 1 plans every step (ours)"
+    )
+
+
+class SplitFuse:
+    """State: when waiting requests were reset. O(running log running + admitted) per step."""
+
+    def __init__(self, config: SplitFuseConfig, ctx: Context) -> None:
+        tokens, requests = config.max_ragged_batch_size, config.max_ragged_sequence_count
+        limits = ctx.limits
+        check_device(ctx, tokens={"max_ragged_batch_size": tokens}, requests={})
+        check_device(ctx, tokens={}, requests={"max_ragged_sequence_count": min(requests, tokens)})
+        self.config = config
+        self._most = min(requests, tokens, limits.max_batch_requests)
+        self._resets: dict[str, int] = {}
+
+    def plan(self, view: StepView) -> StepPlan:
+        config, plan = self.config, StepPlan()
+        pages = PromptBudget(view, 0.0, config.max_ragged_batch_size)
+        running = list(view.running)
+        generations = sorted((r for r in running if decodes(r)), key=_buffered)
+        prompts = [r for r in running if not decodes(r)]
+
+        for request in generations:
+            if len(plan.work) >= self._most:
+                break
+            if request.pending_tokens and pages.take(request, 1):
+                plan.work.append(request.next_token)
+        # in the order in which it would be planned again
+        steady = generations == running and len(plan.work) == len(running) > 0
+        left = config.max_ragged_batch_size - len(plan.work)
+        for request in [*prompts, *self._buffer(view)]:
+            n = min(request.pending_tokens, left)
+            if n < 1 or len(plan.work) >= self._most:
+                break
+            if not pages.admit(request, n, busy=False):
+                if request not in prompts:
+                    plan.defer(request, f"{request.pending_tokens} tokens do not fit in {pages.free} pages")
+                break
+            plan.run(request, n)
+            self._resets.pop(request.id, None)
+            left -= n
+            steady = False
+
+        if not plan.work:
+            self._reset(view, plan, [*prompts, *generations])
+        elif steady and config.hold_steps > 1:
+            plan.hold = Hold(config.hold_steps)
+        return plan
+
+    def _buffer(self, view: StepView) -> list[RequestView]:
+        """Waiting requests in order; those that were reset stand where they were put then."""
+        if not self._resets:
+            return list(view.waiting)
+        waiting = {request.id: request for request in view.waiting}
+        self._resets = {id: at for id, at in self._resets.items() if id in waiting}
+        order = [request for id, request in waiting.items() if id not in self._resets]
+        for id, at in self._resets.items():
+            behind = (k for k, other in enumerate(order) if self._put_in(other) > at)
+            order.insert(next(behind, len(order)), waiting[id])
+        return order
+
+    def _put_in(self, request: RequestView) -> int:
+        return self._resets.get(request.id, request.arrival_ns)
+
+    def _reset(self, view: StepView, plan: StepPlan, holders: list[RequestView]) -> None:
+        """Nothing can run: drop the last that holds KV, unless a launch in flight will bring some."""
+        if not holders or any(request.in_flight for request in holders):
+            return
+        victim = holders[-1]
+        plan.preempt(victim, "recompute", "nothing fits in free KV pages; last in the buffer")
+        self._resets[victim.id] = view.now_ns
+
+
+def _buffered(request: RequestView) -> tuple[bool, int]:
+    """When it was last put at the end of the buffer: with its last token, or soon."""
+    return request.in_flight, request.last_token_ns or 0
