@@ -1,12 +1,11 @@
 """Steps of ``transform``: each changes the requests that another workload sends, one after the other.
 
-Chance is by request, not by order: what is drawn for a request depends on its id and on the step's place, so that
-requests which come as reactions are treated as any other.
+Chance is by request, not by order: what is drawn for a request depends on its id and on the step's place,
+so that requests which come as reactions are treated as any other.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +17,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from servelab.core.api import Arrival, Cancel, RequestSpec, Truth, WorkloadError
-from servelab.plugins.workloads._arrivals import MIN_RATE, NS, unit_gap
-from servelab.plugins.workloads._ids import DrawnIds
+from servelab.plugins.workloads._arrivals import MIN_RATE, NS, Process, unit_gap
+from servelab.plugins.workloads._ids import MadeWhenRead
 from servelab.plugins.workloads._labels import Labels
 from servelab.plugins.workloads._laws import LengthLaw
 
@@ -74,8 +73,8 @@ class _Moving(_Step):
 
 
 class Scale(_Moving):
-    """All times divided: bursts keep their size, and the CV of gaps stays. Waits of clients that give up shrink as
-    well."""
+    """All times divided: bursts keep their size, and the CV of gaps stays. Waits of clients that give up
+    shrink as well."""
 
     step: Literal["scale"] = "scale"
     by: float = Field(gt=0, le=1e6, description="Times as many requests per second.")
@@ -148,7 +147,7 @@ class Retime(_Moving):
 
     step: Literal["retime"] = "retime"
     rate: float = Field(ge=MIN_RATE, allow_inf_nan=False, description="Requests per second.")
-    process: Literal["poisson", "gamma", "weibull", "constant"] = Field(
+    process: Process = Field(
         default="poisson", description="Gaps: exponential, Gamma, Weibull, or all equal."
     )
     shape: float = Field(
@@ -176,8 +175,8 @@ class Retime(_Moving):
 
 
 class Modulate(_Moving):
-    """A rate that goes up and down, as by day and night: time is stretched and compressed, so that order, number
-    and mean rate over whole periods stay, and bursts are where they were."""
+    """A rate that goes up and down, as by day and night: time is stretched and compressed, so that order,
+    number and mean rate over whole periods stay, and bursts are where they were."""
 
     step: Literal["modulate"] = "modulate"
     period_s: float = Field(default=86_400.0, gt=0, allow_inf_nan=False, description="Length of a period.")
@@ -225,8 +224,8 @@ class Clip(_Step):
 
 
 class Fit(_Step):
-    """Prompt and output together cut to a total: the prompt to three quarters of it, then the output to what is
-    left."""
+    """Prompt and output together cut to a total: the prompt to three quarters of it, then the output to what
+    is left."""
 
     step: Literal["fit"] = "fit"
     total: int = Field(ge=2, description="Prompt plus output, tokens.")
@@ -276,9 +275,7 @@ class Outputs(_Step):
 
         def change(item: Arrival) -> Arrival:
             name = item.spec.id
-            return replace(
-                item, truth=mapped(item.truth, lambda n, k: sample(chance.uniform(f"{name}#{k}")))
-            )
+            return replace(item, truth=mapped(item.truth, lambda n, k: sample(chance.uniform(f"{name}#{k}"))))
 
         return change
 
@@ -291,9 +288,7 @@ class Caps(_Step):
 
     def changer(self, chance: Chance) -> Callable[[Arrival], Arrival]:
         sample = self.length.sampler()
-        return lambda item: replace(
-            item, spec=with_cap(item.spec, sample(chance.uniform(item.spec.id)))
-        )
+        return lambda item: replace(item, spec=with_cap(item.spec, sample(chance.uniform(item.spec.id))))
 
 
 class Label(Labels, _Step):
@@ -343,24 +338,21 @@ def with_prompt(spec: RequestSpec, length: int) -> RequestSpec:
     """A request with only the beginning of its prompt.
 
     Raises:
-        WorkloadError: its features describe the whole prompt.
+        WorkloadError: it carries hashes of the whole prompt.
     """
     if length >= spec.prompt_tokens:
         return spec
-    if telling := [key for key in spec.features if "block" in key or "hash" in key]:
+    if "block_hashes" in spec.features:
         raise WorkloadError(
             f"the prompt of request {spec.id} cannot be cut to {length} tokens",
             where="workload 'transform'",
-            why=f"its features describe the whole prompt: {', '.join(telling)}",
-            do="let the workload itself cut prompts, or leave them whole",
+            why="its block hashes (features) are of the whole prompt",
+            do="let the workload itself cut prompts (over_length), or leave them whole",
         )
     ids: Sequence[int] | None = spec.prompt_ids
-    if isinstance(ids, DrawnIds):
-        ids = DrawnIds(ids.key, length, ids.vocab)
+    if isinstance(ids, MadeWhenRead):
+        ids = type(ids)(length, *ids.recipe)  # still not made
     elif ids is not None:
         ids = ids[:length]
     context = min(spec.context_tokens, length)
     return replace(spec, prompt_tokens=length, prompt_ids=ids, context_tokens=context)
-
-
-assert math  # noqa: S101

@@ -1,13 +1,14 @@
 """Mix: several workloads at the same time on one system.
 
-Technique: baseline. How papers put traffic of several classes together: an online trace and an offline backlog
-(xLLM), 10 % requests of high priority (Llumnix), clients that each have their own process (ServeGen).
+Technique: baseline. How papers put traffic of several classes together: an online trace and an offline
+backlog (xLLM), 10 % requests of high priority (Llumnix), clients that each have their own process
+(ServeGen).
 
-Mechanism: each component is a workload of its own, with its own settings and its own chance, which depends on its
-key and on nothing else. Its requests are called ``KEY.ID``. Requests of all components are merged in order of
-time; at the same time in the order of the components. What ends is told to the component that sent it, in that
-component's ids and time. A component's time begins at ``start_s`` and goes ``rate_scale`` times as fast as the
-run's: arrivals, think times and patience shrink by this factor.
+Mechanism: each component is a workload of its own, with its own settings and its own chance, which
+depends on its key and on nothing else. Its requests are called ``KEY.ID``. Requests of all components are
+merged in order of time; at the same time in the order of the components. What ends is told to the
+component that sent it, in that component's ids and time. A component's time begins at ``start_s`` and
+goes ``rate_scale`` times as fast as the run's: arrivals, think times and patience shrink by this factor.
 
 Symbols:
     t, u   time of the run and of a component, u = (t - start_s) * rate_scale
@@ -68,8 +69,8 @@ class MixConfig(BaseModel):
         default_factory=_two,
         min_length=1,
         description="Workloads by key, such as {chat: {workload: burstgpt}, batch: {workload: {name: "
-        "closed_loop, clients: 4}, request_class: offline}}. Default: 'synthetic' of priority 1 as online, and "
-        "'closed_loop' as offline. Ours.",
+        "closed_loop, clients: 4}, request_class: offline}}. Default: 'synthetic' of priority 1 as online, "
+        "and 'closed_loop' as offline. Ours.",
     )
 
     @model_validator(mode="after")
