@@ -235,6 +235,8 @@ class RooflineCost:
         """Factors in force and where each is from."""
         found: dict[str, Any] = {"device": self._hardware.name, "devices": self._hardware.tp}
         found |= self.factors.describe()
+        if self._model.dtype_bytes > 2:
+            found["peak"] = f"hardware.flops, for {self._model.dtype}"
         if self._hardware.tp > 1:
             found["all_reduce"] = "measured" if measured_ring(self._hardware) else "from link_bytes_per_s"
         return found
