@@ -65,6 +65,9 @@ Key = tuple[str, int, int]
 
 Item = TypeVar("Item", str, tuple[str, str])
 
+MOST_DROPPED = 8
+"""Items left out up to which a change is looked for by comparing slices; beyond it, item by item."""
+
 
 def header(log: str) -> dict[str, Any]:
     """The first line of a log."""
@@ -78,18 +81,52 @@ def encode_list(old: Sequence[Item], new: Sequence[Item]) -> dict[str, Any] | li
     """``new`` coded against ``old``; None: they are equal."""
     if old == new:
         return None
-    wanted, had = set(new), set(old)
-    if len(wanted) != len(new) or len(had) != len(old):
+    had = set(old)
+    if len(had) != len(old):
         return list(new)
+    gone = _dropped(old, new)
+    if gone is not None and len(gone) < len(old):  # most often: a few have left, others come at the end
+        came = new[len(old) - len(gone) :]
+        if had.isdisjoint(came) and len(set(came)) == len(came):
+            return _change(gone, list(enumerate(came, len(old) - len(gone))))
+    wanted = set(new)
     kept = [item for item in old if item in wanted]
-    if kept != [item for item in new if item in had] or not kept:
+    if len(wanted) != len(new) or not kept or kept != [item for item in new if item in had]:
         return list(new)
+    gone = [i for i, item in enumerate(old) if item not in wanted]
+    return _change(gone, [(j, item) for j, item in enumerate(new) if item not in had])
+
+
+def _change(gone: list[int], came: list[tuple[int, Item]]) -> dict[str, Any]:
     change: dict[str, Any] = {}
-    if len(kept) != len(old):
-        change["del"] = [i for i, item in enumerate(old) if item not in wanted]
-    if len(kept) != len(new):
-        change["add"] = [[j, item] for j, item in enumerate(new) if item not in had]
+    if gone:
+        change["del"] = gone
+    if came:
+        change["add"] = [[j, item] for j, item in came]
     return change
+
+
+def _dropped(old: Sequence[Item], new: Sequence[Item]) -> list[int] | None:
+    """The places in ``old`` without which ``new`` begins with it; None: it does not, or they are many.
+
+    Slices are compared instead of items, which is much faster.
+    """
+    gone: list[int] = []
+    i, size = 0, len(old)
+    while len(gone) <= MOST_DROPPED:
+        j = i - len(gone)
+        if old[i:] == new[j : j + size - i]:
+            return gone
+        low, high = 0, size - i  # items in common from here on: at least so many, and fewer than
+        while high - low > 1:
+            middle = (low + high) // 2
+            if old[i : i + middle] == new[j : j + middle]:
+                low = middle
+            else:
+                high = middle
+        gone.append(i + low)
+        i += low + 1
+    return None
 
 
 def decode_list(old: list[Item], change: dict[str, Any] | list[Any] | None) -> list[Any]:
@@ -171,14 +208,17 @@ class Encoder:
             line["engine"] = r.engine
         line |= {"lane": r.lane, "step": r.step}
         key = (r.ev, r.engine, r.lane)
-        self._code_requests(line, key, [name for name, _ in r.work])
-        tokens = encode_counts([n for _, n in r.work], 1)
+        names, counts = zip(*r.work, strict=True) if r.work else ((), ())
+        self._code_requests(line, key, list(names))
+        tokens = encode_counts(counts, 1)
         if tokens:
             line["tokens"] = tokens
-        deferred = encode_list(self._deferred.get(key, []), r.deferred)
-        if deferred is not None:
-            line["deferred"] = deferred
-            self._deferred[key] = list(r.deferred)
+        before = self._deferred.get(key, [])
+        if r.deferred or before:
+            deferred = encode_list(before, r.deferred)
+            if deferred is not None:
+                line["deferred"] = deferred
+                self._deferred[key] = list(r.deferred)
         for name in ("preempted", "swapped_in", "rejected", "aborted", "unpinned"):
             entries = getattr(r, name)
             if entries:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from servelab.core.engine.state import Lease, Request
+from servelab.core.engine.state import Request
 from servelab.core.errors import PluginError
 from servelab.core.events import Batch, Interrupt, LaunchDone
 from servelab.core.plan import Background, Hold, Outcome, Tokens
@@ -106,50 +106,55 @@ class Lane:
         """Reserve pages, fence them, put the batch in flight; a held plan runs as many steps as it can."""
         engine = self._engine
         requests: list[Request] = []
-        tokens: list[int] = []
         starts: list[int] = []
-        samples: list[bool] = []
+        unsampled: list[int] = []
         extras: dict[int, Tokens] = {}
         forks: dict[int, list[Request]] = {}
         background: tuple[Background, ...] = ()
-        leases: list[Lease] = []
         running, reserve, index = Phase.RUNNING, engine.ledger.reserve, self.index
         for item in work:
             if type(item) is Background:
                 background += (item,)
                 continue
             r = item.request._r
-            n = item.n
             if r.phase is not running:
                 engine.admit(r)
             if item.plain:
-                if n > r.slack:
+                n, slack, flying = item.n, r.slack, r.flying
+                if n > slack:
                     reserve(r, n)
-                r.slack -= n
-                starts.append(r.computed + r.flying)
-                r.flying += n
+                    slack = r.slack
+                r.slack = slack - n
+                starts.append(r.computed + flying)
+                r.flying = flying + n
                 left = r.pending - n
                 if left:
                     r.pending = left
-                    samples.append(False)
+                    unsampled.append(len(requests))
                 else:
-                    r.expected += 1
-                    r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
-                    samples.append(True)
+                    expected = r.expected + 1
+                    r.expected = expected
+                    r.pending = 1 if r.generated + expected < r.max_new_tokens else 0
+                    if r.forks and r.generated + expected == 1:
+                        forks[len(requests)] = list(r.forks)
             else:
-                extras[len(requests)] = item
+                at = len(requests)
+                extras[at] = item
                 start, sample = self._book_special(item, r)
                 starts.append(start)
-                samples.append(sample)
-            if r.forks and samples[-1] and r.generated + r.expected == 1:
-                forks[len(requests)] = list(r.forks)
+                if not sample:
+                    unsampled.append(at)
+                elif r.forks and r.generated + r.expected == 1:
+                    forks[at] = list(r.forks)
             r.launches += 1
             r.lane = index
-            lease = r.lease
-            lease.in_flight += 1  # the fence; landed() takes it down
+            r.lease.in_flight += 1  # the fence; landed() takes it down
             requests.append(r)
-            leases.append(lease)
-            tokens.append(n)
+        leases = [r.lease for r in requests]
+        tokens = [item.n for item in work if type(item) is Tokens]
+        samples = [True] * len(requests)
+        for i in unsampled:
+            samples[i] = False
         engine.launches += 1
         batch = Batch(
             index,
@@ -246,14 +251,14 @@ class Lane:
             )
         if engine.limits.lanes == 1:  # interrupted: give back the numbers of steps that will not run
             engine.step -= batch.steps - steps - event.more
+        if self._work is not None:  # cut short only to see how far it is: the hold goes on
+            self._steps_left += batch.steps - steps - event.more
         engine.ledger.settle(batch.launch)
         emitted, done = self._commit(batch, event)
         first = batch.first_step
         start_ns = max(launched_ns, self.last_end_ns)
         self.last_end_ns = ends[-1]
         if event.more:
-            if self._work is not None:  # the hold goes on when its next step has ended
-                self._steps_left += batch.steps - steps - 1
             self._go_on(batch, steps, done)
             engine.ledger.landed(())  # a resize may want what it was promised and did not use
         else:
@@ -313,45 +318,48 @@ class Lane:
         ends = event.ends_ns
         steps = len(ends)
         reserve = self._engine.ledger.reserve
-        leases, extras, end, finished = batch.leases, batch.extras, ends[-1], Phase.FINISHED
+        extras, end, finished = batch.extras, ends[-1], Phase.FINISHED
         emitted: list[int] = []
         done: Done = []
-        for i, r in enumerate(batch.requests):
-            if r.lease is not leases[i] or r.phase is finished:
+        rows = zip(batch.requests, batch.leases, event.outcomes, batch.tokens, batch.samples, strict=True)
+        for r, lease, out, n, sampled in rows:
+            if r.lease is not lease or r.phase is finished:
                 emitted.append(0)  # preempted or ended meanwhile: its outcome is dropped
                 continue
-            out: Outcome = event.outcomes[i]
             r.launches -= 1
             new = out.tokens
             count = len(new)
-            if i in extras:
+            if extras and len(emitted) in extras:
+                i = len(emitted)
                 emitted.append(self._commit_special(extras[i], r, out, end, batch, i))
                 if out.finish is not None or r.generated >= r.max_new_tokens:
                     done.append((r, out.finish or "length"))
                 continue
             emitted.append(count)
-            n = batch.tokens[i]
-            r.computed += n
             r.flying -= n
-            if not batch.samples[i]:
+            if not sampled:
+                r.computed += n
                 if count:
                     self._bad_outcome(r, batch, count, "none: its prompt is not finished")
                 continue
             if count != steps:
                 self._bad_outcome(r, batch, count, f"{steps}, one per step")
             r.expected -= 1
-            r.generated += count
+            generated = r.generated + count
+            r.generated = generated
             r.output += new
             if steps == 1:
+                r.computed += n
                 r.token_times.append(end)
             else:
                 r.token_times += ends
                 more = steps - 1
+                r.computed += n
                 if more > r.slack:
                     reserve(r, more)
                 r.slack -= more
                 r.computed += more
-            if out.finish is not None or r.generated >= r.max_new_tokens:
+            if out.finish is not None or generated >= r.max_new_tokens:
                 done.append((r, out.finish or "length"))
         return emitted, done
 

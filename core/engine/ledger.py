@@ -130,8 +130,12 @@ class Ledger:
             return [0] * len(self.pools)
         scheduled = r.computed + r.flying
         lease, pages_for, view = r.lease, self.kvcache.pages_for, r.view
+        tables = lease.tables
         out = []
         try:
+            if len(tables) == 1 and tables[0] and not self._shares:  # the common case, in a hurry
+                need = pages_for(self.pools[0], view, scheduled + n) - lease.first[0] - len(tables[0])
+                return [need if need > 0 else 0]
             for i, pool in enumerate(self.pools):
                 table = lease.tables[i]
                 need = pages_for(pool, view, scheduled + n) - lease.first[i] - len(table)
@@ -219,12 +223,17 @@ class Ledger:
 
     def _slack(self, r: Request) -> int:
         scheduled = r.computed + r.flying
+        lease, tokens_in = r.lease, self.kvcache.tokens_in
         capacity = None
         for i, pool in enumerate(self.pools):
-            if self._shares and self._shared_tail(i, r.lease, scheduled) is not None:
+            if self._shares and self._shared_tail(i, lease, scheduled) is not None:
                 return 0  # the next write must come through reserve() to copy the page first
-            tokens = self._ask(self.kvcache.tokens_in, pool, r.lease.first[i] + len(r.lease.tables[i]))
-            capacity = tokens if capacity is None or tokens < capacity else capacity
+            try:
+                tokens = tokens_in(pool, lease.first[i] + len(lease.tables[i]))
+            except Exception as exc:
+                raise self._fault(exc, "tokens_in") from exc
+            if capacity is None or tokens < capacity:
+                capacity = tokens
         return (capacity or 0) - scheduled
 
     # -------------------------------------------------------------- actions
@@ -611,8 +620,10 @@ class Ledger:
         tier = (self._device if tier_name == "device" else self._host)[i]
         if n > tier.free and self.reuse is not None and tier_name == "device":
             self._evict(i, n - tier.free)
-        choose = self.kvcache.choose
-        pages = list(self._ask(choose, i, tier_name, n, r.view if r is not None else None))
+        try:
+            pages = list(self.kvcache.choose(i, tier_name, n, r.view if r is not None else None))
+        except Exception as exc:
+            raise self._fault(exc, "choose") from exc
         refs = tier.refs
         if len(pages) != n:
             raise LedgerError(

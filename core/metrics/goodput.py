@@ -48,7 +48,7 @@ def _open(facts: RequestFacts, metric: str, bound: int, end_ns: int) -> bool:
     if metric == "tpot":
         return True
     if metric == "tbt":
-        return max(facts.tbt_ns, end_ns - facts.times[-1] if facts.times else 0) <= bound
+        return max(facts.tbt_ns, 0 if facts.last_chunk_ns is None else end_ns - facts.last_chunk_ns) <= bound
     waited = end_ns - facts.arrival_ns
     if metric == "ttft" and facts.ttft_ns is not None:
         waited = facts.ttft_ns

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from servelab.core.records import RequestAdmitted, RequestFinished, RequestForked, RequestPreempted, StepDone
 
 
@@ -20,7 +22,10 @@ class MemoryFacts:
         """Tokens stored at ``_last_ns``."""
         self._unusable: tuple[int, ...] = ()
         self._stored: dict[str, int] = {}
-        """Per request in memory."""
+        """Per request in memory. If it is on a track, it stores a token in each step of that, which are not
+        in here, and what the track had before it joined is taken off."""
+        self._on: dict[str, array[int]] = {}
+        """Steps of the track that a request is on."""
         self._since: dict[str, int] = {}
         self._begin: dict[str, int] = {}
         """Tokens a request will enter memory with."""
@@ -33,7 +38,13 @@ class MemoryFacts:
         self._sharing: dict[str, list[str]] = {}
         """By who counts a prompt, the samples that share it."""
         self._final: dict[str, int] = {}
+        """Tokens that live requests stored when they last left."""
         self._resident_ns: dict[str, int] = {}
+        """How long these were in memory."""
+        self._ended: set[str] = set()
+        """Of those who leave, those that will not come back."""
+        self._final_ns = 0
+        """Of all that ended: tokens stored in the end, times nanoseconds in memory."""
 
     def admitted(self, record: RequestAdmitted) -> None:
         self._out.discard(record.request)
@@ -63,6 +74,7 @@ class MemoryFacts:
         self._shared.pop(record.request, None)
         if record.request in self._stored:
             self._leaving.add(record.request)
+            self._ended.add(record.request)
 
     def step(self, step: StepDone) -> None:
         now = step.t_ns
@@ -73,25 +85,53 @@ class MemoryFacts:
             for pool, pages in enumerate(self._unusable):
                 self.unusable_ns[pool] += pages * span
             for name in self._leaving:
-                self._total -= self._stored[name]
-                self._final[name] = self._stored.pop(name)
-                self._resident_ns[name] = self._resident_ns.get(name, 0) + now - self._since.pop(name)
-                self._hand_over(name)
+                self._gone(name, now)
             self._leaving.clear()
         self._last_ns, self._unusable = now, step.unusable_pages
         self.unusable_ns += [0] * (len(step.unusable_pages) - len(self.unusable_ns))
-        more = len(step.ends_ns) - 1
+
+    def join(self, name: str, ends: array[int]) -> None:
+        """From now on a request stores one token in each step of a track; ``grow`` counts them."""
+        self.store(name, 0)
+        if name in self._stored:
+            self._stored[name] -= len(ends)
+            self._on[name] = ends
+
+    def leave(self, name: str) -> None:
+        """It is on no track any more."""
+        ends = self._on.pop(name, None)
+        if ends is not None:
+            self._stored[name] += len(ends)
+
+    def grow(self, tokens: int) -> None:
+        """Requests on tracks stored so many tokens together."""
+        self._total += tokens
+
+    def store(self, name: str, tokens: int) -> None:
+        """A request stored tokens; those it enters memory with are added when it does."""
+        if name in self._out:
+            return
         stored = self._stored
-        for name, n in zip(step.requests, step.tokens, strict=True):
-            if name in self._out:
-                continue
-            n += more
-            if name not in stored:
-                self._since[name] = now
-                stored[name] = 0
-                n += self._begin.pop(name, 0)
-            stored[name] += n
-            self._total += n
+        if name not in stored:
+            self._since[name] = self._last_ns or 0
+            stored[name] = 0
+            tokens += self._begin.pop(name, 0)
+        stored[name] += tokens
+        self._total += tokens
+
+    def _gone(self, name: str, now: int) -> None:
+        """What it stored is in memory no longer."""
+        self.leave(name)
+        final = self._stored.pop(name)
+        resident = self._resident_ns.pop(name, 0) + now - self._since.pop(name)
+        self._total -= final
+        if name in self._ended:
+            self._ended.discard(name)
+            self._final_ns += final * resident
+            self._final.pop(name, None)
+        else:
+            self._final[name], self._resident_ns[name] = final, resident
+        self._hand_over(name)
 
     def _hand_over(self, name: str) -> None:
         """Who counted a prompt has gone: a sample that still shares it counts it now."""
@@ -112,8 +152,11 @@ class MemoryFacts:
     def awaited_ns(self) -> int:
         """Tokens that requests in memory were still to store before they left it, times nanoseconds."""
         final = {**self._final, **self._stored}
+        for name, ends in self._on.items():
+            final[name] += len(ends)
         last = self._last_ns or 0
         resident = dict(self._resident_ns)
         for name, since in self._since.items():
             resident[name] = resident.get(name, 0) + last - since
-        return sum(final[name] * ns for name, ns in resident.items()) - self.stored_ns
+        live = sum(final[name] * ns for name, ns in resident.items())
+        return self._final_ns + live - self.stored_ns

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Literal
 
 from servelab.core.errors import ConfigError, LogError
 from servelab.core.metrics.definitions import (
     NS_PER_MS,
     NS_PER_S,
-    itl_chunk_ns,
     itl_spread_ns,
     peak_concurrency,
     percentile_name,
@@ -25,6 +22,7 @@ from servelab.core.metrics.identity import identity, notes, rest_of_info, stated
 from servelab.core.metrics.instances import instances
 from servelab.core.metrics.pages import kv_pages
 from servelab.core.metrics.timeline import STATES, EngineFacts, RequestFacts, Timeline
+from servelab.core.metrics.tracks import Coverage
 from servelab.core.records import to_dict
 
 RESULT_SCHEMA = 2
@@ -162,11 +160,20 @@ def statistics_ms(
 
 def _latencies(completed: Sequence[RequestFacts], itl_mode: ItlMode) -> dict[str, Distribution]:
     gaps: Counter[float] = Counter()
+    inside = Coverage()
     for facts in completed:
         if itl_mode == "spread" and facts.sizes is not None:
             gaps.update(itl_spread_ns(facts.times, facts.sizes))
-        else:
-            gaps.update(itl_chunk_ns(facts.times))
+            continue
+        before = None
+        for ends, first, last in facts.spans():
+            if before is not None:
+                gaps[ends[first] - before] += 1
+            before = ends[last - 1]
+            if last - first > 1:
+                inside.add(ends, first + 1, last)
+    for gap, count in inside.gaps():
+        gaps[gap] += count
     return {
         "ttft": Distribution.of(facts.ttft_ns for facts in completed if facts.ttft_ns is not None),
         "tpot": Distribution.of(facts.tpot_ns for facts in completed if facts.output_tokens > 1),
@@ -191,15 +198,19 @@ def busiest_second(completed: Sequence[RequestFacts]) -> int:
         return 0
     origin = min(facts.arrival_ns for facts in completed)
     buckets: Counter[int] = Counter()
+    together = Coverage()
     for facts in completed:
-        times = facts.times
-        upto = None if facts.sizes is None else [0, *accumulate(facts.sizes)]
-        first = 0
-        while first < len(times):
-            second = (times[first] - origin) // NS_PER_S
-            end = bisect_left(times, origin + (second + 1) * NS_PER_S, first)
-            buckets[second] += end - first if upto is None else upto[end] - upto[first]
-            first = end
+        if facts.sizes is not None:
+            for time, size in zip(facts.times, facts.sizes, strict=True):
+                buckets[(time - origin) // NS_PER_S] += size
+            continue
+        for ends, first, last in facts.spans():
+            if last - first == 1:
+                buckets[(ends[first] - origin) // NS_PER_S] += 1
+            else:
+                together.add(ends, first, last)
+    for time, count in together.times():
+        buckets[(time - origin) // NS_PER_S] += count
     return max(buckets.values(), default=0)
 
 

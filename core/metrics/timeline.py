@@ -1,17 +1,19 @@
 """Records in, facts per request and per engine out. Fed live by an observer or from a log file alike.
 
-Cost: one append per request and step, one memory copy per request and hold; 8 bytes per output token.
+Cost of a launch: that of comparing two lists, and a little for each request that joins or leaves the batch.
+Memory: 8 bytes per step, a few hundred per request, none per output token (``tracks.py``).
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
 from servelab.core.errors import LogError
 from servelab.core.metrics.definitions import e2el_ns, itl_chunk_ns, tpot_ns, ttft_ns
 from servelab.core.metrics.memory import MemoryFacts
+from servelab.core.metrics.tracks import Span, Track
 from servelab.core.records import (
     Ending,
     PagesEvicted,
@@ -37,6 +39,10 @@ class RequestFacts:
     """What is known about one request. Times are in nanoseconds, ``None`` until they happened."""
 
     __slots__ = (
+        "_own",
+        "_since",
+        "_spans",
+        "_track",
         "admitted_ns",
         "arrival_ns",
         "bounds",
@@ -53,7 +59,6 @@ class RequestFacts:
         "reported_tokens",
         "request_class",
         "sizes",
-        "times",
     )
 
     def __init__(self, arrived: RequestArrived) -> None:
@@ -74,8 +79,13 @@ class RequestFacts:
         """Stated bounds by metric."""
         self.admitted_ns: int | None = None
         """When it was scheduled for the first time."""
-        self.times: array[int] = array("q")
-        """When each chunk of output came."""
+        self._spans: list[Span] = []
+        """When chunks of output came, but for those of the track it is on."""
+        self._own: array[int] | None = None
+        """The array of its last span, if nobody shares it."""
+        self._track: Track | None = None
+        self._since = 0
+        """Its first step on the track."""
         self.sizes: array[int] | None = None
         """Tokens of each chunk; None: all have one."""
         self.ended_ns: int | None = None
@@ -92,16 +102,76 @@ class RequestFacts:
 
     def add(self, times: array[int], size: int) -> None:
         """Append chunks of ``size`` tokens each."""
+        self.leave()
         if size != 1 and self.sizes is None:
-            self.sizes = array("q", [1]) * len(self.times)
+            self.sizes = array("q", [1]) * self.chunks
         if self.sizes is not None:
             self.sizes.extend(array("q", [size]) * len(times))
-        self.times.extend(times)
+        if self._own is None:
+            self._own = times[:]
+            self._spans.append((self._own, 0, len(times)))
+        else:
+            self._own.extend(times)
+            self._spans[-1] = self._own, 0, len(self._own)
+
+    def join(self, track: Track) -> None:
+        """From now on it gets one token in each step of the track."""
+        self.leave()
+        self._track, self._since = track, len(track.ends)
+        track.members[self.id] = self
+        track.memory.join(self.id, track.ends)
+
+    def leave(self) -> None:
+        """It takes no part in further steps of the track it is on, if any."""
+        track = self._track
+        if track is None:
+            return
+        self._track = None
+        if len(track.ends) > self._since:
+            self._spans.append((track.ends, self._since, len(track.ends)))
+            self._own = None
+        del track.members[self.id]
+        track.names = None
+        track.memory.leave(self.id)
+
+    def spans(self) -> Iterator[Span]:
+        """When chunks of output came, in order."""
+        yield from self._spans
+        if self._track is not None and len(self._track.ends) > self._since:
+            yield self._track.ends, self._since, len(self._track.ends)
+
+    @property
+    def times(self) -> array[int]:
+        """When each chunk of output came: a copy, 8 bytes each."""
+        out: array[int] = array("q")
+        for ends, first, last in self.spans():
+            out += ends[first:last]
+        return out
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of output that came."""
+        return sum(last - first for _, first, last in self.spans())
+
+    @property
+    def first_chunk_ns(self) -> int | None:
+        """When the first one came."""
+        for ends, first, _ in self.spans():
+            return ends[first]
+        return None
+
+    @property
+    def last_chunk_ns(self) -> int | None:
+        """When the latest one came."""
+        latest = None
+        for ends, _, last in self.spans():
+            latest = ends[last - 1]
+        return latest
 
     @property
     def output_tokens(self) -> int:
         """Output tokens that came out, N."""
-        return len(self.times) if self.sizes is None else sum(self.sizes)
+        return self.chunks if self.sizes is None else sum(self.sizes)
 
     @property
     def state(self) -> Ending:
@@ -111,15 +181,18 @@ class RequestFacts:
     @property
     def last_ns(self) -> int | None:
         """The last chunk's time; without output, the end."""
-        return self.times[-1] if self.times else self.ended_ns
+        last = self.last_chunk_ns
+        return self.ended_ns if last is None else last
 
     @property
     def ttft_ns(self) -> int | None:
-        return ttft_ns(self.arrival_ns, self.times[0]) if self.times else None
+        first = self.first_chunk_ns
+        return None if first is None else ttft_ns(self.arrival_ns, first)
 
     @property
     def tpot_ns(self) -> float:
-        return tpot_ns(self.times[0], self.times[-1], self.output_tokens) if self.times else 0.0
+        first, last = self.first_chunk_ns, self.last_chunk_ns
+        return 0.0 if first is None or last is None else tpot_ns(first, last, self.output_tokens)
 
     @property
     def tbt_ns(self) -> int:
@@ -148,6 +221,7 @@ class EngineFacts:
         "memory",
         "min_free",
         "steps",
+        "tracks",
     )
 
     def __init__(self) -> None:
@@ -169,6 +243,8 @@ class EngineFacts:
         self.free_integral: list[int] = []
         """Free pages per pool times nanoseconds, from ``first_ns`` to ``last_ns``."""
         self.memory = MemoryFacts()
+        self.tracks: dict[int, Track] = {}
+        """By lane."""
 
     def add(self, step: StepDone) -> None:
         size, steps, tokens = len(step.requests), len(step.ends_ns), sum(step.tokens)
@@ -287,10 +363,12 @@ class Timeline:
         self.evicted_pages += record.pages
 
     def _preempted(self, record: RequestPreempted) -> None:
-        self._facts(record.request, record).preemptions += 1
+        facts, engine = self._facts(record.request, record), self._engine(record)
+        facts.preemptions += 1
         self.preemptions += 1
         self.recomputed_tokens += record.lost_tokens
-        self._engine(record).memory.preempted(record)
+        facts.leave()
+        engine.memory.preempted(record)
 
     def _finished(self, record: RequestFinished) -> None:
         facts = self._facts(record.request, record)
@@ -306,6 +384,7 @@ class Timeline:
         facts.ended_ns = record.t_ns
         facts.reported_tokens = record.output_tokens
         facts.cached_tokens = record.cached_tokens
+        facts.leave()
         if record.engine in self.engines:
             self.engines[record.engine].memory.finished(record)
 
@@ -320,23 +399,68 @@ class Timeline:
         steps = len(ends)
         if not steps:
             return
-        self._engine(record).add(record)
-        requests = self.requests
-        times = array("q", ends)
+        names, tokens, emitted = record.requests, record.tokens, record.emitted
+        if not len(names) == len(tokens) == len(emitted):
+            raise LogError(
+                f"step {record.step} names {len(names)} requests, {len(tokens)} counts of tokens and "
+                f"{len(emitted)} of output",
+                where=f"record 'step' at {record.t_ns} ns, engine {record.engine}",
+                why="the three lists go together",
+                do="look for a damaged log, or report a bug of the engine",
+            )
+        engine = self._engine(record)
+        engine.add(record)
+        track = engine.tracks.get(record.lane)
+        if track is None:
+            track = engine.tracks[record.lane] = Track(engine.memory)
+        regular = tokens.count(1) == emitted.count(steps) == len(names)
+        one_each = names if regular else [n for n, out in zip(names, emitted, strict=True) if out == steps]
         try:
-            for name, emitted in zip(record.requests, record.emitted, strict=True):
-                if emitted == steps:
-                    facts = requests[name]
-                    if facts.sizes is not None:
-                        facts.add(times, 1)
-                    elif steps == 1:
-                        facts.times.append(ends[0])
-                    else:
-                        facts.times.extend(times)
-                elif emitted:
-                    requests[name].add(times, _per_step(emitted, steps, name, record))
+            if one_each == track.names or self._regroup(track, one_each):
+                track.ends.extend(ends)
+                engine.memory.grow(len(one_each) * steps)
+            else:
+                for name in one_each:
+                    self.requests[name].add(array("q", ends), 1)
+                    engine.memory.store(name, steps)
+            if not regular:
+                self._irregular(record, engine.memory)
         except KeyError as error:
             raise _unknown(error.args[0], record) from None
+
+    def _regroup(self, track: Track, names: list[str]) -> bool:
+        """Let requests join and leave the track, so that its members are these. False: it is left alone, as
+        the launch has little to do with it (prompts run by themselves), or its requests cannot join.
+        """
+        members = track.members
+        joined = [name for name in names if name not in members]
+        if not names or any(self.requests[name].sizes is not None for name in joined):
+            return False
+        if len(members) + len(joined) != len(names):
+            left = members.keys() - set(names)
+            if len(left) + len(joined) > len(names):
+                return False
+            for name in left:
+                members[name].leave()
+        for name in joined:
+            self.requests[name].join(track)
+        track.names = names
+        return True
+
+    def _irregular(self, record: StepDone, memory: MemoryFacts) -> None:
+        """Requests of a launch that ran other than one token in its first step, or emitted other than one
+        token in each.
+        """
+        steps, store = len(record.ends_ns), memory.store
+        for name, n, out in zip(record.requests, record.tokens, record.emitted, strict=True):
+            if out == steps:
+                if n != 1:
+                    store(name, n - 1)
+            else:
+                store(name, n + steps - 1)
+                if out:
+                    size = _per_step(out, steps, name, record)
+                    self.requests[name].add(array("q", record.ends_ns), size)
 
     def _engine(self, record: Record) -> EngineFacts:
         engine = self.engines.get(record.engine)
