@@ -161,7 +161,7 @@ def test_thinned_and_complement_are_the_original(keep: float) -> None:
 
 def test_thinning_makes_bursts_smaller_and_scaling_does_not() -> None:
     """CV of the gaps of a thinned renewal process: c'^2 = 1 + p (c^2 - 1)."""
-    many = {**BURSTY, "num_requests": 100_000}
+    many = {**BURSTY, "num_requests": 30_000}
     thinned = cv_of(sent(many, {"step": "thin", "keep": 0.25}))
     assert thinned == pytest.approx(math.sqrt(1 + 0.25 * (4 - 1)), rel=0.03)
     assert cv_of(original(many)) == pytest.approx(2, rel=0.03)
@@ -236,10 +236,10 @@ def gaps(process: str, shape: float) -> float:
     [("poisson", 1), ("gamma", 0.25), ("gamma", 4), ("weibull", 0.7), ("weibull", 2), ("constant", 1)],
 )
 def test_new_times_have_the_rate_and_the_cv_of_their_law(process: str, shape: float) -> None:
-    n, items = 100_000, (asked(f"r{i}") for i in range(100_000))
+    n, one = 100_000, asked()
+    items = (one for _ in range(n))
     made_step = ADAPTER.validate_python({"step": "retime", "rate": 5, "process": process, "shape": shape})
     found = list(made_step.apply(items, Chance("k")))
-    assert [x.spec.id for x in found[:3]] == ["r0", "r1", "r2"]
     spread = gaps(process, shape)
     assert found[-1].time_ns / NS == pytest.approx(n / 5, abs=3 * spread * math.sqrt(n) / 5 + 1e-6)
     assert cv_of(found) == pytest.approx(spread, rel=0.03, abs=1e-6)
