@@ -31,6 +31,10 @@ TABLE = {
         "servelab.plugins.commands.new.command:main",
         "a package of one's own: a plugin that works, its settings, its tests",
     ),
+    "data": (
+        "servelab.plugins.commands.data.command:main",
+        "published traces: what there is, and fetched from their publishers",
+    ),
     "doctor": (
         "servelab.plugins.commands.doctor.command:main",
         "what works here and what does not: versions, model, plugin packages; and what to do",
