@@ -25,7 +25,7 @@ from pydantic import (
 
 from servelab.core.api import Arrival, Cancel, RequestSpec, Truth, WorkloadError
 from servelab.plugins.workloads._arrivals import MIN_RATE, NS, Process, unit_gap
-from servelab.plugins.workloads._ids import MadeWhenRead
+from servelab.plugins.workloads._ids import DrawnIds
 from servelab.plugins.workloads._labels import Labels
 from servelab.plugins.workloads._laws import LengthLaw
 
@@ -371,8 +371,8 @@ def with_prompt(spec: RequestSpec, length: int) -> RequestSpec:
             do="let the workload itself cut prompts (over_length), or leave them whole",
         )
     ids: Sequence[int] | None = spec.prompt_ids
-    if isinstance(ids, MadeWhenRead):
-        ids = type(ids)(length, *ids.recipe)  # still not made
+    if isinstance(ids, DrawnIds):
+        ids = ids.first(length)
     elif ids is not None:
         ids = ids[:length]
     context = min(spec.context_tokens, length)

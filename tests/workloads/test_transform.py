@@ -329,9 +329,9 @@ def test_labels() -> None:
 
 
 def test_cut_prompts_keep_the_beginning_of_their_ids() -> None:
-    drawn = DrawnIds(100, "key", 97)
+    drawn = DrawnIds("key", 100, 97)
     whole = list(drawn)
-    (lazy,) = step([asked(prompt_ids=DrawnIds(100, "key", 97), context_tokens=90)], step="clip", prompt=30)
+    (lazy,) = step([asked(prompt_ids=DrawnIds("key", 100, 97), context_tokens=90)], step="clip", prompt=30)
     assert list(lazy.spec.prompt_ids) == whole[:30] and lazy.spec.context_tokens == 30
     (plain,) = step([asked(prompt_ids=tuple(range(100)))], step="clip", prompt=30)
     assert plain.spec.prompt_ids == tuple(range(30))
