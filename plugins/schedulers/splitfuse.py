@@ -31,6 +31,9 @@ Tier: prototype: its published throughput is not reproduced yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import Context, Hold, RequestView, StepPlan, StepView
@@ -85,7 +88,7 @@ class SplitFuse:
         steady = len(served) == len(running) > 0
         self._put_back(generations, served, running)
         left = config.max_ragged_batch_size - len(plan.work)
-        for request in [*prompts, *self._buffer(view)]:
+        for request in chain(prompts, self._buffer(view)):
             n = min(request.pending_tokens, left)
             if n < 1 or len(plan.work) >= self._most:
                 break
@@ -115,10 +118,10 @@ class SplitFuse:
         if generations != running:
             self._order = {request.id: k for k, request in enumerate(generations)}
 
-    def _buffer(self, view: StepView) -> list[RequestView]:
+    def _buffer(self, view: StepView) -> Iterable[RequestView]:
         """Waiting requests in order; those that were reset stand where they were put then."""
         if not self._resets:
-            return list(view.waiting)
+            return view.waiting
         waiting = {request.id: request for request in view.waiting}
         self._resets = {id: at for id, at in self._resets.items() if id in waiting}
         order = [request for id, request in waiting.items() if id not in self._resets]
