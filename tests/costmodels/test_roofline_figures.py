@@ -208,7 +208,8 @@ def test_idle_instances_take_power() -> None:
     assert one.energy_j is not None
     assert two.energy_j is not None
     assert two.energy_j > 2 * 60 * two.now_ns * 1e-9
-    unknown, _ = served(composed(hardware=yaml.safe_load((CONFIGS / "hardware" / "a40.yaml").read_text())))
+    silent = yaml.safe_load((CONFIGS / "hardware" / "a40.yaml").read_text()) | {"idle_watts": None}
+    unknown, _ = served(composed(hardware=silent))
     assert unknown.energy_j is None
 
 
