@@ -51,7 +51,7 @@ def test_settings_stand_before_the_profile_and_that_before_the_bound() -> None:
 
 
 def test_wider_models_say_which_peak_they_take() -> None:
-    """hardware.flops is stated at 16 bits, on a CPU at the model's dtype: which is true, only the user knows."""
+    """hardware.flops is stated at 16 bits, on a CPU at the model's dtype: which it is only the user knows."""
     wide = replace(LLAMA3, dtype="float32", dtype_bytes=4.0)
     assert roofline(wide, BARE).describe()["peak"] == "hardware.flops, for float32"
     assert "peak" not in roofline(LLAMA3, BARE).describe()
