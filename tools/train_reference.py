@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from servelab.core import corpus
 from servelab.core.errors import ConfigError, ServeLabError
-from servelab.plugins.executors.checkpoint.cache import root
+from servelab.core.user_cache import cache_root
 
 NAME = "reference_5m"
 RECORD = "reference.json"
@@ -403,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         recipe = _recipe(args)
-        out = args.out.expanduser().absolute() if args.out else root() / "models" / NAME
+        out = args.out.expanduser().absolute() if args.out else cache_root() / "models" / NAME
         if record := present(out, recipe, args.force):
             print(f"already there, with this recipe (--force makes it again): {out}")
         else:

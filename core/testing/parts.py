@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from servelab.core.capabilities import Selected, check_capabilities
 from servelab.core.compose import parts_like
@@ -172,13 +172,11 @@ class Parts:
             return factory(None, context)
         if kind in self.config:
             return factory(model.model_validate(self.config[kind]), context)
-        fields = model.model_json_schema().get("properties", {})
         last: Exception | None = None
         for _ in range(TRIES):
-            drawn = {field: _draw(schema, self.rng) for field, schema in fields.items()}
+            drawn = self._settings(model)
             try:
-                settings = model.model_validate({k: v for k, v in drawn.items() if v is not _DEFAULT})
-                return factory(settings, context)
+                return factory(model.model_validate(drawn, context={"registry": self.registry}), context)
             except (ConfigError, ValidationError) as exc:
                 last = exc
         raise ConfigError(
@@ -187,6 +185,17 @@ class Parts:
             why=f"the last one: {last}",
             do=f"state settings that fit: config = {{{kind!r}: {{...}}}}",
         ) from last
+
+    def _settings(self, model: type[BaseModel] | None) -> dict[str, Any]:
+        """Small values of settings; a plugin within keeps its name."""
+        drawn = {}
+        for field, schema in model.model_json_schema().get("properties", {}).items() if model else ():
+            if "part_of" not in schema:
+                drawn[field] = _draw(schema, self.rng)
+            elif isinstance(name := schema.get("default"), str):
+                inner = self.registry.resolve(schema["part_of"], name, "config")
+                drawn[field] = {"name": name, **self._settings(inner)}
+        return {field: value for field, value in drawn.items() if value is not _DEFAULT}
 
 
 _DEFAULT: Any = object()

@@ -19,6 +19,23 @@ TABLE = (
         factory="servelab.plugins.costmodels.roofline.cost:RooflineCost",
         config="servelab.plugins.costmodels.roofline.factors:RooflineConfig",
         summary="FLOPs and bytes of every operation over a device's peaks, smooth maximum, overheads",
+        paper=Paper(
+            title="LLM Inference Unveiled: Survey and Roofline Model Insights",
+            year=2024,
+            id="arXiv:2402.16363",
+        ),
+        deviations=(
+            "Compute and memory overlap in part (smooth maximum), and operations, layers, steps and requests "
+            "have overheads; LLM-Viewer has the greater of both, and none.",
+            "Keys and values of attention are read once per KV head; LLM-Viewer's fused attention reads them "
+            "once per query head.",
+            "The 8-bit peak needs 8-bit weights and activations, whatever the width of KV; LLM-Viewer asks "
+            "for 8-bit KV too. Attention is always priced at 16 bits.",
+            "Logits are of the rows that sample; LLM-Viewer prices them for every token of a prompt.",
+            "Embedding and all-reduces are priced, softmax is not.",
+            "Attention is priced here, not by the kernel plugin: a run on a described GPU must not cost what "
+            "the kernel of this machine does.",
+        ),
         provides=frozenset({"cost.quant", "cost.energy"}),
         tier="stable",
     ),

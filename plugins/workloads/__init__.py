@@ -6,7 +6,23 @@ from collections.abc import Iterable
 
 from servelab.core.api import Paper, PluginSpec, hookimpl
 
+PASSED_ON = frozenset({"workload.prompt_ids", "workload.truth", "workload.closed_loop", "workload.programs"})
+"""What workloads made of others provide as far as these do."""
+
 TABLE = (
+    PluginSpec(
+        name="azure",
+        factory="servelab.plugins.workloads.azure:Azure",
+        config="servelab.plugins.workloads.azure:AzureConfig",
+        summary="open loop: the Azure LLM inference traces, code and conversation",
+        paper=Paper(
+            title="Splitwise: Efficient Generative LLM Inference Using Phase Splitting",
+            year=2024,
+            id="arXiv 2311.18677",
+        ),
+        provides=frozenset({"workload.prompt_ids", "workload.truth"}),
+        tier="stable",
+    ),
     PluginSpec(
         name="burstgpt",
         factory="servelab.plugins.workloads.burstgpt:BurstGPT",
@@ -45,6 +61,41 @@ TABLE = (
         config="servelab.plugins.workloads.closed_loop:ClosedLoopConfig",
         summary="closed loop: clients that ask again when they are answered, lengths from laws",
         provides=frozenset({"workload.prompt_ids", "workload.truth", "workload.closed_loop"}),
+        tier="stable",
+    ),
+    PluginSpec(
+        name="mooncake",
+        factory="servelab.plugins.workloads.mooncake:Mooncake",
+        config="servelab.plugins.workloads.mooncake:MooncakeConfig",
+        summary="open loop: the Mooncake traces, long prompts whose hashes say what they share",
+        paper=Paper(
+            title="Mooncake: A KVCache-centric Disaggregated Architecture for LLM Serving",
+            year=2025,
+            id="arXiv 2407.00079",
+        ),
+        deviations=(
+            "Where at least half of the gaps are 0, times inside a tick are drawn uniformly, in the order of "
+            "the file; the tick is the median gap between different stamps. ``spread_ticks: false`` replays "
+            "the stamps.",
+            "Tokens are made up: prompts that share no block share no token prefix but by chance.",
+        ),
+        provides=frozenset({"workload.prompt_ids", "workload.truth"}),
+        tier="stable",
+    ),
+    PluginSpec(
+        name="mix",
+        factory="servelab.plugins.workloads.mix:Mix",
+        config="servelab.plugins.workloads.mix:MixConfig",
+        summary="several workloads at the same time, each with labels, a beginning and a speed of its own",
+        provides=PASSED_ON,
+        tier="stable",
+    ),
+    PluginSpec(
+        name="transform",
+        factory="servelab.plugins.workloads.transform:Transform",
+        config="servelab.plugins.workloads.transform:TransformConfig",
+        summary="another workload's requests: scaled, thinned, sliced, with other times, lengths or labels",
+        provides=PASSED_ON,
         tier="stable",
     ),
     PluginSpec(

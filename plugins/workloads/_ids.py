@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
-from typing import overload
+from typing import Any, overload
 
 
-class DrawnIds(Sequence[int]):
-    """``length`` token ids, uniform over ``[0, vocab)``; equal keys give equal ids."""
+class MadeWhenRead(Sequence[int]):
+    """Token ids that follow from what the constructor is given; equal values are equal ids."""
 
-    __slots__ = ("_ids", "key", "length", "vocab")
+    __slots__ = ("_given", "_ids", "_length")
 
-    def __init__(self, key: str, length: int, vocab: int) -> None:
-        self.key, self.length, self.vocab = key, length, vocab
+    def __init__(self, length: int, given: tuple[Any, ...]) -> None:
+        self._length, self._given = length, given
         self._ids: array[int] | None = None
 
-    def _made(self) -> array[int]:
-        if self._ids is None:
-            self._ids = uniform_ids(self.length, self.vocab, Random(self.key))
-        return self._ids
+    def make(self) -> array[int]:
+        """All of them."""
+        raise NotImplementedError  # abstract
 
     def __len__(self) -> int:
-        return self.length
+        return self._length
 
     @overload
     def __getitem__(self, at: int) -> int: ...
@@ -35,20 +34,63 @@ class DrawnIds(Sequence[int]):
     def __getitem__(self, at: int | slice) -> int | Sequence[int]:
         return self._made()[at]
 
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._made())  # the inherited one asks for each by its place
+
+    def _made(self) -> array[int]:
+        if self._ids is None:
+            self._ids = self.make()
+        return self._ids
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, DrawnIds) and self._identity() == other._identity()
+        if not isinstance(other, MadeWhenRead):
+            return NotImplemented
+        return (type(self), self._given) == (type(other), other._given)
 
     def __hash__(self) -> int:
-        return hash(self._identity())
+        return hash(self._given)
 
     def __repr__(self) -> str:
-        return f"DrawnIds({self.key!r}, {self.length}, {self.vocab})"
+        return f"{type(self).__name__}{self._given}"
 
-    def __reduce__(self) -> tuple[type[DrawnIds], tuple[str, int, int]]:
-        return DrawnIds, self._identity()  # made anew where it is read
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given  # made anew where it is read
 
-    def _identity(self) -> tuple[str, int, int]:
-        return self.key, self.length, self.vocab
+
+class DrawnIds(MadeWhenRead):
+    """``length`` ids, uniform over ``[0, vocab)``; equal keys give equal ids."""
+
+    __slots__ = ()
+
+    def __init__(self, key: str, length: int, vocab: int) -> None:
+        super().__init__(length, (key, length, vocab))
+
+    def make(self) -> array[int]:
+        key, length, vocab = self._given
+        return uniform_ids(length, vocab, Random(key))
+
+    def first(self, length: int) -> DrawnIds:
+        """The beginning of them, as little made as they are."""
+        key, _, vocab = self._given
+        return DrawnIds(key, length, vocab)
+
+
+class BlockIds(MadeWhenRead):
+    """``length`` ids made of blocks: blocks of equal hash are equal tokens, uniform over ``[0, vocab)``; the
+    last block may be cut.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, key: str, hashes: tuple[int, ...], block_tokens: int, length: int, vocab: int) -> None:
+        super().__init__(length, (key, hashes, block_tokens, length, vocab))
+
+    def make(self) -> array[int]:
+        key, hashes, block_tokens, length, vocab = self._given
+        ids = array("I")
+        for one in hashes:
+            ids.extend(uniform_ids(block_tokens, vocab, Random(f"{key}/{one}")))
+        return ids[:length]
 
 
 def uniform_ids(n: int, vocab: int, rng: Random) -> array[int]:

@@ -13,12 +13,20 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from statistics import NormalDist
 from textwrap import shorten
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 MAX_LENGTH = 100_000_000
 """Longest length any law may state."""
@@ -33,6 +41,11 @@ _SMALLEST = 2.0**-54
 
 class _Law(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _with_its_name(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Also where only what differs from defaults is asked for."""
+        return {"law": getattr(self, "law", None), **dump(self)}
 
     @property
     def lowest(self) -> int:
@@ -221,6 +234,50 @@ class Empirical(_Law):
         return lambda u: values[int(u * len(values))]
 
 
+class Quantiles(_Law):
+    """Lengths by their published percentiles; between two of them the logarithm grows evenly."""
+
+    law: Literal["quantiles"] = "quantiles"
+    levels: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field(
+        min_length=2, description="Percentages, from 0 to 100, rising."
+    )
+    values: tuple[Annotated[int, Field(ge=1, le=MAX_LENGTH)], ...] = Field(
+        min_length=2, description="The length that so many percent do not exceed; as many as levels."
+    )
+
+    @model_validator(mode="after")
+    def _a_law(self) -> Self:
+        if len(self.levels) != len(self.values):
+            raise ValueError(f"{len(self.levels)} levels and {len(self.values)} values: state one for each")
+        if self.levels[0] != 0 or self.levels[-1] != 100:
+            raise ValueError(
+                f"levels go from {self.levels[0]:g} to {self.levels[-1]:g}: begin with 0 and end with 100, "
+                "the shortest and the longest length"
+            )
+        if any(a >= b for a, b in pairwise(self.levels)) or any(a > b for a, b in pairwise(self.values)):
+            raise ValueError("levels must rise and values must not fall")
+        return self
+
+    @property
+    def lowest(self) -> int:
+        return self.values[0]
+
+    @property
+    def highest(self) -> int:
+        return self.values[-1]
+
+    def sampler(self) -> Sampler:
+        levels, logs = [level / 100 for level in self.levels], [math.log(value) for value in self.values]
+        slopes = [(b - a) / (q - p) for (a, b), (p, q) in zip(pairwise(logs), pairwise(levels), strict=True)]
+        low, high = self.lowest, self.highest
+
+        def length(u: float) -> int:
+            i = bisect_right(levels, u) - 1
+            return _nearest(math.exp(logs[i] + (u - levels[i]) * slopes[i]), low, high)
+
+        return length
+
+
 class Part(BaseModel):
     """One component of a mixture."""
 
@@ -267,10 +324,10 @@ def _shorthand(value: object) -> object:
 
 LengthLaw = Annotated[
     Annotated[
-        Constant | Uniform | Normal | LogNormal | Zipf | Empirical | Mixture,
+        Constant | Uniform | Normal | LogNormal | Zipf | Empirical | Quantiles | Mixture,
         Field(
             discriminator="law",
-            title="a length law (constant, uniform, normal, lognormal, zipf, empirical, mixture) "
+            title="a length law (constant, uniform, normal, lognormal, zipf, empirical, quantiles, mixture) "
             "or a whole number",
         ),
     ],

@@ -5,24 +5,30 @@ Workloads that draw requests share them; when the requests come is a matter of e
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from servelab.core.api import SLO
+from servelab.plugins.workloads._labels import Bounds
 from servelab.plugins.workloads._laws import Constant, LengthLaw, LogNormal
 from servelab.plugins.workloads._named_lengths import NAMED, named
-
-NS_PER_MS = 1_000_000
 
 
 class _Lengths(BaseModel):
     """Base of settings that state laws of lengths, which may have a name together."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     lengths: str | None = Field(
         default=None,
@@ -33,13 +39,38 @@ class _Lengths(BaseModel):
     @classmethod
     def _by_name(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and isinstance(name := data.get("lengths"), str):
-            laws = {key: law for key, law in named(name).items() if key in cls.model_fields}
-            return {**laws, **data}
+            laws = named(name)
+            if "classes" in laws and "classes" not in cls.model_fields:
+                raise ValueError(
+                    f"lengths {name!r} are a mixture of {len(laws['classes'])} parts: state them for the "
+                    "whole workload or for a phase"
+                )
+            return {**{key: law for key, law in laws.items() if key in cls.model_fields}, **data}
         return data
 
+    @model_serializer(mode="wrap")
+    def _without_named(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """Where only what differs from defaults is asked for, laws that have a name are told by it."""
+        dumped: dict[str, Any] = dump(self)
+        if info.exclude_defaults and self.lengths:
+            laws = dict(_parsed(self.lengths))
+            dumped = {key: x for key, x in dumped.items() if laws.get(key) != getattr(self, key)}
+        return dumped
 
-class RequestClass(_Lengths):
-    """A share of the requests, with its own tenant, priority, bounds and laws."""
+    @model_validator(mode="after")
+    def _whole_mixture(self) -> Self:
+        mixture = _parsed(self.lengths).classes if self.lengths else None
+        if mixture and getattr(self, "classes", None) != mixture:
+            raise ValueError(
+                f"lengths {self.lengths!r} are a mixture of parts, and classes would replace it: remove one "
+                "of the two"
+            )
+        return self
+
+
+class RequestClass(_Lengths, Bounds):
+    """A share of the requests, with its own tenant, priority, bounds and laws. Several of one name and tenant
+    are parts of one class: what policies see of them is equal, and they have laws of their own."""
 
     name: str = Field(min_length=1, description="Value of the requests' ``request_class``.")
     weight: float = Field(
@@ -47,18 +78,6 @@ class RequestClass(_Lengths):
     )
     tenant: str = Field(default="default", min_length=1, description="Who pays. Ours.")
     priority: int = Field(default=0, description="Higher is more important. Ours.")
-    ttft_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on time to first token, ms."
-    )
-    tpot_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on time per output token, ms."
-    )
-    e2el_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on end-to-end latency, ms."
-    )
-    tbt_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on every gap between tokens, ms."
-    )
     prompt_length: LengthLaw | None = Field(
         default=None, description="Law of its prompts in tokens; null: that of all."
     )
@@ -69,15 +88,19 @@ class RequestClass(_Lengths):
         default=None, description="Law of its clients' caps in tokens; null: that of all."
     )
 
-    def slo(self, scale: float = 1.0) -> SLO | None:
-        """The bounds in nanoseconds, times a scale, or None if it states none."""
-        bounds = SLO(
-            ttft_ns=_ns(self.ttft_ms, scale),
-            tpot_ns=_ns(self.tpot_ms, scale),
-            e2el_ns=_ns(self.e2el_ms, scale),
-            tbt_ns=_ns(self.tbt_ms, scale),
-        )
-        return None if bounds == SLO() else bounds
+
+class _NamedLaws(BaseModel):
+    """What a name stands for."""
+
+    prompt_length: LengthLaw | None = None
+    output_length: LengthLaw | None = None
+    max_new_tokens: LengthLaw | None = None
+    classes: tuple[RequestClass, ...] | None = None
+
+
+@cache
+def _parsed(name: str) -> _NamedLaws:
+    return _NamedLaws.model_validate(named(name))
 
 
 class Phase(_Lengths):
@@ -169,13 +192,7 @@ class Requests(_Lengths):
                         f"{place}every request would be cut: max_new_tokens is at most {kind.cap.highest}, "
                         f"output_length at least {kind.output.lowest}: raise the first or lower the second"
                     )
-            groups = Counter((kind.request_class.name, kind.request_class.tenant) for kind in kinds)
-            (name, tenant), times = max(groups.items(), key=lambda kv: kv[1])
-            if times > 1:
-                raise ValueError(
-                    f"{place}class {name!r} of tenant {tenant!r} is listed {times} times: merge them or "
-                    "rename one"
-                )
+            _check_classes(place, kinds)
         for field in ("after", "after_s"):
             starts = [value for phase in self.phases if (value := getattr(phase, field)) is not None]
             if starts and len(starts) < len(self.phases):
@@ -200,6 +217,21 @@ class Requests(_Lengths):
         yield from (f"phases.{i}: " for i in range(len(self.phases)))
 
 
+def _check_classes(place: str, kinds: list[Kind]) -> None:
+    """A class may be listed again with other laws: its parts then differ in lengths and in nothing else."""
+    listed: dict[tuple[str, str], list[Kind]] = {}
+    for kind in kinds:
+        listed.setdefault((kind.request_class.name, kind.request_class.tenant), []).append(kind)
+    for (name, tenant), parts in listed.items():
+        class_ = f"{place}class {name!r} of tenant {tenant!r}"
+        if len({(part.prompt, part.output, part.cap) for part in parts}) < len(parts):
+            raise ValueError(
+                f"{class_} is listed {len(parts)} times with equal laws: merge them or rename one"
+            )
+        if len({(part.request_class.priority, part.request_class.slo()) for part in parts}) > 1:
+            raise ValueError(f"{class_} is listed with different priorities or bounds: rename one")
+
+
 def _of(
     classes: tuple[RequestClass, ...], prompt: LengthLaw, output: LengthLaw, cap: LengthLaw
 ) -> list[Kind]:
@@ -207,7 +239,3 @@ def _of(
         Kind(c, c.prompt_length or prompt, c.output_length or output, c.max_new_tokens or cap)
         for c in classes
     ]
-
-
-def _ns(ms: float | None, scale: float) -> int | None:
-    return None if ms is None else round(ms * scale * NS_PER_MS)

@@ -12,7 +12,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
-from pathlib import Path
 from random import Random
 from typing import Any, Literal, Self
 
@@ -132,12 +131,19 @@ Row = Sequence[int]
 """Time in ns, prompt tokens, output tokens, tag."""
 
 
-def sliced(rows: Iterable[Row], config: TraceConfig) -> Iterator[Row]:
-    """The rows of the slice, with times from its beginning. Reading ends with it."""
+def sliced(rows: Iterable[Row], config: TraceConfig, begin_ns: int | None = None) -> Iterator[Row]:
+    """The rows of the slice, with times from its beginning. Reading ends with it.
+
+    Args:
+        rows: of the file.
+        config: where the slice begins and ends.
+        begin_ns: when the file begins; None: with its first row.
+    """
     origin = end_ns = None
     for time_ns, prompt, output, tag in rows:
         if origin is None:
-            origin = time_ns + round(config.start_s * NS)
+            begin_ns = time_ns if begin_ns is None else begin_ns
+            origin = begin_ns + round(config.start_s * NS)
             end_ns = None if config.duration_s is None else origin + round(config.duration_s * NS)
         if end_ns is not None and time_ns >= end_ns:
             return
@@ -196,6 +202,11 @@ def _at_rate(columns: Columns, config: TraceConfig, thin: Random) -> dict[str, A
     return done
 
 
+def scaled(lengths: array[int], by: float) -> array[int]:
+    """Each length times ``by``, rounded, at least 1."""
+    return array("i", [max(1, round(length * by)) for length in lengths])
+
+
 def _nothing(config: TraceConfig, why: str) -> WorkloadError:
     return WorkloadError(
         "no request is left of the trace",
@@ -220,8 +231,10 @@ class Replay:
     def __init__(self, config: TraceConfig, ctx: Context, columns: Columns, done: Mapping[str, Any]) -> None:
         self._config, self._columns, self._done = config, columns, dict(done)
         self._where, self._vocab = f"workload {ctx.name!r}", ctx.model.vocab
-        self._scale("prompts", config.prompt_scale)
-        self._scale("outputs", config.output_scale)
+        if config.prompt_scale != 1:
+            self.scale_prompts(config.prompt_scale)
+        if config.output_scale != 1:
+            columns.outputs = scaled(columns.outputs, config.output_scale)
         cap, uniform = config.max_new_tokens.sampler(), self._stream("cap").random
         self._caps = array("i", [cap(uniform()) for _ in range(len(columns))])
         self._done["over_length"] = self._fit(ctx.limits.max_model_len)
@@ -236,6 +249,10 @@ class Replay:
     def ids(self, place: int, length: int) -> Sequence[int]:
         """Token ids of the prompt."""
         return DrawnIds(f"{self.root}/tokens/{place}", length, self._vocab)
+
+    def scale_prompts(self, by: float) -> None:
+        """Apply ``prompt_scale``."""
+        self._columns.prompts = scaled(self._columns.prompts, by)
 
     def arrivals(self) -> Iterator[Arrival | Cancel]:
         """The requests, in time order."""
@@ -273,12 +290,6 @@ class Replay:
     def _stream(self, quantity: str) -> Random:
         """The generator of one quantity, at its start."""
         return Random(f"{self.root}/{quantity}")
-
-    def _scale(self, name: str, by: float) -> None:
-        if by == 1:
-            return
-        column = getattr(self._columns, name)
-        setattr(self._columns, name, array("i", [max(1, round(length * by)) for length in column]))
 
     def _fit(self, limit: int) -> dict[str, Any]:
         """Apply ``over_length``; how many requests it met."""
@@ -330,8 +341,3 @@ class Replay:
             do="set over_length to 'clip' or 'drop', scale lengths (prompt_scale, output_scale), or choose a "
             "model with a longer context",
         )
-
-
-def trace_path(stated: str) -> Path:
-    """The file that a setting names, from the current folder unless it is absolute."""
-    return Path(stated).expanduser()

@@ -38,7 +38,8 @@ from pydantic import Field, model_validator
 from servelab.core.api import Context
 from servelab.plugins.workloads import _burstgpt_file as file
 from servelab.plugins.workloads import _burstgpt_like as like
-from servelab.plugins.workloads._trace import Columns, Replay, Row, TraceConfig, sliced, taken, trace_path
+from servelab.plugins.workloads._trace import Columns, Replay, Row, TraceConfig, sliced, taken
+from servelab.plugins.workloads._trace_path import trace_path
 
 DEFAULT_REQUESTS = 1_000
 """Generated requests unless stated. Ours."""
@@ -52,8 +53,9 @@ class BurstGPTConfig(TraceConfig):
     path: str | None = Field(
         default=None,
         min_length=1,
-        description="csv of BurstGPT, with or without Session ID and Elapsed time. None: BurstGPT-like "
-        "requests are drawn, 1000 of them at 4 a second unless num_requests and request_rate are stated.",
+        description="csv of BurstGPT, with or without Session ID and Elapsed time: a file, cache:FILE, or "
+        "the name of a fetched data set (burstgpt_1). None: BurstGPT-like requests are drawn, 1000 of them "
+        "at 4 a second unless num_requests and request_rate are stated.",
     )
     log_type: Literal["all", "conversation", "api"] = Field(
         default="all",
@@ -186,7 +188,7 @@ class BurstGPT(Replay):
         return columns, {"traffic": "BurstGPT-like", "constants": like.ORIGINS}
 
     def _replayed(self, config: BurstGPTConfig) -> tuple[Columns, dict[str, Any]]:
-        path = trace_path(config.path or "")
+        path = trace_path(config.path or "", file.REMEDY)
         self._names = names = file.Names()
         counts: Counter[str] = Counter()
         rows = sliced(file.rows(path, names, sessions=config.sessions), config)

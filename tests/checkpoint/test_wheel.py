@@ -19,9 +19,10 @@ import torch
 
 from servelab.core.config import ModelConfig
 from servelab.core.errors import ConfigError
+from servelab.core.user_cache import cache_root
 from servelab.plugins.executors.checkpoint import convert as convert_module
 from servelab.plugins.executors.checkpoint import pip_download
-from servelab.plugins.executors.checkpoint.cache import made_once, root
+from servelab.plugins.executors.checkpoint.cache import made_once
 from servelab.plugins.executors.checkpoint.errors import ModelError
 from servelab.plugins.executors.checkpoint.find import find
 from servelab.plugins.executors.checkpoint.gguf_tensors import dequantized
@@ -36,7 +37,7 @@ def _changed(model: ModelConfig, **fields: Any) -> ModelConfig:
 
 def _left() -> list[str]:
     """What is in the cache beside locks."""
-    models = root() / "models"
+    models = cache_root() / "models"
     return sorted(p.name for p in models.iterdir() if p.suffix != ".lock") if models.is_dir() else []
 
 
@@ -230,11 +231,11 @@ def test_a_cache_that_cannot_be_written(
 
 def test_what_a_killed_process_left_is_cleared(index: ModelConfig) -> None:
     name = Path(find(index).provenance["path"]).name
-    stale = root() / "models" / f".{name}.dead.tmp"
+    stale = cache_root() / "models" / f".{name}.dead.tmp"
     (stale / "model").mkdir(parents=True)
-    for path in (root() / "models" / name).iterdir():
+    for path in (cache_root() / "models" / name).iterdir():
         path.unlink()
-    (root() / "models" / name).rmdir()
+    (cache_root() / "models" / name).rmdir()
     find(index)
     assert _left() == [name]
 
@@ -291,7 +292,7 @@ def test_without_locks_the_loser_takes_the_winners(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(cache.fcntl, "flock", no_locks)
 
     def make(scratch: Path, folder: Path) -> None:
-        winner = root() / "models" / "shared"
+        winner = cache_root() / "models" / "shared"
         winner.mkdir()
         (winner / "content").write_text("the winner's")
         (folder / "content").write_text("the loser's")
@@ -335,4 +336,4 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, own: str, xdg: str,
     monkeypatch.setenv("SERVELAB_CACHE", own)
     monkeypatch.setenv("XDG_CACHE_HOME", xdg)
     monkeypatch.setenv("HOME", "/home/u")
-    assert root() == Path(expected)
+    assert cache_root() == Path(expected)

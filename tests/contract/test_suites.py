@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +110,12 @@ for _name in ("sjf", "sjf_oracle"):
     MORE["scheduler", _name]["exempt"] = {
         "test_no_starvation": "long jobs wait while shorter ones keep coming: the rule's known price"
     }
+_BY_KIND = "its source prices a step of prompts and decodes otherwise than one of prompts alone"
+for _name in ("phase_linear", "table"):
+    MORE["cost", _name]["exempt"] = {"test_kinds_of_steps": _BY_KIND}
+FILES = Path(__file__).parents[1] / "workloads" / "files"
+MORE["workload", "azure"] = {"config": {"path": str(FILES / "azure.csv")}}
+MORE["workload", "mooncake"] = {"config": {"path": str(FILES / "mooncake.jsonl")}}
 MORE["observer", "progress"] = {"config": {"mode": "on"}}  # also without a terminal
 
 for _kind, _suite in SUITES.items():

@@ -97,14 +97,18 @@ def ring(config: RooflineConfig, hardware: HardwareFacts) -> tuple[float, float]
     if n == 1:
         return 0.0, 0.0
     rounds = 2 * (n - 1) / n
-    for devices, latency, bandwidth in hardware.all_reduce:
-        if devices == n:
-            return float(latency), rounds * 1e9 / bandwidth
+    if found := measured_ring(hardware):
+        return found[0], rounds * 1e9 / found[1]
     why = (
         f"{n} devices sum their parts of every layer; no all-reduce of {n} is measured in hardware.all_reduce"
     )
     link = needed(hardware, "link_bytes_per_s", why)
     return config.collective_ns + 2 * (n - 1) * float(config.hop_ns), rounds * 1e9 / link
+
+
+def measured_ring(hardware: HardwareFacts) -> tuple[float, float] | None:
+    """Latency in ns and bandwidth in bytes/s of the profile's all-reduce over the instance's devices."""
+    return next(((a, b) for n, a, b in hardware.all_reduce if n == hardware.tp), None)
 
 
 def check_shards(model: ModelFacts, hardware: HardwareFacts) -> None:

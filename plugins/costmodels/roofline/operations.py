@@ -23,8 +23,8 @@ FUSED_PASSES = 4
 """Times the residual stream moves per layer in norms, rotation and activation, fused as engines do."""
 FLOPS_PER_ELEMENT = 10
 """Of the same, per element of the residual stream."""
-ELEMENTWISE_LAUNCHES = 3
-"""Two norms with the residual, one activation; rotation goes with the KV write."""
+ELEMENTWISE_LAUNCHES = 1
+"""They are one operation here, as a compiler fuses them; rotation goes with the KV write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +217,11 @@ def _message(model: ModelFacts) -> Callable[[int], Work]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """Attention of layers alike: the same window and the same bytes of KV per token. Keys and values are read
-    once per row and step, whatever the number of its queries.
+    """Attention of layers alike: the same window and the same bytes of KV per token.
+
+    Keys and values are read once per row and step, whatever the number of its queries. Rows of one query take
+    the time of their sum; each row of several takes its own on top, for the ones multiply while the others
+    read. So a row that runs one token more never costs less.
     """
 
     count: int
@@ -246,28 +249,29 @@ class Attention:
             flops=self.pair_flops * context,
             kv_bytes=self.kv_bytes * context,
             activation_bytes=self.query_bytes * rows,
+            launches=0,
         )
 
-    def chunks(self, rows: list[tuple[int, int]]) -> Work:
-        """Rows of (queries, context before them), several queries each; causal."""
-        flops, keys, queries = 0.0, 0, 0
-        for n, before in rows:
-            if (window := self.window) is None:
-                pairs = n * before + n * (n + 1) // 2
-                read = before + n
-            else:
-                whole = max(0, min(n, window - before))  # queries that see all before them
-                pairs = whole * before + whole * (whole + 1) // 2 + (n - whole) * window
-                read = min(before + n, window + n - 1)
-            expanded = self.chunk_pair_flops * pairs + self.expand_flops * (read - n)
-            flops += min(self.pair_flops * pairs, expanded)
-            keys += read
-            queries += n
-        return Work(flops=flops, kv_bytes=self.kv_bytes * keys, activation_bytes=self.query_bytes * queries)
+    def chunk(self, n: int, before: int) -> Work:
+        """A row of several queries after a context; causal."""
+        if (window := self.window) is None:
+            pairs = n * before + n * (n + 1) // 2
+            keys = before + n
+        else:
+            whole = max(0, min(n, window - before))  # queries that see all before them
+            pairs = whole * before + whole * (whole + 1) // 2 + (n - whole) * window
+            keys = min(before + n, window + n - 1)
+        expanded = self.chunk_pair_flops * pairs + self.expand_flops * (keys - n)
+        return Work(
+            flops=min(self.pair_flops * pairs, expanded),
+            kv_bytes=self.kv_bytes * keys,
+            activation_bytes=self.query_bytes * n,
+            launches=0,
+        )
 
     def write(self, tokens: int) -> Work:
-        """New keys and values, rotated and stored."""
-        return Work(kv_bytes=self.kv_bytes * tokens)
+        """New keys and values, rotated and stored; launched beside attention, one for all rows."""
+        return Work(kv_bytes=self.kv_bytes * tokens, launches=2)
 
 
 def attentions(
@@ -292,7 +296,7 @@ def _attention(
         return Attention(
             count=count,
             window=window,
-            kv_bytes=kv_bytes,  # one latent for all heads: every device keeps it
+            kv_bytes=kv_bytes * kv_share(model, hardware),
             query_bytes=heads * (2 * latent + model.rope_dim) * width,
             pair_flops=2 * heads * (2 * latent + model.rope_dim),
             chunk_pair_flops=2 * heads * (model.head_dim + value),
@@ -302,11 +306,18 @@ def _attention(
     return Attention(
         count=count,
         window=window,
-        kv_bytes=kv_bytes * ceil(model.kv_heads / hardware.tp) / model.kv_heads,
+        kv_bytes=kv_bytes * kv_share(model, hardware),
         query_bytes=heads * (model.head_dim + value) * width,
         pair_flops=flops,
         chunk_pair_flops=flops,
     )
+
+
+def kv_share(model: ModelFacts, hardware: HardwareFacts) -> float:
+    """Of a token's KV, the share each device keeps: whole heads, copied where devices are more; a latent,
+    which all heads read, is on every device.
+    """
+    return 1.0 if model.kv_latent else ceil(model.kv_heads / hardware.tp) / model.kv_heads
 
 
 def _kv_bytes(model: ModelFacts, layout: KVLayout | None, layer: int) -> float:

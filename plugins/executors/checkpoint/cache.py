@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from servelab.core.user_cache import cache_root
 from servelab.plugins.executors.checkpoint.errors import OTHER_SOURCES, ModelError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def root() -> Path:
-    """``$SERVELAB_CACHE``, or ``servelab`` in ``$XDG_CACHE_HOME``, or ``~/.cache/servelab``."""
-    environ = os.environ  # noqa: TID251 - where a user's caches are is a property of the machine, not of a run
-    if own := environ.get("SERVELAB_CACHE"):
-        return Path(own).expanduser().absolute()
-    base = environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "servelab"
 
 
 def made_once(name: str, make: Callable[[Path, Path], None]) -> Path:
@@ -39,7 +30,7 @@ def made_once(name: str, make: Callable[[Path, Path], None]) -> Path:
     Raises:
         ModelError: the cache cannot be written or the disk is full; nothing is left behind.
     """
-    models = root() / "models"
+    models = cache_root() / "models"
     final = models / name
     if final.is_dir():
         return final

@@ -8,8 +8,9 @@ from typing import Any
 
 from servelab.core.config import MODEL_KINDS, SHAPE, ModelConfig
 from servelab.core.errors import ConfigError
-from servelab.plugins.executors.checkpoint import cache, hub, wheel
+from servelab.core.user_cache import stated_path
 from servelab.plugins.executors.checkpoint import folder as hf
+from servelab.plugins.executors.checkpoint import hub, wheel
 from servelab.plugins.executors.checkpoint.architectures import checked, shape
 from servelab.plugins.executors.checkpoint.checkpoint import Checkpoint
 from servelab.plugins.executors.checkpoint.convert import PROVENANCE
@@ -92,14 +93,8 @@ def _of_wheel(model: ModelConfig) -> Checkpoint:
         ) from exc
 
 
-CACHED = "cache:"
-"""Begins a ``model.path`` that is below our cache folder, wherever that is."""
-
-
 def _path(model: ModelConfig) -> Path:
-    stated = model.path or ""
-    cached = stated.startswith(CACHED)
-    path = cache.root() / stated.removeprefix(CACHED) if cached else Path(stated).expanduser()
+    path = stated_path(model.path or "")
     if path.is_dir():
         return path
     if not path.exists():

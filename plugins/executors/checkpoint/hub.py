@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from servelab.core.config import ModelConfig
-from servelab.plugins.executors.checkpoint.cache import root
+from servelab.core.user_cache import cache_root
 from servelab.plugins.executors.checkpoint.errors import ModelError, library
 
 log = logging.getLogger("servelab")
@@ -99,7 +99,7 @@ def _cached(hub: Any, model: ModelConfig, wanted: dict[str, Any]) -> Path | None
 
 def _note(model: ModelConfig, found: Path) -> Path:
     """Our file that lists a whole snapshot; older huggingface_hub cannot tell it from a part."""
-    return root() / "models-hub" / f"{str(model.repo).replace('/', '--')}@{found.name}.json"
+    return cache_root() / "models-hub" / f"{str(model.repo).replace('/', '--')}@{found.name}.json"
 
 
 def _note_complete(model: ModelConfig, found: Path) -> None:

