@@ -226,7 +226,7 @@ class ClosedLoop:
         if not self._config.with_prompt_ids:
             return None
         key, own = f"{self._root}/tokens/{number}", self._requests.prompts[number] - len(self._prefix)
-        ids = DrawnIds(own, key, self._vocab)
+        ids = DrawnIds(key, own, self._vocab)
         return (*self._prefix, *ids) if self._prefix else ids
 
     # ------------------------------------------------------------------ drawing
