@@ -52,7 +52,7 @@ class SplitFuseConfig(BaseModel):
 
 
 class SplitFuse:
-    """State: when waiting requests were reset. O(running log running + admitted) per step."""
+    """State: the order of the buffer. O(running log running + admitted) per step."""
 
     def __init__(self, config: SplitFuseConfig, ctx: Context) -> None:
         tokens, requests = config.max_ragged_batch_size, config.max_ragged_sequence_count
@@ -62,21 +62,28 @@ class SplitFuse:
         self.config = config
         self._most = min(requests, tokens, limits.max_batch_requests)
         self._resets: dict[str, int] = {}
+        """When waiting requests were reset."""
+        self._order: dict[str, int] = {}
+        """Generations as they stand in the buffer; empty: as they run."""
 
     def plan(self, view: StepView) -> StepPlan:
         config, plan = self.config, StepPlan()
         pages = PromptBudget(view, 0.0, config.max_ragged_batch_size)
         running = list(view.running)
-        generations = sorted((r for r in running if decodes(r)), key=_buffered)
+        generations = [r for r in running if decodes(r)]
+        if self._order:  # else all of them had a token in the last pass, in this order
+            generations.sort(key=lambda r: self._order.get(r.id, len(self._order)))
         prompts = [r for r in running if not decodes(r)]
 
+        served: list[RequestView] = []
         for request in generations:
-            if len(plan.work) >= self._most:
+            if len(served) >= self._most:
                 break
             if request.pending_tokens and pages.take(request, 1):
                 plan.work.append(request.next_token)
-        # in the order in which it would be planned again
-        steady = generations == running and len(plan.work) == len(running) > 0
+                served.append(request)
+        steady = len(served) == len(running) > 0
+        self._put_back(generations, served, running)
         left = config.max_ragged_batch_size - len(plan.work)
         for request in [*prompts, *self._buffer(view)]:
             n = min(request.pending_tokens, left)
@@ -96,6 +103,17 @@ class SplitFuse:
         elif steady and config.hold_steps > 1:
             plan.hold = Hold(config.hold_steps)
         return plan
+
+    def _put_back(
+        self, generations: list[RequestView], served: list[RequestView], running: list[RequestView]
+    ) -> None:
+        """Who has a token goes to the end of the buffer, behind those that were left out."""
+        if len(served) < len(generations):
+            ids = {request.id: None for request in served}
+            generations = [r for r in generations if r.id not in ids] + served
+        self._order = {}
+        if generations != running:
+            self._order = {request.id: k for k, request in enumerate(generations)}
 
     def _buffer(self, view: StepView) -> list[RequestView]:
         """Waiting requests in order; those that were reset stand where they were put then."""
@@ -119,8 +137,3 @@ class SplitFuse:
         victim = holders[-1]
         plan.preempt(victim, "recompute", "nothing fits in free KV pages; last in the buffer")
         self._resets[victim.id] = view.now_ns
-
-
-def _buffered(request: RequestView) -> tuple[bool, int]:
-    """When it was last put at the end of the buffer: with its last token, or soon."""
-    return request.in_flight, request.last_token_ns or 0
