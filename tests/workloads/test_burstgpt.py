@@ -346,3 +346,17 @@ def test_a_path_that_leads_nowhere(burst: Burst, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(WorkloadError, match="not a text file"):
         burst(path=str(tmp_path / "x.csv"))
+
+
+# --- the real file -----------------------------------------------------------------------------------------
+
+
+def test_the_first_rows_of_the_published_file(burst: Burst, data: Path) -> None:
+    path = str(data / "burstgpt" / "burstgpt_1_head54.csv")
+    whole, served = burst(path=path), burst(path=path, failures="drop")
+    assert lengths(served)[:3] == [(472, 18), (1087, 230), (417, 276)]
+    assert seconds(whole)[:3] == [0, 40, 113]
+    told = whole.describe()
+    assert told["requests"] == 54
+    assert told["failed_rows"]["rows"] == 54 - served.describe()["requests"] == 3
+    assert told["log_types"] == {"conversation": 36, "api": 18}
