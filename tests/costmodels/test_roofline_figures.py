@@ -15,6 +15,7 @@ from tests.costmodels.rooflines import CONFIGS, device, model, roofline
 from servelab.core.compose import Run, compose
 from servelab.core.config import validate
 from servelab.core.engine.virtual import VirtualDriver
+from servelab.core.engine.wall import WallDriver
 from servelab.core.errors import ConfigError
 from servelab.core.events import Batch
 from servelab.core.facts import HardwareFacts
@@ -198,7 +199,8 @@ def test_idle_instances_take_power() -> None:
     assert one.energy_j is not None
     assert two.energy_j is not None
     assert two.energy_j > 2 * 60 * two.now_ns * 1e-9
-    unknown, _ = served(composed(hardware=yaml.safe_load((CONFIGS / "hardware" / "a40.yaml").read_text())))
+    silent = yaml.safe_load((CONFIGS / "hardware" / "a40.yaml").read_text()) | {"idle_watts": None}
+    unknown, _ = served(composed(hardware=silent))
     assert unknown.energy_j is None
 
 
@@ -216,6 +218,18 @@ def test_energy_and_figures_are_reported(tmp_path: Path, capsys: pytest.CaptureF
     words = " ".join(capsys.readouterr().out.split())
     assert "cost device a100_80g, devices 1, mfu 0.741 (profile), mbu 0.812 (profile)" in words
     assert f"energy {extra['energy_j'] / 1e3:,.1f} kJ" in words
+
+
+def test_no_energy_is_told_of_real_time() -> None:
+    """Also where the executor simulates: what the machine draws meanwhile is nobody's price."""
+    run = composed(
+        clock={"name": "wall"}, workload={"name": "synthetic", "num_requests": 2, "request_rate": "inf"}
+    )
+    records: list[Record] = []
+    driver = WallDriver(**run.for_driver(Listener(records)))  # type: ignore[arg-type]
+    driver.run()
+    assert sum(isinstance(record, StepDone) for record in records) > 1
+    assert driver.energy_j is None
 
 
 def test_unpriced_batches_are_not_measured_for_energy() -> None:

@@ -65,8 +65,8 @@ def test_a_quiet_rate_is_a_share_of_the_busy_one() -> None:
 
 
 def test_equal_gaps_in_windows_by_hand() -> None:
-    """2 a second for 2 s, none for 1 s, 10 a second for 0.5 s, and again: the fifth gap, from 2 s on, ends 0.1 s
-    into the fast window."""
+    """2 a second for 2 s, none for 1 s, 10 a second for 0.5 s, and again: the fifth gap, from 2 s on, ends
+    0.1 s into the fast window."""
     windows = [{"duration_s": 2, "rate": 2}, {"duration_s": 1, "rate": 0}, {"duration_s": 0.5, "rate": 10}]
     found = times(12, process="constant", request_rate="inf", windows={"windows": windows})
     assert [round(t / NS, 6) for t in found] == [
