@@ -17,7 +17,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema, to_jsonable_python
 
 from servelab.core.errors import ConfigError, PluginError, nearest
 from servelab.core.facts import HardwareFacts
@@ -700,7 +700,8 @@ def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
 
 def _plain(model: BaseModel, *, exclude_defaults: bool = False) -> dict[str, Any]:
     """A model in JSON types; infinities as words, for which JSON has no number and which pydantic reads."""
-    dumped = model.model_dump(mode="json", exclude_defaults=exclude_defaults)
+    # in one go, mode="json" would make infinities null below a serializer of the plugin's own
+    dumped = to_jsonable_python(model.model_dump(exclude_defaults=exclude_defaults))
     return {key: _finite(value) for key, value in dumped.items()}
 
 

@@ -16,6 +16,7 @@ SECTIONS = {
     "reference": "Reference",
     "explanation": "Explanation",
     "techniques": "Techniques",
+    "experiments": "Experiments",
 }
 """Folders of ``docs/`` and their titles, in the order of the navigation."""
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import importlib
 import io
 import logging
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
@@ -32,6 +30,7 @@ from omegaconf import DictConfig
 from servelab.core import __version__
 from servelab.core.errors import ServeLabError
 from servelab.core.interrupt import interrupted_by
+from servelab.core.processes import context, died, forks, settle, start
 from servelab.core.sweep.folder import (
     REPORT_FILE,
     STOP_FILE,
@@ -47,7 +46,6 @@ from servelab.core.sweep.folder import (
 log = logging.getLogger("servelab.sweep")
 
 Task = Callable[[DictConfig], Any]
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.2
 """How often a waiting job looks whether the sweep is being ended."""
 
@@ -102,16 +100,10 @@ class Job:
 
     def _run(self, cfg: DictConfig, folder: Path, state: JobState, parallel: bool) -> JobState:
         """Start the process, hand on a signal that ends the sweep, and see what came of it."""
-        forks = sys.platform == "linux" and threading.active_count() == 1
-        began, work = monotonic(), _Work(self.task, folder, state, parallel, forked=forks)
-        context: Any = multiprocessing.get_context("fork" if forks else "spawn")
-        process: BaseProcess = context.Process(target=work, args=(cfg, HydraConfig.instance().cfg))
-        # held back until the process has its own handlers
-        usual = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, usual)
+        forked = forks()
+        began, work = monotonic(), _Work(self.task, folder, state, parallel, forked=forked)
+        process: BaseProcess = context(forked).Process(target=work, args=(cfg, HydraConfig.instance().cfg))
+        start(process)
         told = False
         while not wait([process.sentinel], POLL_S):
             number = self._stopped()
@@ -125,7 +117,7 @@ class Job:
             ended = replace(state, status="interrupted", reason="before it began", wall_s=monotonic() - began)
             ended.write(folder)
         if ended is None or ended.status == "running":
-            return fail(folder, state, _died(process.exitcode or 0, folder), monotonic() - began)
+            return fail(folder, state, died(process.exitcode or 0, "job", str(folder)), monotonic() - began)
         return ended
 
     def _tell(self, title: str, folder: Path, state: JobState) -> None:
@@ -197,13 +189,7 @@ class _Work:
             ended.write(self.folder)
 
     def _settle(self, hydra: DictConfig) -> None:
-        with suppress(OSError):
-            os.setpgid(0, 0)  # Ctrl-C reaches the sweep, which hands it on once
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it may write to the terminal all the same
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        settle()
         if self.parallel:
             _hide_terminal()
         if not self.forked:
@@ -225,14 +211,6 @@ def warm_up() -> None:
     Registry.load()
 
 
-def _end_with_parent() -> None:
-    """A sweep that was killed leaves no job running behind."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def _hide_terminal() -> None:
     """Several jobs at once must not draw over one another's progress line."""
 
@@ -241,27 +219,6 @@ def _hide_terminal() -> None:
             return False
 
     sys.stderr = Plain(os.fdopen(os.dup(2), "wb"), line_buffering=True)
-
-
-def _died(exitcode: int, folder: Path) -> str:
-    """A process that did not come to say how it ended."""
-    if exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        what = f"the job's process was ended by {name}"
-        why = (
-            "the system does this to a process that takes more memory than there is"
-            if name == "SIGKILL"
-            else "a library crashed, or somebody sent the signal"
-        )
-        do = (
-            "give it less to do (a smaller model, fewer KV pages), or run fewer jobs at a time"
-            if name == "SIGKILL"
-            else "run this job alone, with PYTHONFAULTHANDLER=1"
-        )
-    else:
-        what = f"the job's process left with status {exitcode} before the job was over"
-        why, do = "a library ended it", "run this job alone"
-    return f"{what}\n  where: {folder}\n  why:   {why}\n  do:    {do}"
 
 
 def _time(seconds: float) -> str:

@@ -71,7 +71,7 @@ def test_a_technique_is_told_by_one_skeleton(kind: str, name: str) -> None:
     assert min(places) > 0 and places == sorted(places), f"{path.name} lacks a part of its skeleton"
     headings = re.findall(r"^## .*$", text, re.M)
     assert [h for h in headings if h in SKELETON] == SKELETON, f"{path.name} has the headings {headings}"
-    chosen = {f"{kind}={name}", f"observers=[{name}]"}
+    chosen = {f"{kind}={name}", f"observers=[{name}]", f"+experiment={name}"}
     shown = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M))
     picked = any(word in shown for word in chosen) or re.search(rf"observers=\[.*\b{name}\b", shown)
     default = {("executor", "scripted"), ("cost", "scripted")}  # what +experiment=scripted selects
@@ -90,8 +90,10 @@ def test_deviations_are_those_of_the_docstring(kind: str, name: str) -> None:
 
 
 def test_every_page_of_techniques_belongs_to_a_plugin() -> None:
-    owned = {plugins.page_of(kind, name).name for kind, name in plugins.IN_TREE} | {"index.md"}
-    assert {p.name for p in (DOCS / "techniques").glob("*.md")} == owned
+    owned = {plugins.page_of(kind, name) for kind, name in plugins.IN_TREE}
+    for folder in ("techniques", "experiments"):
+        pages = {p for p in (DOCS / folder).glob("*.md") if p.name != "index.md"}
+        assert pages == {p for p in owned if p.parent.name == folder}
 
 
 def test_kinds_without_plugins_are_said_to_have_none(wanted: dict[Path, str]) -> None:

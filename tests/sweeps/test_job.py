@@ -17,6 +17,7 @@ from hydra.core.singleton import Singleton
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
+from servelab.core import processes
 from servelab.core.errors import ConfigError
 from servelab.core.interrupt import Terminated
 from servelab.core.sweep import job as module
@@ -32,7 +33,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests may have left threads behind, with which jobs would be spawned."""
-    monkeypatch.setattr(module.threading, "active_count", lambda: 1)
+    monkeypatch.setattr(processes.threading, "active_count", lambda: 1)
 
 
 @pytest.fixture
@@ -247,7 +248,7 @@ def test_a_job_file_that_is_not_ours_is_told(tmp_path: Path, text: str) -> None:
 def test_a_job_that_cannot_start_leaves_signals_as_they_were(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.threading, "active_count", lambda: 2)
+    monkeypatch.setattr(processes.threading, "active_count", lambda: 2)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with pytest.raises((AttributeError, TypeError, PicklingError)):  # a lambda cannot be spawned
         run(folder, lambda cfg: None)

@@ -10,6 +10,11 @@ from docs_pages.markdown import DOCS, page, table, title
 INTROS = {
     "tutorials": ("Tutorials", "Lessons: each begins with nothing and ends with something that works."),
     "howto": ("How-to guides", "One task each, for readers who know what they want."),
+    "experiments": (
+        "Experiments",
+        "Figures of papers beside ours: one command each, a table that says which claims hold, and every "
+        "deviation.",
+    ),
     "reference": ("Reference", "Names, settings, fields, files, figures and errors: to look things up."),
     "explanation": ("Explanation", "Why it is built as it is, and how the parts work together."),
 }

@@ -69,14 +69,14 @@ def stated_deviations(spec: PluginSpec) -> list[str]:
 
 
 def page_of(kind: str, name: str) -> Path:
-    """The page of a plugin.
+    """The page of a plugin; of a task that reproduces a paper's figures, in ``docs/experiments``.
 
     Raises:
         FileNotFoundError: it has none.
     """
-    for stem in (f"{kind}_{name}", name):
-        path = DOCS / "techniques" / f"{stem}.md"
-        if path.exists():
+    for folder, stem in (("techniques", f"{kind}_{name}"), ("techniques", name), ("experiments", name)):
+        path = DOCS / folder / f"{stem}.md"
+        if path.exists() and (folder == "techniques" or kind == "task"):
             return path
     raise FileNotFoundError(f"docs/techniques has no page for {kind} {name!r}: {kind}_{name}.md or {name}.md")
 

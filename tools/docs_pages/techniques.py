@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from docs_pages.configuration import heading
@@ -24,7 +25,7 @@ def index() -> str:
     for kind in KINDS.values():
         rows = [
             (
-                f"[`{name}`]({page_of(kind_, name).name})",
+                f"[`{name}`]({os.path.relpath(page_of(kind_, name), DOCS / 'techniques')})",
                 spec.summary,
                 _source(spec),
                 spec.tier,
@@ -52,7 +53,7 @@ def readme() -> str:
     rows = []
     for kind in KINDS.values():
         names = [
-            f"[`{name}`](docs/techniques/{page_of(k, name).name})" for k, name in IN_TREE if k == kind.name
+            f"[`{name}`](docs/{page_of(k, name).relative_to(DOCS)})" for k, name in IN_TREE if k == kind.name
         ]
         if names:
             rows.append((f"`{kind.name}`", kind.decides, ", ".join(names)))
