@@ -167,6 +167,7 @@ def compose(
     build.tokenizer = getattr(executor, "tokenizer", None)
     instances: list[Instance] = []
     try:
+        check_cluster(config, executor)
         capacity = build.ask("executor", executor.capacity, layout)
         offline = any("task.offline" in one.provides for one in selected)
         if (fit_length or offline) and config.engine.max_model_len is None:
@@ -181,7 +182,6 @@ def compose(
             workload = DefaultSLO(workload, config.slo.bounds(), by_class)
         if config.prefix is not None:
             check_shareable(layout, config.prefix.name)
-        check_cluster(config, executor)
         shares = any("kvcache.fork" in one.provides for one in selected)
         instances = [build.instance(0, kvcache, executor, capacity, shares)]
         observers = tuple(build("observer", choice) for choice in config.observers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 LOG_SCHEMA = 1
@@ -328,11 +329,17 @@ RECORDS: dict[str, type[Record]] = {
 def to_dict(record: Record) -> dict[str, Any]:
     """JSON-ready form; fields at their default are left out, but for the schema version."""
     out: dict[str, Any] = {"ev": record.ev}
-    for f in fields(record):
-        value = getattr(record, f.name)
-        if value != f.default or f.name == "schema":
-            out[f.name] = value
+    for name, default in _fields(type(record)):  # type: ignore[arg-type] # python/mypy#11470: a class has a hash
+        value = getattr(record, name)
+        if value != default or name == "schema":
+            out[name] = value
     return out
+
+
+@cache
+def _fields(cls: type[Record]) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults of the fields of a type of record."""
+    return tuple((f.name, f.default) for f in fields(cls))
 
 
 def from_dict(data: Mapping[str, Any]) -> Record:

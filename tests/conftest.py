@@ -36,6 +36,15 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def data() -> Path:
+    """The folder of real data files, where there is one."""
+    folder = os.environ.get("SERVELAB_DATA")
+    if not folder:
+        pytest.skip("SERVELAB_DATA does not name a folder of real traces")
+    return Path(folder)
+
+
+@pytest.fixture
 def blocking_all_but(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Call it with names of packages that the test brings along itself."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from docs_pages import (
     api,
     capabilities,
+    catalog,
     command_line,
     configuration,
     errors,
@@ -41,6 +42,7 @@ def outputs() -> dict[Path, str]:
         reference / "configuration.md": configuration.render(),
         reference / "command_line.md": command_line.render(),
         reference / "errors.md": errors.render(),
+        reference / "catalog.md": catalog.render(),
         DOCS / "techniques" / "index.md": techniques.index(),
         **techniques.pages(),
         CAPABILITIES: fill(

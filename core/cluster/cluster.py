@@ -43,7 +43,7 @@ class Waiting:
     arrival_ns: int
     until_ns: int
     asked: int
-    """Reports there had been when the router was asked last."""
+    """How many reports there had been, or what time it was, when the router was asked last."""
 
 
 class Cluster:
@@ -79,7 +79,7 @@ class Cluster:
         self.held: dict[str, Waiting] = {}
         """Requests that wait at the router, in order of arrival."""
         self._reports = 0
-        """Ever made, of any instance."""
+        """Periodic ones ever made; else when something was last reported."""
         self._driver: Driver
         layout = engines[0].layout
         self.view = View(
@@ -124,7 +124,7 @@ class Cluster:
                 why="the first is still live",
                 do="give every request of a run its own id",
             )
-        self._place(Waiting(spec, now, now, self._reports), "arrival", now)
+        self._place(Waiting(spec, now, now, 0), "arrival", now)
 
     def cancelled(self, request_id: str, now: int) -> bool:
         """A client gives up; True if its request waited here."""
@@ -138,20 +138,22 @@ class Cluster:
         if record.ev in _UNREPORTED:
             return
         member = self.members[record.engine]
-        if record.t_ns > member.reported_ns:
-            member.reported_ns = record.t_ns
+        t_ns = record.t_ns
+        if t_ns > member.reported_ns:
+            member.reported_ns = t_ns
         if isinstance(record, StepDone):
             member.stepped(record, not self._interval)
         elif isinstance(record, RequestPreempted):
             member.preemptions += 1
-        if not self._interval:
-            self._reports += 1
+        if not self._interval and t_ns > self._reports:
+            self._reports = t_ns
 
     def woke(self, now: int) -> None:
         """A time has come that was asked for: a report, or the end of a step that may bring one."""
         if not self._interval:
-            for member in self.members:
-                self._sync(member.id)
+            if self.held:
+                for member in self.members:
+                    self._driver.sync(member.id, now)
         elif not now % self._interval:
             self._report_all(now)
             self._driver.wake_cluster(now + self._interval)
@@ -159,7 +161,7 @@ class Cluster:
     def settle(self, now: int) -> None:
         """Everything of this instant has happened, and nothing is planned yet."""
         for id, one in list(self.held.items()):
-            if one.until_ns <= now or one.asked != self._reports:
+            if one.until_ns <= now or self._reports > one.asked:
                 del self.held[id]  # goes to the end of the queue if it is held again
                 self._place(one, "hold_end", now)
 
@@ -199,7 +201,8 @@ class Cluster:
             if new:
                 self._tell_arrival(one)
                 self._driver.tell(RequestHeld(t_ns=now, engine=ROUTER, request=spec.id, until_ns=until))
-            one.until_ns, one.asked = until, self._reports
+            # what is reported at this instant, the router has seen or could have seen
+            one.until_ns, one.asked = until, self._reports if self._interval else now
             self.held[spec.id] = one
             self._driver.wake_cluster(until)
         elif type(answer) is Reject:

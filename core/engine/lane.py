@@ -251,14 +251,14 @@ class Lane:
             )
         if engine.limits.lanes == 1:  # interrupted: give back the numbers of steps that will not run
             engine.step -= batch.steps - steps - event.more
+        if self._work is not None:  # cut short only to see how far it is: the hold goes on
+            self._steps_left += batch.steps - steps - event.more
         engine.ledger.settle(batch.launch)
         emitted, done = self._commit(batch, event)
         first = batch.first_step
         start_ns = max(launched_ns, self.last_end_ns)
         self.last_end_ns = ends[-1]
         if event.more:
-            if self._work is not None:  # the hold goes on when its next step has ended
-                self._steps_left += batch.steps - steps - 1
             self._go_on(batch, steps, done)
             engine.ledger.landed(())  # a resize may want what it was promised and did not use
         else:

@@ -197,6 +197,15 @@ class CostSuite(PluginSuite):
             "a draft", lambda n: self.price(cost, batch_of([(1, 64)], drafts=(n,)))[0], tuple(range(9))
         )
 
+    def test_kinds_of_steps(self) -> None:
+        """A decode beside a prompt that becomes a chunk of two tokens never gets cheaper."""
+        cost = self.cost()
+        self._grows(
+            "a row beside a prompt",
+            lambda n: self.price(cost, batch_of([(n, 9), (300, 0)]))[0],
+            (1, 2, 3, 50),
+        )
+
     def test_drafts_are_tokens(self) -> None:
         """A draft of many tokens costs more than none."""
         cost = self.cost()

@@ -51,6 +51,7 @@ class World:
 
     Args:
         pages: KV pages of 4 tokens.
+        host_pages: likewise, on the host; 0: no swapping.
         count: requests.
         gap_us: mean time between arrivals.
         stem: leading tokens that every second prompt shares.
@@ -61,6 +62,7 @@ class World:
 
     name: str
     pages: int = 200
+    host_pages: int = 0
     count: int = 12
     gap_us: int = 150
     stem: int = 0
@@ -108,7 +110,13 @@ MAX_MODEL_LEN = 80
 def settings_for(config: type | None) -> dict[str, Any]:
     """Budgets at which prompts go in chunks and seats run out, for schedulers that have them."""
     fields = getattr(config, "model_fields", {})
-    wanted = {"max_num_batched_tokens": 24, "max_num_seqs": 6}
+    wanted = {
+        "max_num_batched_tokens": 24,
+        "chunk_size": 24,
+        "max_ragged_batch_size": 24,
+        "max_num_seqs": 6,
+        "max_ragged_sequence_count": 6,
+    }
     return {name: value for name, value in wanted.items() if name in fields}
 
 
@@ -143,7 +151,11 @@ def served(
                 "task": "bench",
                 "observers": ["parity"],
                 "clock": {"name": "virtual"},
-                "executor": {"num_kv_pages": world.pages, **executor},
+                "executor": {
+                    "num_kv_pages": world.pages,
+                    "num_host_pages": world.host_pages,
+                    **executor,
+                },
                 "engine": {"max_model_len": MAX_MODEL_LEN, "checks": "full"},
                 "model": dict(model),
                 **world.sections,

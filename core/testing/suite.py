@@ -26,6 +26,7 @@ from typing import Any, ClassVar, NoReturn
 
 import pytest
 
+from servelab.core.capabilities import Selected, select
 from servelab.core.compose import members, parts_like
 from servelab.core.config import Choice, choice_of
 from servelab.core.context import Context, seeded
@@ -129,9 +130,19 @@ class PluginSuite:
         """How messages call the plugin: ``scheduler 'mine'``."""
         return f"{self.kind} {self.spec.name!r}"
 
+    @functools.cached_property
+    def _composed(self) -> Selected:
+        """The plugin, with those within its settings."""
+        registry, _, choice = self._selected
+        return select([(self.kind, choice)], registry)[0]
+
     def provides(self, capability: str) -> bool:
-        """Whether the plugin declares a capability."""
-        return capability in self.spec.provides
+        """Whether the plugin declares a capability; of one made of others of its kind, whether all do."""
+        return capability in self._composed.provides
+
+    def may(self, capability: str) -> bool:
+        """Whether the plugin or one within it declares a capability."""
+        return capability in self._composed.may
 
     def needs(self, capability: str) -> None:
         """Skip the check unless the plugin declares a capability."""

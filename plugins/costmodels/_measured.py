@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,6 +28,11 @@ class MeasuredConfig(BaseModel):
     link_bytes_per_s: float = Field(
         25e9, gt=0, description="bandwidth of transfers, bytes/s (PCIe 4.0 x16 reaches about 25e9 one way)"
     )
+
+    def describe(self) -> dict[str, Any]:
+        """Where the figures are from, for the run card."""
+        stated = ("measured_model", "measured_tp", "origin")
+        return {name: getattr(self, name) for name in stated if getattr(self, name) is not None}
 
     def transfer_time(self, transfer: Transfer) -> int:
         """Nanoseconds of a transfer that has its link to itself."""

@@ -24,7 +24,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -118,6 +118,13 @@ class PhaseLinear:
 
     def transfer_time(self, transfer: Transfer) -> int:
         return self.config.transfer_time(transfer)
+
+    def describe(self) -> dict[str, Any]:
+        """Coefficients in force and where they are from."""
+        lines = {"prefill_ms": self.prefill, "decode_ms": self.decode, "decode_large_ms": self.large}
+        known = {name: [one.a, one.b, one.c] for name, one in lines.items() if one is not None}
+        fitted_to = {"fitted_to": self.config.measured} if self.config.measured else {}
+        return {**known, **fitted_to, **self.config.describe()}
 
     def _decodes(self, context: int, requests: int) -> float:
         """ms of a step of decodes."""

@@ -79,6 +79,7 @@ class TableCost:
         prompt = points["prompt"] if points else config.prompt_ms or {}
         token = points["token"] if points else config.token_ms or {}
         self.prompt, self.token = Curve(prompt), Curve(token)
+        self._beyond: list[str] = []
         for curve, of, most in (
             (self.prompt, "prompt tokens", ctx.limits.max_batch_tokens),
             (self.token, "decoding requests", ctx.limits.max_batch_requests),
@@ -86,12 +87,9 @@ class TableCost:
             if curve.pooled:
                 log.warning("cost table: points by %s fall here and there; they are pooled to their mean", of)
             if most > curve.x[-1]:
-                log.warning(
-                    "cost table: measured up to %d %s, steps may have %d: beyond, the last slope goes on",
-                    curve.x[-1],
-                    of,
-                    most,
-                )
+                told = f"measured up to {curve.x[-1]} {of}, steps may have {most}"
+                self._beyond.append(told)
+                log.warning("cost table: %s: beyond, the last slope goes on", told)
 
     def price(self, batch: Batch, steps: int) -> Sequence[int]:
         rows = len(batch.tokens)
@@ -109,6 +107,12 @@ class TableCost:
 
     def transfer_time(self, transfer: Transfer) -> int:
         return self.config.transfer_time(transfer)
+
+    def describe(self) -> dict[str, Any]:
+        """Where the points are from and where they end."""
+        file = {"file": self.config.file} if self.config.file else {}
+        beyond = {"extrapolates": self._beyond} if self._beyond else {}
+        return {**file, **self.config.describe(), "mixed_factor": self.config.mixed_factor, **beyond}
 
 
 def read_points(file: str, rows: Mapping[str, str]) -> dict[str, dict[int, float]]:

@@ -63,10 +63,13 @@ class PlaceholderExecutor:
     def horizon(self, batch: Batch, max_steps: int) -> int:
         if not self._settings.foresight:
             return 1
-        steps = max_steps
+        steps, truth = max_steps, self._truth
         for r, sampled in zip(batch.requests, batch.samples, strict=True):
             if sampled:
-                left = self._left(r, r.generated + r.expected - 1)
+                try:
+                    left = truth(r.id).output_tokens - r.generated - r.expected + 1
+                except KeyError:
+                    left = self._left(r, r.generated + r.expected - 1)
                 if left < steps:
                     steps = left
         return max(steps, 1)
@@ -78,18 +81,22 @@ class PlaceholderExecutor:
     def launch(self, batch: Batch, steps: int) -> Sequence[Outcome]:
         token = self._settings.placeholder
         plain = self._one if steps == 1 else {end: _outcome(token, steps, end) for end in (False, True)}
+        on, over, truth = plain[False], plain[True], self._truth
         out: list[Outcome] = []
-        extras = batch.extras
-        for i, (r, sampled) in enumerate(zip(batch.requests, batch.samples, strict=True)):
+        for r, sampled in zip(batch.requests, batch.samples, strict=True):
             if not sampled:
                 out.append(_NOTHING)
                 continue
-            left = self._left(r, r.generated)
-            if i in extras and extras[i].draft:
-                accepted = min(int(self._settings.acceptance * extras[i].draft), left - 1)
-                out.append(_outcome(token, 1 + accepted, left <= 1 + accepted, accepted))
-            else:
-                out.append(plain[left <= steps])
+            try:
+                left = truth(r.id).output_tokens - r.generated
+            except KeyError:
+                left = self._left(r, r.generated)
+            out.append(over if left <= steps else on)
+        for i, item in batch.extras.items():
+            if item.draft and batch.samples[i]:
+                left = self._left(batch.requests[i], batch.requests[i].generated)
+                accepted = min(int(self._settings.acceptance * item.draft), left - 1)
+                out[i] = _outcome(token, 1 + accepted, left <= 1 + accepted, accepted)
         for i, others in batch.forks.items():
             out[i] = replace(out[i], forks=tuple(map(self._first, others)))
         return out

@@ -31,6 +31,9 @@ Tier: prototype: its published throughput is not reproduced yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import Context, Hold, RequestView, StepPlan, StepView
@@ -52,7 +55,7 @@ class SplitFuseConfig(BaseModel):
 
 
 class SplitFuse:
-    """State: when waiting requests were reset. O(running log running + admitted) per step."""
+    """State: the order of the buffer. O(running log running + admitted) per step."""
 
     def __init__(self, config: SplitFuseConfig, ctx: Context) -> None:
         tokens, requests = config.max_ragged_batch_size, config.max_ragged_sequence_count
@@ -61,24 +64,31 @@ class SplitFuse:
         check_device(ctx, tokens={}, requests={"max_ragged_sequence_count": min(requests, tokens)})
         self.config = config
         self._most = min(requests, tokens, limits.max_batch_requests)
-        self._resets: dict[str, int] = {}
+        self._resets: dict[str, tuple[int, int]] = {}
+        """When waiting requests were reset: time, and number among all resets."""
+        self._order: dict[str, int] = {}
+        """Generations as they stand in the buffer; empty: as they run."""
 
     def plan(self, view: StepView) -> StepPlan:
         config, plan = self.config, StepPlan()
         pages = PromptBudget(view, 0.0, config.max_ragged_batch_size)
         running = list(view.running)
-        generations = sorted((r for r in running if decodes(r)), key=_buffered)
+        generations = [r for r in running if decodes(r)]
+        if self._order:  # else all of them had a token in the last pass, in this order
+            generations.sort(key=lambda r: self._order.get(r.id, len(self._order)))
         prompts = [r for r in running if not decodes(r)]
 
+        served: list[RequestView] = []
         for request in generations:
-            if len(plan.work) >= self._most:
+            if len(served) >= self._most:
                 break
             if request.pending_tokens and pages.take(request, 1):
                 plan.work.append(request.next_token)
-        # in the order in which it would be planned again
-        steady = generations == running and len(plan.work) == len(running) > 0
+                served.append(request)
+        steady = len(served) == len(running) > 0
+        self._put_back(generations, served, running)
         left = config.max_ragged_batch_size - len(plan.work)
-        for request in [*prompts, *self._buffer(view)]:
+        for request in chain(prompts, self._buffer(view)):
             n = min(request.pending_tokens, left)
             if n < 1 or len(plan.work) >= self._most:
                 break
@@ -97,20 +107,38 @@ class SplitFuse:
             plan.hold = Hold(config.hold_steps)
         return plan
 
-    def _buffer(self, view: StepView) -> list[RequestView]:
-        """Waiting requests in order; those that were reset stand where they were put then."""
-        if not self._resets:
-            return list(view.waiting)
-        waiting = {request.id: request for request in view.waiting}
-        self._resets = {id: at for id, at in self._resets.items() if id in waiting}
-        order = [request for id, request in waiting.items() if id not in self._resets]
-        for id, at in self._resets.items():
-            behind = (k for k, other in enumerate(order) if self._put_in(other) > at)
-            order.insert(next(behind, len(order)), waiting[id])
-        return order
+    def _put_back(
+        self, generations: list[RequestView], served: list[RequestView], running: list[RequestView]
+    ) -> None:
+        """Who has a token goes to the end of the buffer, behind those that were left out."""
+        if len(served) < len(generations):
+            ids = {request.id: None for request in served}
+            generations = [r for r in generations if r.id not in ids] + served
+        self._order = {}
+        if generations != running:
+            self._order = {request.id: k for k, request in enumerate(generations)}
 
-    def _put_in(self, request: RequestView) -> int:
-        return self._resets.get(request.id, request.arrival_ns)
+    def _buffer(self, view: StepView) -> Iterable[RequestView]:
+        """Waiting requests in order; those that were reset stand where they were put then."""
+        if not len(view.waiting):
+            self._resets.clear()
+        return self._merged(view.waiting) if self._resets else view.waiting
+
+    def _merged(self, waiting: Iterable[RequestView]) -> Iterator[RequestView]:
+        """The queue has whoever was preempted in front; each goes behind those who had arrived by then."""
+        back: list[RequestView] = []
+        for request in waiting:
+            if request.id in self._resets and request.preemptions:
+                back.append(request)
+                back.sort(key=self._put_in)
+                continue
+            while back and self._put_in(back[0])[0] < request.arrival_ns:
+                yield back.pop(0)
+            yield request
+        yield from back
+
+    def _put_in(self, request: RequestView) -> tuple[int, int]:
+        return self._resets[request.id]
 
     def _reset(self, view: StepView, plan: StepPlan, holders: list[RequestView]) -> None:
         """Nothing can run: drop the last that holds KV, unless a launch in flight will bring some."""
@@ -118,9 +146,4 @@ class SplitFuse:
             return
         victim = holders[-1]
         plan.preempt(victim, "recompute", "nothing fits in free KV pages; last in the buffer")
-        self._resets[victim.id] = view.now_ns
-
-
-def _buffered(request: RequestView) -> tuple[bool, int]:
-    """When it was last put at the end of the buffer: with its last token, or soon."""
-    return request.in_flight, request.last_token_ns or 0
+        self._resets[victim.id] = view.now_ns, len(self._resets)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from servelab.core import collector
 from servelab.core.bus import Bus
 from servelab.core.errors import PluginCallError, ServeLabError
 from servelab.core.records import RunFinished, RunStarted
@@ -36,21 +38,25 @@ def announced(
     Raises:
         The first error, when everything is wound up; what fails meanwhile is noted on it.
     """
-    bus, usage = None, Usage()
-    error: BaseException | None = None
-    try:
-        bus = Bus(run.observers)
-        bus.emit(RunStarted(t_ns=0, info=info))
-        work(bus)
-    except BaseException as exc:
-        error = exc
-    error = _attempt(run.close, "closing the executor", error)
-    if bus is not None:
-        status, reason = _ending(error)
-        last = RunFinished(t_ns=now_ns(), status=status, reason=reason, energy_j=energy_j(), **usage.cost())
-        error = _attempt(partial(bus.emit, last), "ending the run", error)
-    if error is not None:
-        raise error
+    simulated = getattr(run.executor, "simulated", False)  # a real model's tensors are not left waiting
+    with collector.seldom() if simulated else nullcontext():
+        bus, usage = None, Usage()
+        error: BaseException | None = None
+        try:
+            bus = Bus(run.observers)
+            bus.emit(RunStarted(t_ns=0, info=info))
+            work(bus)
+        except BaseException as exc:
+            error = exc
+        error = _attempt(run.close, "closing the executor", error)
+        if bus is not None:
+            status, reason = _ending(error)
+            last = RunFinished(
+                t_ns=now_ns(), status=status, reason=reason, energy_j=energy_j(), **usage.cost()
+            )
+            error = _attempt(partial(bus.emit, last), "ending the run", error)
+        if error is not None:
+            raise error
 
 
 def _attempt(action: Callable[[], None], what: str, error: BaseException | None) -> BaseException | None:

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 from servelab.core.api import Paper, PluginSpec, hookimpl
 
+PASSED_ON = frozenset({"workload.prompt_ids", "workload.truth", "workload.closed_loop", "workload.programs"})
+"""What workloads made of others provide as far as these do."""
+
 TABLE = (
     PluginSpec(
         name="azure",
@@ -77,6 +80,22 @@ TABLE = (
             "Tokens are made up: prompts that share no block share no token prefix but by chance.",
         ),
         provides=frozenset({"workload.prompt_ids", "workload.truth"}),
+        tier="stable",
+    ),
+    PluginSpec(
+        name="mix",
+        factory="servelab.plugins.workloads.mix:Mix",
+        config="servelab.plugins.workloads.mix:MixConfig",
+        summary="several workloads at the same time, each with labels, a beginning and a speed of its own",
+        provides=PASSED_ON,
+        tier="stable",
+    ),
+    PluginSpec(
+        name="transform",
+        factory="servelab.plugins.workloads.transform:Transform",
+        config="servelab.plugins.workloads.transform:TransformConfig",
+        summary="another workload's requests: scaled, thinned, sliced, with other times, lengths or labels",
+        provides=PASSED_ON,
         tier="stable",
     ),
     PluginSpec(

@@ -10,20 +10,20 @@ from typing import Any, overload
 
 
 class MadeWhenRead(Sequence[int]):
-    """Token ids that follow from a few values, ``recipe``; equal recipes are equal ids."""
+    """Token ids that follow from what the constructor is given; equal values are equal ids."""
 
-    __slots__ = ("_ids", "length", "recipe")
+    __slots__ = ("_given", "_ids", "_length")
 
-    def __init__(self, length: int, *recipe: Any) -> None:
-        self.length, self.recipe = length, recipe
+    def __init__(self, length: int, given: tuple[Any, ...]) -> None:
+        self._length, self._given = length, given
         self._ids: array[int] | None = None
 
     def make(self) -> array[int]:
-        """All ``length`` of them."""
+        """All of them."""
         raise NotImplementedError  # abstract
 
     def __len__(self) -> int:
-        return self.length
+        return self._length
 
     @overload
     def __getitem__(self, at: int) -> int: ...
@@ -43,43 +43,54 @@ class MadeWhenRead(Sequence[int]):
         return self._ids
 
     def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
+        if not isinstance(other, MadeWhenRead):
             return NotImplemented
-        return (self.length, self.recipe) == (other.length, other.recipe)
+        return (type(self), self._given) == (type(other), other._given)
 
     def __hash__(self) -> int:
-        return hash((self.length, self.recipe))
+        return hash(self._given)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, (self.length, *self.recipe)))})"
+        return f"{type(self).__name__}{self._given}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.length, *self.recipe)  # made anew where it is read
+        return type(self), self._given  # made anew where it is read
 
 
 class DrawnIds(MadeWhenRead):
-    """``DrawnIds(length, key, vocab)``: uniform over ``[0, vocab)``."""
+    """``length`` ids, uniform over ``[0, vocab)``; equal keys give equal ids."""
 
     __slots__ = ()
 
+    def __init__(self, key: str, length: int, vocab: int) -> None:
+        super().__init__(length, (key, length, vocab))
+
     def make(self) -> array[int]:
-        key, vocab = self.recipe
-        return uniform_ids(self.length, vocab, Random(key))
+        key, length, vocab = self._given
+        return uniform_ids(length, vocab, Random(key))
+
+    def first(self, length: int) -> DrawnIds:
+        """The beginning of them, as little made as they are."""
+        key, _, vocab = self._given
+        return DrawnIds(key, length, vocab)
 
 
 class BlockIds(MadeWhenRead):
-    """``BlockIds(length, key, hashes, block_tokens, vocab)``: blocks of equal hash are equal tokens, uniform
-    over ``[0, vocab)``; the last block may be cut.
+    """``length`` ids made of blocks: blocks of equal hash are equal tokens, uniform over ``[0, vocab)``; the
+    last block may be cut.
     """
 
     __slots__ = ()
 
+    def __init__(self, key: str, hashes: tuple[int, ...], block_tokens: int, length: int, vocab: int) -> None:
+        super().__init__(length, (key, hashes, block_tokens, length, vocab))
+
     def make(self) -> array[int]:
-        key, hashes, block_tokens, vocab = self.recipe
+        key, hashes, block_tokens, length, vocab = self._given
         ids = array("I")
         for one in hashes:
             ids.extend(uniform_ids(block_tokens, vocab, Random(f"{key}/{one}")))
-        return ids[: self.length]
+        return ids[:length]
 
 
 def uniform_ids(n: int, vocab: int, rng: Random) -> array[int]:

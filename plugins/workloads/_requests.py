@@ -20,17 +20,15 @@ from pydantic import (
     model_validator,
 )
 
-from servelab.core.api import SLO
+from servelab.plugins.workloads._labels import Bounds
 from servelab.plugins.workloads._laws import Constant, LengthLaw, LogNormal
 from servelab.plugins.workloads._named_lengths import NAMED, named
-
-NS_PER_MS = 1_000_000
 
 
 class _Lengths(BaseModel):
     """Base of settings that state laws of lengths, which may have a name together."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     lengths: str | None = Field(
         default=None,
@@ -70,7 +68,7 @@ class _Lengths(BaseModel):
         return self
 
 
-class RequestClass(_Lengths):
+class RequestClass(_Lengths, Bounds):
     """A share of the requests, with its own tenant, priority, bounds and laws. Several of one name and tenant
     are parts of one class: what policies see of them is equal, and they have laws of their own."""
 
@@ -80,18 +78,6 @@ class RequestClass(_Lengths):
     )
     tenant: str = Field(default="default", min_length=1, description="Who pays. Ours.")
     priority: int = Field(default=0, description="Higher is more important. Ours.")
-    ttft_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on time to first token, ms."
-    )
-    tpot_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on time per output token, ms."
-    )
-    e2el_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on end-to-end latency, ms."
-    )
-    tbt_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Bound on every gap between tokens, ms."
-    )
     prompt_length: LengthLaw | None = Field(
         default=None, description="Law of its prompts in tokens; null: that of all."
     )
@@ -101,16 +87,6 @@ class RequestClass(_Lengths):
     max_new_tokens: LengthLaw | None = Field(
         default=None, description="Law of its clients' caps in tokens; null: that of all."
     )
-
-    def slo(self, scale: float = 1.0) -> SLO | None:
-        """The bounds in nanoseconds, times a scale, or None if it states none."""
-        bounds = SLO(
-            ttft_ns=_ns(self.ttft_ms, scale),
-            tpot_ns=_ns(self.tpot_ms, scale),
-            e2el_ns=_ns(self.e2el_ms, scale),
-            tbt_ns=_ns(self.tbt_ms, scale),
-        )
-        return None if bounds == SLO() else bounds
 
 
 class _NamedLaws(BaseModel):
@@ -263,7 +239,3 @@ def _of(
         Kind(c, c.prompt_length or prompt, c.output_length or output, c.max_new_tokens or cap)
         for c in classes
     ]
-
-
-def _ns(ms: float | None, scale: float) -> int | None:
-    return None if ms is None else round(ms * scale * NS_PER_MS)

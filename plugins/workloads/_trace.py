@@ -248,7 +248,7 @@ class Replay:
 
     def ids(self, place: int, length: int) -> Sequence[int]:
         """Token ids of the prompt."""
-        return DrawnIds(length, f"{self.root}/tokens/{place}", self._vocab)
+        return DrawnIds(f"{self.root}/tokens/{place}", length, self._vocab)
 
     def scale_prompts(self, by: float) -> None:
         """Apply ``prompt_scale``."""

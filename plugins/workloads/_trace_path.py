@@ -23,7 +23,7 @@ def trace_path(stated: str, remedy: str) -> Path:
     if path.is_file():
         return path
     folder = cache_root() / DATA
-    fetched = {p.stem: p for p in sorted(folder.glob("*.*")) if p.suffix in (".csv", ".jsonl")}
+    fetched = {p.stem: p for p in sorted(folder.glob("[!.]*")) if p.suffix in (".csv", ".jsonl")}
     if stated in fetched:
         return fetched[stated]
     raise WorkloadError(

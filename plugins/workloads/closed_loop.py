@@ -38,9 +38,10 @@ from servelab.core.records import RequestFinished
 from servelab.plugins.workloads._arrivals import NS
 from servelab.plugins.workloads._describe import json_settings
 from servelab.plugins.workloads._ids import DrawnIds, uniform_ids
+from servelab.plugins.workloads._labels import NS_PER_MS
 from servelab.plugins.workloads._laws import Constant, LengthLaw
 from servelab.plugins.workloads._population import Population
-from servelab.plugins.workloads._requests import NS_PER_MS, Requests
+from servelab.plugins.workloads._requests import Requests
 
 DEFAULT_REQUESTS = 64
 """Where neither a number nor a time is stated. Ours, as of ``synthetic``."""

@@ -119,7 +119,7 @@ class Mooncake(Replay):
 
     def ids(self, place: int, length: int) -> Sequence[int]:
         key = f"{self.root}/block"
-        return BlockIds(length, key, tuple(self.hashes(place)), self._block, self._vocab)
+        return BlockIds(key, tuple(self.hashes(place)), self._block, length, self._vocab)
 
     def scale_prompts(self, by: float) -> None:
         """Blocks become shorter or longer, and keep their number: what is shared stays shared."""

@@ -42,9 +42,10 @@ from pydantic import Field
 from servelab.core.api import Arrival, Cancel, Context
 from servelab.core.records import RequestFinished
 from servelab.plugins.workloads._describe import arrival_statistics, json_settings, statistics
+from servelab.plugins.workloads._labels import NS_PER_MS
 from servelab.plugins.workloads._laws import LengthLaw, LogNormal
 from servelab.plugins.workloads._population import Population
-from servelab.plugins.workloads._requests import NS_PER_MS, Requests
+from servelab.plugins.workloads._requests import Requests
 from servelab.plugins.workloads._traffic import Traffic
 
 

@@ -52,4 +52,5 @@ def roofline(
 
 def ideal(of: ModelFacts, on: HardwareFacts, **more: Any) -> RooflineCost:
     """At the datasheet's bound."""
-    return roofline(of, on, **{key: value for key, value in IDEAL.items() if key != "name"}, **more)
+    settings = {key: value for key, value in IDEAL.items() if key != "name"}
+    return roofline(of, on, **settings | more)

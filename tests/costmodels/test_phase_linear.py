@@ -223,6 +223,17 @@ def test_another_model_or_number_of_devices_is_refused_unless_waived() -> None:
     PhaseLinear(waived, context("llama2_7b", tp=2))
 
 
+def test_the_run_card_says_which_coefficients(tmp_path: Path) -> None:
+    told = of("distserve_opt_13b_tp1").describe()
+    assert told["prefill_ms"] == [18.103, 0.10191, 7.1223e-06]
+    assert told["measured_model"] == "opt_13b"
+    assert told["origin"].startswith("LLMServe/DistServe")
+    path = str(_measured(tmp_path))
+    fitted = PhaseLinear(PhaseLinearConfig(measured=path), context()).describe()
+    assert fitted["fitted_to"] == path
+    assert fitted["decode_ms"] == pytest.approx([20.0, 6e-4, 0.04])
+
+
 def test_transfers_take_their_bytes() -> None:
     cost = of("distserve_opt_13b_tp1")
     assert cost.transfer_time(transfer_of(25_000_000)) == 20_000 + 1_000_000

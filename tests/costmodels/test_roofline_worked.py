@@ -1,4 +1,4 @@
-"""The roofline against values worked by hand: bytes, FLOPs and times of published models on datasheet devices."""
+"""The roofline against values worked by hand: bytes, FLOPs and times of published models and devices."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_ideal_decode_of_llama3(requests: int, gigabytes: float, times: dict[str
 
 @pytest.mark.parametrize("requests", [1, 64])
 def test_ideal_price_is_those_bytes_and_activations(requests: int) -> None:
-    """While weights are read longer than multiplied, operations one after the other add little: 2.2 % at 64."""
+    """While weights are read longer than multiplied, operations in turn add little: 2.2 % at 64."""
     cost = ideal(LLAMA3, device("a100_80g"))
     (ns,) = cost.price(batch_of([(1, 1023)] * requests), 1)
     bound = {1: 7.43e6, 64: 11.57e6}[requests]
@@ -165,7 +165,7 @@ def test_every_operation_of_a_prompt_by_hand() -> None:
 
 
 def test_smooth_maximum_and_overheads_by_hand() -> None:
-    """A decode of two requests at efficiencies of 1/2, exponent 2: every operation sqrt(C^2 + M^2) + launch."""
+    """Two decodes at efficiencies of 1/2, exponent 2: every operation takes sqrt(C^2 + M^2) + its launch."""
     of = model("llama2_7b")
     on = device("a100_80g", mfu=0.5, mbu=0.5, smoothness=2.0, op_ns=3, layer_ns=7, step_ns=11, request_ns=13)
     step = roofline(of, on).breakdown(batch_of([(1, 63), (1, 255)]))

@@ -131,6 +131,14 @@ def test_steps_beyond_the_table_are_told_before_the_run(caplog: pytest.LogCaptur
     ]
 
 
+def test_the_run_card_says_where_points_are_from_and_end() -> None:
+    config = TableConfig(prompt_ms=PROMPT, token_ms=TOKEN, origin="a note", measured_tp=8)
+    inside = TableCost(config, context()).describe()
+    assert inside == {"origin": "a note", "measured_tp": 8, "mixed_factor": 1.1}
+    beyond = TableCost(config, context(tokens=4096)).describe()["extrapolates"]
+    assert beyond == ["measured up to 2048 prompt tokens, steps may have 4096"]
+
+
 def test_files_of_our_columns_and_json_hold_the_same_points(tmp_path: Path) -> None:
     rows = [f"prompt,{n},{took}" for n, took in PROMPT.items()] + ["prompt,512,95", "prompt,512,80"]
     rows += [f"token,{n},{took}" for n, took in TOKEN.items()]

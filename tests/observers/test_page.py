@@ -211,6 +211,19 @@ def test_plots_that_are_missing_say_why() -> None:
     assert "Left out: Latency: how many requests stay below it: no request completed." in page.text
 
 
+def test_every_figure_of_the_device_has_its_source_beside_it() -> None:
+    hardware = {"name": "a100_80g", "tp": 4, "flops": 312e12, "memory_bytes": 80 * 2**30, "mfu": 0.74}
+    hardware |= {"idle_watts": None, "all_reduce": [], "sources": {"flops": EVIL, "mfu": "our fit"}}
+    records = three_requests()
+    records[0] = started(settings={"hardware": hardware})
+    page = page_of(records)
+    assert "The device: 4 x a100_80g, each 312 TFLOP/s, 80 GiB; every figure with its source" in page.text
+    assert "mfu 0.74 our fit" in page.text
+    assert "memory_bytes 85899345920 not stated" in page.text
+    assert "flops 312000000000000 <script>" in page.text
+    assert "The device" not in page_of(three_requests()).text
+
+
 def test_classes_prefix_hits_cost_and_notes_are_shown() -> None:
     result = summarize(Timeline().feed_all(three_requests()))
     extra = result["servelab"]

@@ -78,7 +78,8 @@ def test_a_reader_that_has_gone_is_no_fault(tmp_path: Path, monkeypatch: pytest.
 
 def test_report_of_three_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = three_requests()
-    records[0] = started(plugins=PLUGINS, stamps=["oracle: scheduler fcfs"], **SOFTWARE)
+    settings = {"hardware": {"name": "l4", "tp": 2, "flops": 121e12, "memory_bytes_per_s": 3e11}}
+    records[0] = started(plugins=PLUGINS, stamps=["oracle: scheduler fcfs"], settings=settings, **SOFTWARE)
     records[-1].date, records[-1].wall_s, records[-1].peak_rss_bytes = "20260102-030405", 12.34, 100 << 20  # type: ignore[attr-defined]
     run(records, tmp_path, tbt_ms=20)
     out = capsys.readouterr().out
@@ -90,6 +91,7 @@ def test_report_of_three_requests(tmp_path: Path, capsys: pytest.CaptureFixture[
         "executor sim",
         "seed 7",
         "stamps oracle: scheduler fcfs",
+        "hardware 2 x l4, each 121 TFLOP/s, 300 GB/s",
         "machine A CPU; 8 cores, 2.5 usable; 16.0 GiB, 4.0 GiB usable; 2 x A GPU; Linux 6.1",
         "software servelab 0.1.0 (commit 0123456789ab, with changes), Python 3.11.7, torch 2.9",
         "took 12.3 s of real time, at most 100.0 MiB of memory",

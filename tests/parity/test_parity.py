@@ -37,6 +37,21 @@ def test_one_log_on_both_executors(scheduler: str, world: World, tiny: Path) -> 
     check_parity(scheduler, tiny, registry=REGISTRY, worlds=[world])
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_swaps_are_alike_on_both_executors(chunked: bool, tiny: Path) -> None:
+    world = dataclasses.replace(BY_NAME["tight"], host_pages=60)
+    config = {
+        "max_num_batched_tokens": 24,
+        "max_num_seqs": 6,
+        "preemption_mode": "swap",
+        "enable_chunked_prefill": chunked,
+    }
+    check_parity("vllm_v0", tiny, registry=REGISTRY, config=config, worlds=[world])
+    records = scripted("vllm_v0", world, foresight=True, registry=REGISTRY, config=config)
+    modes = [x.mode for x in records if isinstance(x, RequestPreempted)]
+    assert modes and set(modes) == {"swap"}
+
+
 def log(world: str, *, foresight: bool = True, **config: int) -> list[Record]:
     settings = {**settings_for(REGISTRY.resolve("scheduler", "vllm_v1", "config")), **config}
     return scripted("vllm_v1", BY_NAME[world], foresight=foresight, registry=REGISTRY, config=settings)

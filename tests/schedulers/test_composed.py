@@ -137,36 +137,6 @@ def test_settings_of_the_yaml_file_are_accepted(repository: Path, name: str) -> 
 # ----------------------------------------------------------------- with a real model
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a tokenizer of one word per id."""
-    import tokenizers
-    from tests.torch.models import llama
-    from tokenizers import models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    where = tmp_path_factory.mktemp("tiny")
-    llama(3).save_pretrained(where)
-    words = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w96", unk_token="w0").save_pretrained(where)
-    return where
-
-
-@pytest.fixture
-def real(tiny: Path) -> Callable[..., Keep]:
-    def make(scheduler: Any) -> Keep:
-        return run(
-            scheduler=scheduler,
-            kernel="sdpa",
-            executor={"name": "torch", "num_kv_pages": 26},
-            engine={"max_model_len": 96},
-            model={"name": "t", "source": "path", "path": str(tiny), "dtype": "float64"},
-        )
-
-    return make
-
-
 def test_greedy_tokens_do_not_depend_on_who_schedules(real: Callable[..., Keep]) -> None:
     expected = real("vllm_v1")
     assert [len(expected.tokens[f"r{i}"]) for i in range(len(LENGTHS))] == [n for _, n in LENGTHS]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,15 +22,6 @@ TOY = ModelFacts(
     vocab=259,
     max_position=4096,
 )
-
-
-@pytest.fixture
-def data() -> Path:
-    """The folder of real data files, where there is one."""
-    folder = os.environ.get("SERVELAB_DATA")
-    if not folder:
-        pytest.skip("SERVELAB_DATA does not name a folder of real traces")
-    return Path(folder)
 
 
 @pytest.fixture

@@ -143,3 +143,13 @@ def test_scaling_keeps_the_cv_of_the_published_hour(azure: Build, data: Path) ->
     thin = azure(path=path, request_rate=1, rescale="thin").describe()
     assert thin["requests"] == pytest.approx(19_366 / 5.53, rel=0.05)
     assert thin["duration_s"] == pytest.approx(3502, abs=10)
+
+
+def test_the_published_hour_of_code(azure: Build, data: Path) -> None:
+    path = data / "azure_llm_2023" / "AzureLLMInferenceTrace_code.csv"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not among the real traces here")
+    told = azure(path=str(path)).describe()
+    assert told["requests"] == 8_819
+    assert told["iat_cv"] == pytest.approx(13.2, abs=0.1)
+    assert (round(told["prompt_tokens"]["mean"]), round(told["output_tokens"]["mean"], 1)) == (2048, 27.9)

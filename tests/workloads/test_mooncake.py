@@ -179,3 +179,18 @@ def test_the_published_synthetic_trace(mooncake: Build, data: Path) -> None:
     assert reuse["blocks"] == 43_924
     assert round(reuse["infinite"], 3) == 0.651
     assert [round(share, 3) for share in reuse["lru"].values()] == [0.142, 0.315, 0.577, 0.651]
+
+
+def test_the_published_conversations(mooncake: Build, data: Path) -> None:
+    """Figures of the workloads card; the stamps are in ticks of 3 s, which make a CV of 3 of their own."""
+    path = data / "mooncake" / "conversation_trace.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not among the real traces here")
+    told = mooncake(path=str(path)).describe()
+    assert (told["requests"], told["tick_ms"]) == (12_031, 3000)
+    assert told["iat_cv"] == pytest.approx(1, abs=0.02)
+    assert mooncake(path=str(path), spread_ticks=False).describe()["iat_cv"] == pytest.approx(3.0, abs=0.05)
+    assert round(told["prompt_tokens"]["mean"]) == 12_035
+    reuse = told["reuse"]
+    assert (reuse["blocks"], round(reuse["infinite"], 3)) == (182_790, 0.374)
+    assert [round(share, 3) for share in reuse["lru"].values()] == [0.054, 0.138, 0.291, 0.371]

@@ -46,6 +46,15 @@ class CheaperInTiles(Line):
         return [p - off for p in super().price(batch, steps)]
 
 
+class ALaunchPerKind(Line):
+    """Prompts and decodes take a fixed time each, so that a row that turns from one to the other saves it."""
+
+    def price(self, batch: Batch, steps: int) -> Sequence[int]:
+        kinds = len({n == 1 for n in batch.tokens})
+        prices = super().price(batch, steps)
+        return [prices[0] + 5000 * kinds, *(p + 5000 for p in prices[1:])]
+
+
 class ForgetsOldContext(Line):
     """Prices a context beyond 256 tokens as if it began again."""
 
@@ -118,6 +127,12 @@ MUTANTS = (
     ),
     _mutant(
         CheaperInTiles, "test_grows_with_tokens", "a prompt of 64 costs", "a full tile costs less than a part"
+    ),
+    _mutant(
+        ALaunchPerKind,
+        "test_kinds_of_steps",
+        "a row beside a prompt of 2 costs",
+        "prompts and decodes have a fixed time each",
     ),
     _mutant(
         ForgetsOldContext,

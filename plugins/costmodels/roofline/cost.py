@@ -266,13 +266,13 @@ class RooflineCost:
         device = self.device
         compute = one.pair_flops * keys * device.flop_ns["16bit"]
         memory = (one.kv_bytes * keys + one.query_bytes * rows) * device.byte_ns
-        return one.count * (device.smooth(compute, memory) + device.op_ns)
+        return one.count * device.smooth(compute, memory)
 
     def _attention_ns(self, chunks: list[Row], decodes: Sequence[int]) -> float:
         total = 0.0
         for one in self._all.attention:
-            if chunks:
-                total += one.count * self.device.time(one.chunks(chunks))
+            for row in chunks:
+                total += one.count * self.device.time(one.chunk(*row))
             if decodes:
                 total += self._decode_ns(one, len(decodes), next(_keys(one, decodes, 1)))
         return total
@@ -290,8 +290,8 @@ class RooflineCost:
         logits = self._logits.get(samples) or self._count_logits(samples)
         compute, memory = whole.compute_ns + logits.compute_ns, whole.memory_ns + logits.memory_ns
         for one in self._all.attention:
-            if chunks:
-                work = one.chunks(chunks)
+            for row in chunks:
+                work = one.chunk(*row)
                 compute += one.count * self.device.compute_ns(work)
                 memory += one.count * self.device.memory_ns(work)
             memory += one.count * one.query_bytes * decodes * self.device.byte_ns
@@ -373,8 +373,8 @@ class RooflineCost:
             yield self._priced(one.count, one.name, one.work(tokens))
         for kind in stack.attention:
             yield self._priced(kind.count, "kv_write", kind.write(tokens))
-            if chunks:
-                yield self._priced(kind.count, "attention_chunk", kind.chunks(chunks))
+            for row in chunks:
+                yield self._priced(kind.count, "attention_chunk", kind.chunk(*row))
             if decodes:
                 keys = next(_keys(kind, decodes, 1))
                 yield self._priced(kind.count, "attention_decode", kind.decode(len(decodes), keys))

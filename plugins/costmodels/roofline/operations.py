@@ -217,8 +217,11 @@ def _message(model: ModelFacts) -> Callable[[int], Work]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """Attention of layers alike: the same window and the same bytes of KV per token. Keys and values are read
-    once per row and step, whatever the number of its queries.
+    """Attention of layers alike: the same window and the same bytes of KV per token.
+
+    Keys and values are read once per row and step, whatever the number of its queries. Rows of one query take
+    the time of their sum; each row of several takes its own on top, for the ones multiply while the others
+    read. So a row that runs one token more never costs less.
     """
 
     count: int
@@ -246,28 +249,29 @@ class Attention:
             flops=self.pair_flops * context,
             kv_bytes=self.kv_bytes * context,
             activation_bytes=self.query_bytes * rows,
+            launches=0,
         )
 
-    def chunks(self, rows: list[tuple[int, int]]) -> Work:
-        """Rows of (queries, context before them), several queries each; causal."""
-        flops, keys, queries = 0.0, 0, 0
-        for n, before in rows:
-            if (window := self.window) is None:
-                pairs = n * before + n * (n + 1) // 2
-                read = before + n
-            else:
-                whole = max(0, min(n, window - before))  # queries that see all before them
-                pairs = whole * before + whole * (whole + 1) // 2 + (n - whole) * window
-                read = min(before + n, window + n - 1)
-            expanded = self.chunk_pair_flops * pairs + self.expand_flops * (read - n)
-            flops += min(self.pair_flops * pairs, expanded)
-            keys += read
-            queries += n
-        return Work(flops=flops, kv_bytes=self.kv_bytes * keys, activation_bytes=self.query_bytes * queries)
+    def chunk(self, n: int, before: int) -> Work:
+        """A row of several queries after a context; causal."""
+        if (window := self.window) is None:
+            pairs = n * before + n * (n + 1) // 2
+            keys = before + n
+        else:
+            whole = max(0, min(n, window - before))  # queries that see all before them
+            pairs = whole * before + whole * (whole + 1) // 2 + (n - whole) * window
+            keys = min(before + n, window + n - 1)
+        expanded = self.chunk_pair_flops * pairs + self.expand_flops * (keys - n)
+        return Work(
+            flops=min(self.pair_flops * pairs, expanded),
+            kv_bytes=self.kv_bytes * keys,
+            activation_bytes=self.query_bytes * n,
+            launches=0,
+        )
 
     def write(self, tokens: int) -> Work:
-        """New keys and values, rotated and stored."""
-        return Work(kv_bytes=self.kv_bytes * tokens)
+        """New keys and values, rotated and stored; launched beside attention, one for all rows."""
+        return Work(kv_bytes=self.kv_bytes * tokens, launches=2)
 
 
 def attentions(

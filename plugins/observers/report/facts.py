@@ -24,6 +24,28 @@ def plugins(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield kind, one
 
 
+def device(info: Mapping[str, Any]) -> list[tuple[str, object, str]]:
+    """Figure, value and source of each figure of the described device that is stated; empty without one."""
+    stated = (info.get("settings") or {}).get("hardware") or {}
+    sources = stated.get("sources") or {}
+    return [
+        (name, value, str(sources.get(name, "")) or "not stated")
+        for name, value in stated.items()
+        if name not in ("name", "tp", "sources") and value not in (None, [], ())
+    ]
+
+
+def device_line(info: Mapping[str, Any]) -> str | None:
+    """``4 x a100_80g, each 312 TFLOP/s, 2,039 GB/s, 79.15 GiB``; None where no device is described."""
+    stated = (info.get("settings") or {}).get("hardware") or {}
+    if not stated:
+        return None
+    units = (("flops", 1e12, "TFLOP/s"), ("memory_bytes_per_s", 1e9, "GB/s"), ("memory_bytes", 2**30, "GiB"))
+    figures = [f"{stated[name] / one:,.4g} {unit}" for name, one, unit in units if stated.get(name)]
+    each = ["each " + figures[0], *figures[1:]] if figures else []
+    return ", ".join([f"{stated.get('tp', 1)} x {stated.get('name', '?')}", *each])
+
+
 def flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     """Nested mappings as dotted names, in order; a list of mappings counts its items."""
     if isinstance(value, Mapping) and value:

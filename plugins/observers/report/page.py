@@ -512,6 +512,14 @@ def _card(info: Mapping[str, Any]) -> Iterator[Markup]:
     ]
     if deviations:
         content.append(fold("Deviations from the papers", tag("ul", *deviations)))
+    if figures := facts.device(info):
+        rows_of = [(name, tag("code", words(value)), source) for name, value, source in figures]
+        content.append(
+            fold(
+                f"The device: {facts.device_line(info)}; every figure with its source",
+                table(("figure", "value", "source"), rows_of),
+            )
+        )
     for title, key in (
         ("All effective settings, defaults included", "settings"),
         ("KV layout", "kv"),

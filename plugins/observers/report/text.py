@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from servelab.core.metrics.definitions import percentile_name
-from servelab.plugins.observers.report.facts import figures
+from servelab.plugins.observers.report.facts import device_line, figures
 
 WIDTH = 100
 """Columns the report keeps to."""
@@ -75,6 +75,7 @@ def _head(extra: Mapping[str, Any]) -> Iterator[str]:
         "instances": (info.get("cluster") or {}).get("instances"),
         "seed": extra["seed"],
         "stamps": _words(extra["stamps"]) or "none",
+        "hardware": device_line(info),
         "machine": _machine(info.get("machine") or {}),
         "software": _software(info),
         "took": _took(extra),

@@ -1,0 +1,1 @@
+"""``servelab data``: published traces, fetched from their publishers."""
