@@ -87,8 +87,8 @@ TABLE = (
             "tokens, whatever the device has room for. Llama-2's 4096 positions are exceeded, as in the "
             "paper's D1.",
             "Conservative takes each request's cap of 4096 for its worst case; the artifact's server "
-            "assumes 12000 tokens for each, which a share of 0.513 of the memory comes near: that line is told beside "
-            "it.",
+            "assumes 12000 tokens for each, which a share of 0.513 of the memory comes near: that line is "
+            "told beside it.",
             "The drift run divides lengths and capacity by scale and counts decode steps, as the toy study.",
         ),
         runs=("sim",),
