@@ -187,7 +187,7 @@ class Formats:
     ],
 )
 def test_the_peak_is_that_of_the_wider_operand(quant: Any, peak: float) -> None:
-    """Four-bit weights multiply at 16 bits; eight-bit weights and activations at 8. Half of either is reached."""
+    """Four-bit weights multiply at 16 bits; eight-bit weights and activations at 8; half is reached."""
     cost = ideal(LLAMA3, A100, quant=quant, mfu=0.5)
     step = cost.breakdown(batch_of([(4096, 0)]))
     for one in step.operations:
