@@ -8,7 +8,7 @@ it there have ``engine=-1``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -495,6 +495,8 @@ class Cluster:
         if member.state != "starting":
             member.ready_ns = None
         self.view.changed()
+        if member.row is not None:  # the router's own doing: it need not wait for a report to see it
+            member.row = replace(member.row, state=member.state, role=member.role, ready_ns=member.ready_ns)
         self._restless = any(one.state in ("starting", "draining") for one in self.members)
         self._driver.tell(
             InstanceChanged(
