@@ -258,6 +258,10 @@ def test_devices_share_every_layer(t: int) -> None:
     for name in ("q+k+v", "o", "gate+up", "down", "head"):
         a, b = operation(one, name).work, operation(many, name).work
         assert (b.flops, b.weight_bytes) == (a.flops / t, a.weight_bytes / t), name
+    inner, ffn = LLAMA3.heads * LLAMA3.head_dim // t, LLAMA3.ffn // t  # a device's part of the inputs
+    assert operation(many, "o").work.activation_bytes == 2000 * (inner + 4096) * 2
+    assert operation(many, "down").work.activation_bytes == 2000 * (ffn + 4096) * 2
+    assert operation(many, "gate+up").work.activation_bytes == 2000 * (4096 + 2 * ffn) * 2
     chunk = operation(many, "attention_chunk").work
     assert chunk.kv_bytes == operation(one, "attention_chunk").work.kv_bytes / t
     reduce = operation(many, "all_reduce")

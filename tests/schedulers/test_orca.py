@@ -133,6 +133,14 @@ def test_an_admission_stalls_who_runs_by_the_length_of_its_prompt() -> None:
     assert gaps[60] - gaps[8] == 5 * (60 - 8)
 
 
+@pytest.mark.parametrize(("pages", "together"), [(5, 1), (6, 2)])
+def test_a_window_reserves_what_it_may_hold_at_once(pages: int, together: int) -> None:
+    """A window of 8 tokens touches three pages of 4 at most, however long the request."""
+    items = [arrival(id, 4, 40, cap=40) for id in "ab"]
+    got = serve("orca", items, pages=pages, limits=LIMITS, windows=(8,), checks=(nobody_is_preempted,))
+    assert max(len(x.requests) for x in got.of(StepDone)) == together
+
+
 # -------------------------------------------------------------------- small examples
 
 

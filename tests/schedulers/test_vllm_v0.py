@@ -113,6 +113,18 @@ def test_faithful_over_random_traces(mode: str, hold_steps: int) -> None:
     assert (happened["mixed"] > 0) == ("chunked" in mode)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_pages_are_conserved_over_1e5_steps() -> None:
+    """(f) All modes in turn, every plan checked."""
+    steps, seed = 0, 100
+    while steps < 100_000:
+        for mode in MODES:
+            rng = Random(seed)
+            got = serve("vllm_v0", trace(rng, 60), pages=18, limits=LIMITS, checks=CHECKS, **MODES[mode])
+            steps, seed = steps + got.steps, seed + 1
+
+
 def test_samples_of_a_prompt_are_swapped_and_others_recomputed() -> None:
     items = trace(Random(5), 40, samples=True)
     got = serve("vllm_v0", items, pages=26, host_pages=80, limits=LIMITS, shares=True)

@@ -266,7 +266,7 @@ def _instances(extra: Mapping[str, Any]) -> Iterator[str]:
         return
     rows = [
         (
-            str(one["instance"]),
+            one["instance"],
             _number(one["requests"]),
             _number(one["output_tokens"]),
             _number(one["run_tokens"]),
