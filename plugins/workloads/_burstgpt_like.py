@@ -85,9 +85,7 @@ def times_ns(n: int, rate: float, shapes: tuple[float, float], window_s: float, 
         at += gamma(shape, scale)
         times.append(at)
     end_ns = round(n * NS / rate) if at else 0
-    whole = array("q", (round(time / (at or 1.0) * end_ns) for time in times))
-    whole[-1] = end_ns
-    return whole
+    return array("q", (round(time / (at or 1.0) * end_ns) for time in times))
 
 
 def draw(

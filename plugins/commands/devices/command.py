@@ -1,10 +1,11 @@
-"""``servelab hardware list`` and ``servelab hardware measure``."""
+"""``servelab devices list`` and ``servelab devices measure``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import yaml
 
 from servelab.core.api import ConfigError, ServeLabError
-from servelab.core.environment import environment
 from servelab.core.registry import Registry
 from servelab.plugins.commands.doctor.configs import OURS, yaml_files
 
+MEASURES = "servelab.plugins.executors.torch.measure"
+"""Where torch is known; imported only to measure."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -25,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ServeLabError: torch is not installed, or the device asked for is not there.
     """
-    parser = argparse.ArgumentParser(prog="servelab hardware", description="Profiles of devices.")
+    parser = argparse.ArgumentParser(prog="servelab devices", description="Profiles of devices.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the devices that hardware=NAME can choose")
     one = commands.add_parser("measure", help="a profile of this machine, as YAML")
@@ -49,36 +51,15 @@ def profile(name: str, device: str, dtype: str, seconds: float) -> str:
     """
     if not seconds > 0:
         raise ConfigError(
-            "--seconds must be above zero", where="servelab hardware measure", do="leave it out: 2"
+            "--seconds must be above zero", where="servelab devices measure", do="leave it out: 2"
         )
     if find_spec("torch") is None:
         raise ServeLabError(
             "measuring needs torch",
-            where="servelab hardware measure",
+            where="servelab devices measure",
             do='pip install "servelab[run]", or write the profile by hand: docs/howto/add_a_device.md',
         )
-    import torch
-
-    from servelab.plugins.commands.hardware.measure_impl import measure
-
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise ServeLabError(
-            "there is no CUDA device here",
-            where="servelab hardware measure --device cuda",
-            why="torch finds none",
-            do="leave --device out to measure the CPU, or install a build of torch for the GPU",
-        )
-    on = "cuda" if there and device != "cpu" else "cpu"
-    found = measure(on, dtype, seconds)
-    machine = environment()["machine"]
-    where = machine["gpus"][0] if on == "cuda" and machine["gpus"] else machine["cpu"] or "unknown CPU"
-    cores = "" if on == "cuda" else f", {machine['usable_cores'] or machine['cores']:g} cores"
-    about = f"measured with torch {torch.__version__} on {where}{cores}"
-    stated: dict[str, Any] = {"name": name}
-    for figure, (value, _) in found.items():
-        stated[figure] = float(f"{value:.4g}") if isinstance(value, float) else value
-    stated["sources"] = {figure: f"{about}; {how}" for figure, (_, how) in found.items()}
+    stated = {"name": name, **import_module(MEASURES).profile(device, dtype, seconds)}
     return yaml.safe_dump(stated, sort_keys=False, width=110, allow_unicode=True)
 
 
