@@ -512,6 +512,10 @@ class Engine:
         self._end_all("failed", event.reason)
         self.contexts.drop_all(event.reason)
 
+    def shorten(self, lane: int) -> None:
+        """The driver has cut the launch of a lane after the step that is running, its first."""
+        self._lanes[lane].shorten()
+
     def apart(self, now_ns: int, action: Callable[[], object]) -> list[Command]:
         """Do something between two events; returns what the driver must do."""
         out: list[Command] = []
