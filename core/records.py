@@ -376,7 +376,7 @@ RECORDS: dict[str, type[Record]] = {
 def to_dict(record: Record) -> dict[str, Any]:
     """JSON-ready form; fields at their default are left out, but for the schema version."""
     out: dict[str, Any] = {"ev": record.ev}
-    for name, default in _fields(type(record)):
+    for name, default in _fields(type(record)):  # type: ignore[arg-type] # python/mypy#11470: a class has a hash
         value = getattr(record, name)
         if value != default or name == "schema":
             out[name] = value

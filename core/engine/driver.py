@@ -124,7 +124,7 @@ class Driver:
 
     @property
     def energy_j(self) -> float | None:
-        """Of all devices until now; None: a cost model knows no energy."""
+        """Of all devices until now; None: a cost model knows no energy, or time is real."""
         idle = [meter.idle_watts for cost in self.costs if (meter := meter_of(cost)) is not None]
         if len(idle) < len(self.costs):
             return None

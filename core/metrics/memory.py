@@ -103,18 +103,24 @@ class MemoryFacts:
         self._last_ns, self._unusable = now, step.unusable_pages
         self.unusable_ns += [0] * (len(step.unusable_pages) - len(self.unusable_ns))
 
-    def join(self, name: str, ends: array[int]) -> None:
-        """From now on a request stores one token in each step of a track; ``grow`` counts them."""
+    def join(self, name: str, ends: array[int]) -> bool:
+        """From now on a request stores a token in each step of a track, which ``grow`` counts; False: it was
+        dropped, and stores nothing.
+        """
         self.store(name, 0)
-        if name in self._stored:
-            self._stored[name] -= len(ends)
-            self._on[name] = ends
+        if name not in self._stored:
+            return False
+        self._stored[name] -= len(ends)
+        self._on[name] = ends
+        return True
 
-    def leave(self, name: str) -> None:
-        """It is on no track any more."""
+    def leave(self, name: str) -> bool:
+        """It is on no track any more; whether it was."""
         ends = self._on.pop(name, None)
-        if ends is not None:
-            self._stored[name] += len(ends)
+        if ends is None:
+            return False
+        self._stored[name] += len(ends)
+        return True
 
     def grow(self, tokens: int) -> None:
         """Requests on tracks stored so many tokens together."""
@@ -134,7 +140,6 @@ class MemoryFacts:
 
     def _gone(self, name: str, now: int) -> None:
         """What it stored is in memory no longer."""
-        self.leave(name)
         final = self._stored.pop(name)
         resident = self._resident_ns.pop(name, 0) + now - self._since.pop(name)
         self._total -= final

@@ -120,7 +120,7 @@ class RequestFacts:
         self.leave()
         self._track, self._since = track, len(track.ends)
         track.members[self.id] = self
-        track.memory.join(self.id, track.ends)
+        track.storing += track.memory.join(self.id, track.ends)
 
     def leave(self) -> None:
         """It takes no part in further steps of the track it is on, if any."""
@@ -133,7 +133,7 @@ class RequestFacts:
             self._own = None
         del track.members[self.id]
         track.names = None
-        track.memory.leave(self.id)
+        track.storing -= track.memory.leave(self.id)
 
     def spans(self) -> Iterator[Span]:
         """When chunks of output came, in order."""
@@ -428,7 +428,7 @@ class Timeline:
         try:
             if one_each == track.names or self._regroup(track, one_each):
                 track.ends.extend(ends)
-                engine.memory.grow(len(one_each) * steps)
+                engine.memory.grow(track.storing * steps)
             else:
                 for name in one_each:
                     self.requests[name].add(array("q", ends), 1)

@@ -25,7 +25,7 @@ Span = tuple["array[int]", int, int]
 class Track:
     """Steps of one lane, and who gets one token in each of them."""
 
-    __slots__ = ("ends", "members", "memory", "names")
+    __slots__ = ("ends", "members", "memory", "names", "storing")
 
     def __init__(self, memory: MemoryFacts) -> None:
         self.memory = memory
@@ -34,6 +34,8 @@ class Track:
         """End of each step, ns."""
         self.members: dict[str, RequestFacts] = {}
         """Who takes part in the next step, unless the next launch says otherwise."""
+        self.storing = 0
+        """Members that store a token in each step: all but those whose end came before their last step."""
         self.names: list[str] | None = None
         """The members as the latest launch named them; None: some have left since."""
 

@@ -133,11 +133,11 @@ class PluginSuite:
     @functools.cached_property
     def _composed(self) -> Selected:
         """The plugin, with those within its settings."""
-        registry, spec, choice = self._selected
+        registry, _, choice = self._selected
         return select([(self.kind, choice)], registry)[0]
 
     def provides(self, capability: str) -> bool:
-        """Whether the plugin declares a capability, and, made of others of its kind, has it from all of them."""
+        """Whether the plugin declares a capability; of one made of others of its kind, whether all do."""
         return capability in self._composed.provides
 
     def may(self, capability: str) -> bool:

@@ -31,6 +31,10 @@ TABLE = {
         "servelab.plugins.commands.new.command:main",
         "a package of one's own: a plugin that works, its settings, its tests",
     ),
+    "hardware": (
+        "servelab.plugins.commands.hardware.command:main",
+        "the devices of the catalog; and a profile of this machine, measured",
+    ),
     "data": (
         "servelab.plugins.commands.data.command:main",
         "published traces: what there is, and fetched from their publishers",

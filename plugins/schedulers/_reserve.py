@@ -97,8 +97,6 @@ class Door:
         most: int,
         reserve: Reserve,
     ) -> None:
-        self.shut = False
-        """Somebody did not fit: nobody after them is let in."""
         self._view, self._plan, self._pages, self._most = view, plan, pages, most
         self._reserve: Reserve = reserve
         self._running = running
@@ -108,7 +106,16 @@ class Door:
         self._limit = view.limits.max_batch_tokens
         self._left = self._limit - len(plan.work)
 
-    def opens(self, request: RequestView) -> bool:
+    def opens_to(self, waiting: Iterable[RequestView]) -> bool:
+        """Requests in order, up to the first that does not fit; True if any was let in or refused."""
+        changed = False
+        for request in waiting:
+            if not self._opens(request):
+                break
+            changed = True
+        return changed
+
+    def _opens(self, request: RequestView) -> bool:
         """Let the next one in, refuse it for good, or keep it and everybody after it waiting (False)."""
         n, seats = request.pending_tokens, self.seats
         if n > self._limit:
@@ -136,7 +143,6 @@ class Door:
 
     def _keep(self, request: RequestView, reason: str) -> bool:
         self._plan.defer(request, reason)
-        self.shut = True
         return False
 
     def _refuse(self, request: RequestView, reason: str) -> bool:

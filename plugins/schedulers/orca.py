@@ -79,4 +79,4 @@ class Orca:
     def _admit(self, view: StepView, plan: StepPlan, running: list[RequestView], pages: KVBudget) -> bool:
         """Waiting requests in order, up to the first that does not fit; True if any was let in or refused."""
         door = Door(view, plan, running, pages, self.config.max_num_seqs, self.config.reserve)
-        return any([door.opens(request) for request in view.waiting if not door.shut])
+        return door.opens_to(view.waiting)

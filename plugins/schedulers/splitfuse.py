@@ -31,6 +31,9 @@ Tier: prototype: its published throughput is not reproduced yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import Context, Hold, RequestView, StepPlan, StepView
@@ -61,8 +64,8 @@ class SplitFuse:
         check_device(ctx, tokens={}, requests={"max_ragged_sequence_count": min(requests, tokens)})
         self.config = config
         self._most = min(requests, tokens, limits.max_batch_requests)
-        self._resets: dict[str, int] = {}
-        """When waiting requests were reset."""
+        self._resets: dict[str, tuple[int, int]] = {}
+        """When waiting requests were reset: time, and number among all resets."""
         self._order: dict[str, int] = {}
         """Generations as they stand in the buffer; empty: as they run."""
 
@@ -85,7 +88,7 @@ class SplitFuse:
         steady = len(served) == len(running) > 0
         self._put_back(generations, served, running)
         left = config.max_ragged_batch_size - len(plan.work)
-        for request in [*prompts, *self._buffer(view)]:
+        for request in chain(prompts, self._buffer(view)):
             n = min(request.pending_tokens, left)
             if n < 1 or len(plan.work) >= self._most:
                 break
@@ -115,20 +118,27 @@ class SplitFuse:
         if generations != running:
             self._order = {request.id: k for k, request in enumerate(generations)}
 
-    def _buffer(self, view: StepView) -> list[RequestView]:
+    def _buffer(self, view: StepView) -> Iterable[RequestView]:
         """Waiting requests in order; those that were reset stand where they were put then."""
-        if not self._resets:
-            return list(view.waiting)
-        waiting = {request.id: request for request in view.waiting}
-        self._resets = {id: at for id, at in self._resets.items() if id in waiting}
-        order = [request for id, request in waiting.items() if id not in self._resets]
-        for id, at in self._resets.items():
-            behind = (k for k, other in enumerate(order) if self._put_in(other) > at)
-            order.insert(next(behind, len(order)), waiting[id])
-        return order
+        if not len(view.waiting):
+            self._resets.clear()
+        return self._merged(view.waiting) if self._resets else view.waiting
 
-    def _put_in(self, request: RequestView) -> int:
-        return self._resets.get(request.id, request.arrival_ns)
+    def _merged(self, waiting: Iterable[RequestView]) -> Iterator[RequestView]:
+        """The queue has whoever was preempted in front; each goes behind those who had arrived by then."""
+        back: list[RequestView] = []
+        for request in waiting:
+            if request.id in self._resets and request.preemptions:
+                back.append(request)
+                back.sort(key=self._put_in)
+                continue
+            while back and self._put_in(back[0])[0] < request.arrival_ns:
+                yield back.pop(0)
+            yield request
+        yield from back
+
+    def _put_in(self, request: RequestView) -> tuple[int, int]:
+        return self._resets[request.id]
 
     def _reset(self, view: StepView, plan: StepPlan, holders: list[RequestView]) -> None:
         """Nothing can run: drop the last that holds KV, unless a launch in flight will bring some."""
@@ -136,4 +146,4 @@ class SplitFuse:
             return
         victim = holders[-1]
         plan.preempt(victim, "recompute", "nothing fits in free KV pages; last in the buffer")
-        self._resets[victim.id] = view.now_ns
+        self._resets[victim.id] = view.now_ns, len(self._resets)

@@ -80,10 +80,7 @@ class StaticBatch:
         running = list(view.running)
         if not running:
             door = Door(view, plan, running, pages, config.max_num_seqs, config.reserve)
-            for request in view.waiting:
-                door.opens(request)
-                if door.shut:
-                    break
+            door.opens_to(view.waiting)
             self._places = door.seats
             return plan
 

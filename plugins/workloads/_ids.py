@@ -69,6 +69,11 @@ class DrawnIds(MadeWhenRead):
         key, length, vocab = self._given
         return uniform_ids(length, vocab, Random(key))
 
+    def first(self, length: int) -> DrawnIds:
+        """The beginning of them, as little made as they are."""
+        key, _, vocab = self._given
+        return DrawnIds(key, length, vocab)
+
 
 class BlockIds(MadeWhenRead):
     """``length`` ids made of blocks: blocks of equal hash are equal tokens, uniform over ``[0, vocab)``; the

@@ -16,9 +16,17 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from statistics import NormalDist
 from textwrap import shorten
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 MAX_LENGTH = 100_000_000
 """Longest length any law may state."""
@@ -33,6 +41,11 @@ _SMALLEST = 2.0**-54
 
 class _Law(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _with_its_name(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Also where only what differs from defaults is asked for."""
+        return {"law": getattr(self, "law", None), **dump(self)}
 
     @property
     def lowest(self) -> int:

@@ -14,11 +14,18 @@ from itertools import accumulate
 from random import Random
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from servelab.core.api import Arrival, Cancel, RequestSpec, Truth, WorkloadError
 from servelab.plugins.workloads._arrivals import MIN_RATE, NS, Process, unit_gap
-from servelab.plugins.workloads._ids import MadeWhenRead
+from servelab.plugins.workloads._ids import DrawnIds
 from servelab.plugins.workloads._labels import Labels
 from servelab.plugins.workloads._laws import LengthLaw
 
@@ -45,6 +52,11 @@ class Chance:
 
 class _Step(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _with_its_name(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Also where only what differs from defaults is asked for."""
+        return {"step": getattr(self, "step", None), **dump(self)}
 
     @property
     def moves(self) -> bool:
@@ -80,7 +92,7 @@ class Scale(_Moving):
     by: float = Field(gt=0, le=1e6, description="Times as many requests per second.")
 
     def apply(self, items: Iterator[Item], chance: Chance) -> Iterator[Item]:
-        return (replace(item, time_ns=round(item.time_ns / self.by)) for item in items)
+        return (at(item, round(item.time_ns / self.by)) for item in items)
 
 
 class Thin(_Moving):
@@ -104,7 +116,8 @@ class Thin(_Moving):
 
 
 class Slice(_Moving):
-    """Part of the traffic, from time 0 on. Later turns of programs that began before it are left out."""
+    """Part of the traffic, moved to time 0. What comes after it is not read, cancellations included; later
+    turns of programs that began before it are left out."""
 
     step: Literal["slice"] = "slice"
     from_s: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Where it begins, seconds.")
@@ -124,22 +137,23 @@ class Slice(_Moving):
         end = None if self.until_s is None else round(self.until_s * NS)
         ids, programs, left = set[str](), set[str](), self.first
         for item in items:
+            if end is not None and item.time_ns >= end:
+                return
             if isinstance(item, Cancel):
                 if item.request_id.partition("#")[0] in ids:
-                    yield replace(item, time_ns=item.time_ns - start)
+                    yield at(item, item.time_ns - start)
                 continue
-            over = left == 0 or (end is not None and item.time_ns >= end)
-            if over and not ids:
-                return
             program = item.spec.program
             began = program is None or item.spec.turn == 0 or program in programs
-            if over or item.time_ns < start or not began:
+            if item.time_ns < start or not began:
                 continue
+            if left == 0:
+                return
             if program is not None:
                 programs.add(program)
             ids.add(item.spec.id)
             left = None if left is None else left - 1
-            yield replace(item, time_ns=item.time_ns - start)
+            yield at(item, item.time_ns - start)
 
 
 class Retime(_Moving):
@@ -171,7 +185,7 @@ class Retime(_Moving):
                     do="take traffic without cancellations, or step 'scale'",
                 )
             now += gap() / self.rate
-            yield replace(item, time_ns=round(now * NS))
+            yield at(item, round(now * NS))
 
 
 class Modulate(_Moving):
@@ -187,7 +201,7 @@ class Modulate(_Moving):
 
     def apply(self, items: Iterator[Item], chance: Chance) -> Iterator[Item]:
         warp = self.warp()
-        return (replace(item, time_ns=warp(item.time_ns)) for item in items)
+        return (at(item, warp(item.time_ns)) for item in items)
 
     def warp(self) -> Callable[[int], int]:
         """New time of an old one, both in ns; never decreasing."""
@@ -197,13 +211,13 @@ class Modulate(_Moving):
         ends = [0.0, *(x / whole for x in accumulate(self.profile))]
         ends[-1] = 1.0
 
-        def at(time_ns: int) -> int:
+        def moved(time_ns: int) -> int:
             periods, share = divmod(time_ns / period, 1.0)
             part = min(bisect_right(ends, share) - 1, parts - 1)
             within = (share - ends[part]) / (ends[part + 1] - ends[part])
             return round((periods + (part + within) / parts) * period)
 
-        return at
+        return moved
 
 
 class Clip(_Step):
@@ -311,6 +325,13 @@ Step = Annotated[
 """Any of them."""
 
 
+def at(item: Item, time_ns: int) -> Item:
+    """The item at another time."""
+    if isinstance(item, Cancel):
+        return Cancel(time_ns, item.request_id)
+    return Arrival(time_ns, item.spec, item.truth)
+
+
 def least(value: int, most: int | None) -> int:
     """The value, or its bound if there is one and it is less."""
     return value if most is None else min(value, most)
@@ -350,8 +371,8 @@ def with_prompt(spec: RequestSpec, length: int) -> RequestSpec:
             do="let the workload itself cut prompts (over_length), or leave them whole",
         )
     ids: Sequence[int] | None = spec.prompt_ids
-    if isinstance(ids, MadeWhenRead):
-        ids = type(ids)(length, *ids.recipe)  # still not made
+    if isinstance(ids, DrawnIds):
+        ids = ids.first(length)
     elif ids is not None:
         ids = ids[:length]
     context = min(spec.context_tokens, length)

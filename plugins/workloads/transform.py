@@ -46,7 +46,7 @@ class TransformConfig(BaseModel):
     )
     steps: tuple[Step, ...] = Field(
         default=(),
-        description="What is done, in this order, such as [{step: thin, keep: 0.5}, {step: clip, output: 9}].",
+        description="What is done, in this order: [{step: thin, keep: 0.5}, {step: clip, output: 9}].",
     )
 
 

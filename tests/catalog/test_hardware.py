@@ -45,7 +45,7 @@ def test_every_figure_has_a_source_and_every_source_a_figure(name: str) -> None:
     assert stated["name"] == name
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", DATASHEET)
 def test_what_cost_models_need_is_stated(name: str) -> None:
     needed = ("flops", "flops_int8", "memory_bytes", "memory_bytes_per_s", "link_bytes_per_s", "peak_watts")
     factors = ("mfu", "mbu", "smoothness", "op_ns", "layer_ns", "step_ns", "request_ns")

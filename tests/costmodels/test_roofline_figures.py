@@ -15,6 +15,7 @@ from tests.costmodels.rooflines import CONFIGS, device, model, roofline
 from servelab.core.compose import Run, compose
 from servelab.core.config import validate
 from servelab.core.engine.virtual import VirtualDriver
+from servelab.core.engine.wall import WallDriver
 from servelab.core.errors import ConfigError
 from servelab.core.events import Batch
 from servelab.core.facts import HardwareFacts
@@ -47,6 +48,15 @@ def test_settings_stand_before_the_profile_and_that_before_the_bound() -> None:
     assert roofline(LLAMA3, replace(on, mbu=0.25), step_ns=9).price(batch_of([(1, 9)]), 1) == cost.price(
         batch_of([(1, 9)]), 1
     )
+
+
+def test_wider_models_say_which_peak_they_take() -> None:
+    """hardware.flops is stated at 16 bits, on a CPU at the model's dtype: which it is only the user knows."""
+    wide = replace(LLAMA3, dtype="float32", dtype_bytes=4.0)
+    assert roofline(wide, BARE).describe()["peak"] == "hardware.flops, for float32"
+    assert "peak" not in roofline(LLAMA3, BARE).describe()
+    narrow, doubled = (roofline(of, BARE).breakdown(batch_of([(1, 9)])) for of in (LLAMA3, wide))
+    assert doubled.bytes("weight") == 2 * narrow.bytes("weight")
 
 
 @pytest.mark.parametrize("measured", [True, False])
@@ -198,7 +208,8 @@ def test_idle_instances_take_power() -> None:
     assert one.energy_j is not None
     assert two.energy_j is not None
     assert two.energy_j > 2 * 60 * two.now_ns * 1e-9
-    unknown, _ = served(composed(hardware=yaml.safe_load((CONFIGS / "hardware" / "a40.yaml").read_text())))
+    silent = yaml.safe_load((CONFIGS / "hardware" / "a40.yaml").read_text()) | {"idle_watts": None}
+    unknown, _ = served(composed(hardware=silent))
     assert unknown.energy_j is None
 
 
@@ -216,6 +227,18 @@ def test_energy_and_figures_are_reported(tmp_path: Path, capsys: pytest.CaptureF
     words = " ".join(capsys.readouterr().out.split())
     assert "cost device a100_80g, devices 1, mfu 0.741 (profile), mbu 0.812 (profile)" in words
     assert f"energy {extra['energy_j'] / 1e3:,.1f} kJ" in words
+
+
+def test_no_energy_is_told_of_real_time() -> None:
+    """Also where the executor simulates: what the machine draws meanwhile is nobody's price."""
+    run = composed(
+        clock={"name": "wall"}, workload={"name": "synthetic", "num_requests": 2, "request_rate": "inf"}
+    )
+    records: list[Record] = []
+    driver = WallDriver(**run.for_driver(Listener(records)))  # type: ignore[arg-type]
+    driver.run()
+    assert sum(isinstance(record, StepDone) for record in records) > 1
+    assert driver.energy_j is None
 
 
 def test_unpriced_batches_are_not_measured_for_energy() -> None:

@@ -194,7 +194,7 @@ def test_settings_with_a_name_read_back_as_they_are() -> None:
     part = SyntheticConfig.model_validate({"lengths": "zipf_128", "max_new_tokens": 7000})
     assert part.model_dump(mode="json", exclude_defaults=True) == {
         "lengths": "zipf_128",
-        "max_new_tokens": {"value": 7000},
+        "max_new_tokens": {"law": "constant", "value": 7000},
     }
 
 

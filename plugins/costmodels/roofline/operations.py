@@ -270,9 +270,7 @@ class Attention:
         )
 
     def write(self, tokens: int) -> Work:
-        """New keys and values, rotated and stored. Its launches are its own and that of attention, which takes
-        all rows at once.
-        """
+        """New keys and values, rotated and stored; launched beside attention, one for all rows."""
         return Work(kv_bytes=self.kv_bytes * tokens, launches=2)
 
 

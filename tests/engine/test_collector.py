@@ -1,0 +1,61 @@
+"""The garbage collector during a simulated run, and after it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from servelab.core import collector
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    yield
+    assert gc.get_threshold() == before
+    assert bool(gc.get_freeze_count()) == bool(frozen)
+
+
+def test_looks_seldom_and_at_less() -> None:
+    first, *others = gc.get_threshold()
+    with collector.seldom():
+        assert gc.get_threshold() == (max(first, collector.YOUNG), *others)
+        assert gc.get_freeze_count() > 1000
+
+
+def test_all_is_as_before_after_an_error() -> None:
+    with pytest.raises(KeyError), collector.seldom():
+        raise KeyError("x")
+    assert not gc.get_freeze_count()
+
+
+def test_who_froze_before_finds_it_frozen() -> None:
+    gc.freeze()
+    try:
+        with collector.seldom():
+            pass
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+
+
+def test_a_collector_that_never_looks_is_left_alone() -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(0, *before[1:])
+    try:
+        with collector.seldom():
+            assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*before)
+
+
+def test_one_that_looks_even_less_too() -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(10 * collector.YOUNG, *before[1:])
+    try:
+        with collector.seldom():
+            assert gc.get_threshold()[0] == 10 * collector.YOUNG
+    finally:
+        gc.set_threshold(*before)
