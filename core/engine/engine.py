@@ -594,7 +594,8 @@ class Engine:
     def emit(self, record: Record) -> None:
         """Report what happened, to the driver and to a scheduler that learns."""
         self._out.append(Emit(record))
-        self.teach(record)
+        if self._learn is not None:
+            self.teach(record)
 
     def teach(self, record: Record) -> None:
         if self._learn is not None:
