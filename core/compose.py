@@ -384,6 +384,12 @@ class _Builder:
         config = self.config
         if config.router is None:
             return None
+
+        def one_more(index: int) -> tuple[Engine, Executor, CostModel]:
+            made = another(index)
+            instances.append(made)
+            return made.engine, made.executor, made.cost
+
         return Cluster(
             self.one("router"),
             config.router.name,
@@ -391,7 +397,18 @@ class _Builder:
             report_interval_ns=round(config.cluster.report_interval_ms * 1e6),
             model=self.model.name,
             hardware=self.hardware,
+            network_bytes_per_s=self._network(),
+            network_latency_ns=round(config.cluster.network_latency_us * 1e3),
+            max_instances=config.cluster.max_instances,
+            start_ns=None if config.cluster.start_s is None else round(config.cluster.start_s * 1e9),
+            another=one_more,
         )
+
+    def _network(self) -> float | None:
+        stated = self.config.cluster.network_gb_per_s
+        if stated is not None:
+            return stated * 1e9
+        return self.hardware.network_bytes_per_s if self.hardware else None
 
     def fit(self, layout: KVLayout, capacity: Capacity, kvcache: KVCache) -> RunConfig:
         """Limit requests to what KV memory holds; the configuration with that stated."""

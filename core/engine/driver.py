@@ -275,6 +275,8 @@ class Driver:
         self._do(index, self.engines[index].handle(event, now), now)
         if isinstance(event, InstanceLost):
             self._forget_work(index)
+            if self._cluster is not None:
+                self._cluster.lost(index, now)
 
     def _forget_work(self, index: int) -> None:
         """The instance is lost: its launches and transfers will not happen."""
@@ -478,6 +480,24 @@ class Driver:
     def knows(self, request_id: str) -> bool:
         """Whether a request is live in one of several engines."""
         return request_id in self._home
+
+    def apart(self, index: int, now: int, action: Callable[[], object]) -> None:
+        """Do something to an engine between two events."""
+        self.sync(index, now)
+        self._touched.add(index)
+        self._do(index, self.engines[index].apart(now, action), now)
+
+    def move_home(self, request_id: str, index: int) -> None:
+        """A request lives in another engine now."""
+        self._home[request_id] = index
+
+    def join(self, engine: Engine, executor: Executor, cost: CostModel) -> None:
+        """One engine more."""
+        engine.plan_log, engine.token_log = self.engines[0].plan_log, self.engines[0].token_log
+        self.engines.append(engine)
+        self.executors.append(executor)
+        self.costs.append(cost)
+        self._flying.append({})
 
     def next_step_end(self, now: int) -> int | None:
         """When a step of any launch in flight ends next, if that is known."""

@@ -221,6 +221,14 @@ def test_fused_linears_read_their_input_once() -> None:
     assert work.activation_bytes == 10 * (4096 + 4096 + 2 * 1024) * 2
 
 
+def test_fused_linears_quantize_their_input_once() -> None:
+    """Read, written as codes with a scale of 4 bytes per token, and read again: once for q, k and v."""
+    cost = ideal(LLAMA3, A100, quant=W8A8(LayersConfig(), context_of("quant")))
+    one = operation(cost.breakdown(batch_of([(10, 0)])), "q+k+v").work
+    assert one.activation_bytes == pytest.approx(10 * (2 * 4096 + 2 * (4096 + 4) + 2 * 6144), abs=1)
+    assert one.launches == 2
+
+
 def test_linears_of_two_formats_are_two_products() -> None:
     quant = W8A16(LayersConfig(skip=("k",)), context_of("quant"))
     names = {one.name for one in ideal(LLAMA3, A100, quant=quant).breakdown(batch_of([(1, 0)])).operations}

@@ -49,6 +49,15 @@ def swapped_first(seen: Seen) -> None:
         assert not (seen.new and (seen.swapped or out)), "swapped requests come before prompts"
 
 
+def seats_of_loading(seen: Seen) -> None:
+    """Who is on the way back has a seat."""
+    back = sum(t.direction == "in" for t in seen.engine.transfers.values()) + len(seen.plan.swap_ins)
+    most = seen.policy.config.max_num_seqs
+    assert len(seen.running) - len(seen.victims) + back + len(seen.new) <= most or not (
+        seen.new or seen.plan.swap_ins
+    )
+
+
 def budget(seen: Seen) -> None:
     assert sum(seen.items.values()) + len(seen.plan.swap_ins) <= seen.policy.max_num_batched_tokens
 
@@ -59,6 +68,7 @@ CHECKS = (
     preempted_first,
     none_in_who_preempts,
     swapped_first,
+    seats_of_loading,
     budget,
     seats,
     first_come_first_served,
