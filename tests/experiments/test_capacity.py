@@ -93,3 +93,12 @@ def test_another_setting_can_be_searched(do: Do) -> None:
     told = do({**task, "completed": 0.75, "rel_tol": 0.1}, **queue)
     (row,) = told["rows"]
     assert row["unit"] == "workload.cancel_fraction" and 0.15 < row["ours"] < 0.35
+
+
+def test_slo_and_other_bounds_hold_together(do: Do) -> None:
+    """The slo allows 2 ms of waiting, ``at_most`` 200: the slo decides, unless it is told not to count."""
+    task = {**TASK, "seeds": 1, "at_most": {"p99_queueing_ms": 200.0}}
+    both = do(task, "both", slo={"ttft_ms": 12.0}, **QUEUE)["rows"][0]
+    one = do({**task, "attainment": 0}, "one", slo={"ttft_ms": 12.0}, **QUEUE)["rows"][0]
+    assert "slo_attainment" in both["setup"] and "slo_attainment" not in one["setup"]
+    assert both["ours"] < 101 < 104 < one["ours"]
