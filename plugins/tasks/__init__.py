@@ -24,6 +24,14 @@ TABLE = (
         tier="stable",
     ),
     PluginSpec(
+        name="describe",
+        factory="servelab.plugins.tasks.describe:Describe",
+        config="servelab.plugins.tasks.describe:DescribeConfig",
+        summary="tell what a workload sends, without serving it: a table, workload.json and a picture",
+        provides=frozenset({"task.offline"}),
+        tier="stable",
+    ),
+    PluginSpec(
         name="quality",
         factory="servelab.plugins.tasks.quality:QualityTask",
         config="servelab.plugins.tasks.quality:QualityTaskConfig",

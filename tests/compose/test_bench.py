@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from servelab.core import collector
 from servelab.core.compose import compose
 from servelab.core.config import validate
 from servelab.core.context import Context
@@ -91,6 +93,26 @@ def test_a_good_run(raw: dict[str, Any], registry: Registry) -> None:
     assert last.t_ns == ends[-1].t_ns
     assert last.wall_s is not None and last.wall_s > 0  # real time, on the virtual clock too
     assert last.date and last.peak_rss_bytes
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_the_garbage_collector_looks_seldom_while_nothing_is_real(
+    raw: dict[str, Any], registry: Registry, monkeypatch: pytest.MonkeyPatch, simulated: bool
+) -> None:
+    class Watcher(Recorder):
+        @hookimpl
+        def servelab_on_record(self, record: Record) -> None:
+            super().servelab_on_record(record)
+            looks.add(gc.get_threshold())
+
+    looks: set[tuple[int, int, int]] = set()
+    before = gc.get_threshold()
+    monkeypatch.setattr(Fragile, "simulated", simulated)
+    for error in (None, OSError("disk")):
+        looks.clear()
+        bench(raw, registry if error is None else Registry.load(), error=error, watchers=(Watcher(),))
+        assert looks == {(max(collector.YOUNG, before[0]), *before[1:]) if simulated else before}
+        assert gc.get_threshold() == before
 
 
 def test_one_seed_gives_one_run(raw: dict[str, Any]) -> None:

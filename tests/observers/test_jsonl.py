@@ -18,6 +18,7 @@ from servelab.core.context import Context
 from servelab.core.errors import ConfigError, PluginCallError, ServeLabError
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.logs import (
+    MOST_DROPPED,
     Decoder,
     Encoder,
     decode_counts,
@@ -126,6 +127,40 @@ def test_coding_is_undone_exactly(records: list[Record]) -> None:
 @given(st.lists(names, max_size=8), st.lists(names, max_size=8))
 def test_lists(old: list[str], new: list[str]) -> None:
     assert decode_list(old, encode_list(old, new)) == new
+
+
+def plain_change(old: list[str], new: list[str]) -> Any:
+    """How the format says a list is coded against its predecessor, item by item."""
+    kept = [item for item in old if item in new]
+    twice = len(set(old)) < len(old) or len(set(new)) < len(new)
+    if old == new:
+        return None
+    if twice or not kept or kept != [item for item in new if item in old]:
+        return new
+    dropped = [i for i, item in enumerate(old) if item not in new]
+    added = [[j, item] for j, item in enumerate(new) if item not in old]
+    return {**({"del": dropped} if dropped else {}), **({"add": added} if added else {})}
+
+
+few = st.lists(st.sampled_from("abcdefghijklmno"), max_size=15)
+
+
+@given(few, few, st.booleans())
+def test_changes_found_by_slices_are_those_found_item_by_item(
+    old: list[str], new: list[str], as_batches: bool
+) -> None:
+    if as_batches:  # some leave, others come at the end
+        old = sorted(set(old))
+        new = [item for item in old if item in new] + sorted({*new} - {*old})
+    assert json.dumps(encode_list(old, new)) == json.dumps(plain_change(old, new))
+
+
+@pytest.mark.parametrize("gone", [0, 1, MOST_DROPPED, MOST_DROPPED + 1, 49, 50])
+def test_many_may_leave_at_once(gone: int) -> None:
+    old = [f"r{i}" for i in range(50)]
+    dropped = old[: 2 * gone : 2] if gone <= 25 else old[:gone]
+    new = [*(item for item in old if item not in dropped), "x", "y"]
+    assert encode_list(old, new) == plain_change(old, new)
 
 
 @given(st.lists(counts, max_size=8), counts)

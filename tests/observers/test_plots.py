@@ -26,7 +26,7 @@ from tests.metrics.logs import (
     three_requests,
 )
 
-from servelab.core.metrics import Timeline, summarize
+from servelab.core.metrics import SummaryOptions, Timeline, summarize
 from servelab.core.records import PagesEvicted, Record, RequestPreempted, TransferStarted
 from servelab.plugins.observers.report import plots, style
 from servelab.plugins.observers.report.plots import NAMES, Missing, Plot
@@ -149,6 +149,21 @@ def test_a_long_run_stays_light_and_keeps_its_slowest_request(styled: None) -> N
     assert figure.axes[0].get_yscale() == "log"
     assert figure.axes[1].get_yscale() == "linear"
     assert "5,000 requests about 600" in caption
+
+
+def test_a_long_curve_keeps_both_ends_and_percentiles_are_of_all(styled: None) -> None:
+    timeline = Timeline().feed_all(many(3000))
+    figure, _ = plots._distributions(plots.by_class(timeline))  # type: ignore[misc]
+    result = summarize(timeline, SummaryOptions(percentiles=(90, 99)))
+    for axes, metric in zip(figure.axes, ("ttft", "tpot", "e2el"), strict=True):
+        values = [getattr(facts, f"{metric}_ns") for facts in timeline.requests.values()]
+        curve = axes.lines[0]
+        assert len(curve.get_xdata()) == plots.MOST_STEPS
+        assert curve.get_xdata()[0] == pytest.approx(min(values) / 1e6)
+        assert curve.get_xdata()[-1] == pytest.approx(max(values) / 1e6)
+        marks = next(line for line in axes.lines if line.get_marker() == "o")
+        exact = [result[f"{name}_{metric}_ms"] for name in ("median", "p90", "p99")]
+        assert list(marks.get_xdata()) == pytest.approx(exact)
 
 
 @given(st.lists(st.integers(0, 10**9), min_size=20, max_size=300), st.integers(1, 40))
