@@ -81,7 +81,11 @@ def test_without_an_objective_nothing_is_searched(raw: dict[str, Any], do: Do, t
 
 def test_the_slo_of_the_run_is_the_default_objective(do: Do) -> None:
     """TTFT is the wait and one step: 12 ms allow 2 ms of waiting to 99 % of the requests."""
-    told = do({"name": "capacity", "lo": 40, "seeds": 1, "rel_tol": 0.05, "checks": False}, slo={"ttft_ms": 12.0}, **QUEUE)
+    told = do(
+        {"name": "capacity", "lo": 40, "seeds": 1, "rel_tol": 0.05, "checks": False},
+        slo={"ttft_ms": 12.0},
+        **QUEUE,
+    )
     (row,) = told["rows"]
     assert 95.0 <= row["ours"] <= 100.6 and "slo_attainment >= 0.99" in row["setup"]
 
