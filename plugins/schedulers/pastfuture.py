@@ -36,7 +36,8 @@ the plans are the oracle's; a cold start admits no more than conservative; KV us
 <= oracle < aggressive; the conditional draw is never below d nor above max(H, max_new_tokens); nobody
 overtakes the head.
 
-Tier: prototype: goodput under an SLA is not reproduced yet.
+Tier: prototype: its toy study is reproduced (``pastfuture_toy``), of its goodput the shape
+(``pastfuture_goodput``).
 """
 
 from __future__ import annotations

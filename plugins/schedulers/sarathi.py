@@ -32,7 +32,7 @@ of a step <= max(C, decodes); p prompt tokens beside d decodes take ceil(p / (C 
 30, p = 1000 gives 482, 482, 36; tokens of a step, and so its time, do not depend on how long prompts are;
 tokens equal those of unchunked runs.
 
-Tier: prototype: its published capacity is not reproduced yet.
+Tier: prototype: its published gain over vLLM is reproduced in the simulator only (``sarathi_capacity``).
 """
 
 from __future__ import annotations

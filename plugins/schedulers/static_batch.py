@@ -31,7 +31,7 @@ Faithful when: nobody is admitted while a member is unfinished; all members of a
 iteration; reserved KV fits the pool and never grows; a batch takes max(L) decode iterations: with
 max_num_seqs = 2, outputs of 2, 10, 2, 10 take 20, with Orca 14.
 
-Tier: prototype: the gap to Orca is not reproduced yet.
+Tier: prototype: the gap to Orca is its closed form (``orca_static``), not yet the published one.
 """
 
 from __future__ import annotations

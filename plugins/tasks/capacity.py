@@ -62,9 +62,10 @@ class CapacityConfig(ManyRunsConfig):
     )
     attainment: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         le=1,
-        description="least share of requests within the run's slo; null: 0.99 where at_most is empty",
+        description="least share of requests within the run's slo; null: 0.99 where it states bounds; 0: the "
+        "slo does not count",
     )
     completed: float = Field(1.0, gt=0, le=1, description="least share of requests that complete")
     setting: str = Field(
@@ -88,30 +89,32 @@ class Capacity(ManyRuns):
 
     def __init__(self, config: CapacityConfig, context: Context) -> None:
         super().__init__(config, context)
-        attainment = config.attainment
-        if attainment is None and not config.at_most:
+        self._config, self._seed = config, context.seed
+        self.searches: list[Search] = []
+
+    def prepare(self, run: Run) -> None:
+        config, attainment = self._config, self._config.attainment
+        if attainment is None and _states_bounds(run):
             attainment = ATTAINMENT
-        self.criteria = Criteria(config.at_most, attainment, config.completed)
+        if not attainment and not config.at_most:
+            raise ConfigError(
+                "nothing says which rate is too high",
+                where="slo, task.at_most",
+                why="slo states no bound that counts, and task.at_most is empty",
+                do="set slo=strict (or bounds of your own), or task.at_most='{p99_itl_ms: 100}'",
+            )
+        criteria = Criteria(config.at_most, attainment or None, config.completed)
         self.searches = [
             Search(
                 label="capacity",
                 changes={},
                 seed=seed,
                 where=Range(config.lo, config.hi, config.rel_tol, checks=config.checks),
-                criteria=self.criteria,
+                criteria=criteria,
                 setting=config.setting,
             )
-            for seed in range(context.seed, context.seed + config.seeds)
+            for seed in range(self._seed, self._seed + config.seeds)
         ]
-
-    def prepare(self, run: Run) -> None:
-        if self.criteria.attainment is not None and not _states_bounds(run):
-            raise ConfigError(
-                "nothing says which rate is too high",
-                where="slo, task.at_most",
-                why="slo states no bound, and task.at_most is empty",
-                do="set slo=strict (or bounds of your own), or task.at_most='{p99_itl_ms: 100}'",
-            )
 
     def cells(self, found: Found) -> Sequence[Cell]:
         return [cell for search in self.searches for cell in search.wanted(found)]
@@ -124,10 +127,18 @@ class Capacity(ManyRuns):
         got = measured([end for end in ends if end is not None])
         setting = self.searches[0].setting
         unit = "requests/s" if setting == "workload.request_rate" else setting
-        return [Row(name="capacity", unit=unit, setup=self.criteria.text, note=self._notes(found), **got)]
+        return [
+            Row(
+                name="capacity",
+                unit=unit,
+                setup=self.searches[0].criteria.text,
+                note=self._notes(found),
+                **got,
+            )
+        ]
 
     def _notes(self, found: Found) -> str:
-        notes = [f"Holds: {self.criteria.text}."]
+        notes = [f"Holds: {self.searches[0].criteria.text}."]
         for search in self.searches:
             for low, high in search.to_dict(found)["non_monotone"]:
                 notes.append(f"Seed {search.seed}: {low:.4g} failed though {high:.4g} passed.")
@@ -151,7 +162,13 @@ def complain(searches: Sequence[Search], found: Found) -> None:
     """
     for status, rate, what, do in (
         ("below", "low", "even the lowest rate fails", "lower task.lo, or loosen the objective"),
-        ("above", "high", "even the highest rate passes", "raise task.hi, or serve more requests"),
+        (
+            "above",
+            "high",
+            "even the highest rate passes",
+            "raise task.hi, serve more requests, or bound the delay as well: "
+            "task.at_most='{median_queueing_ms: 2000}'",
+        ),
     ):
         ends = [(search, search.step(found)) for search in searches]
         if out := [search for search, step in ends if step.status == status]:
@@ -169,7 +186,8 @@ def _why(search: Search, found: Found, rate: float | None) -> str:
     if rate not in probes:
         return f"its run at {rate:g} failed" if rate is not None else search.criteria.text
     loads = search.criteria.loads(probes[rate].results)
-    worst, load = max(loads.items(), key=lambda item: item[1])
+    judged = {key: load for key, load in loads.items() if key != "completed" or load > 1} or loads
+    worst, load = max(judged.items(), key=lambda item: item[1])
     return f"at {rate:g}, {worst} is {load:.3g} times what is allowed ({search.criteria.text})"
 
 

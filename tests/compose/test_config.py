@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from servelab.core.config import Choice, validate
 from servelab.core.errors import ConfigError
@@ -50,6 +50,24 @@ def test_settings_without_end_are_words(raw: dict[str, Any], registry: Registry)
     assert config.settings()["workload"]["request_rate"] == "inf"
     assert config.workload.changed()["request_rate"] == "inf"
     assert validate({**raw, "workload": config.settings()["workload"]}, registry) == config
+
+
+class Own(BaseModel):
+    """Settings that are written by a serializer of their own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    patience: float = Field(1.0, description="seconds; may be inf")
+    where: tuple[int, ...] = Field((1, 2), description="a tuple")
+
+    @model_serializer(mode="wrap")
+    def _own(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return dict(dump(self))
+
+
+def test_endless_settings_below_a_serializer_are_words_too() -> None:
+    own = Choice(name="own", config=Own(patience=float("inf")))
+    assert own.settings() == {"patience": "inf", "where": [1, 2]}
+    assert own.changed() == {"patience": "inf"}
 
 
 def test_all_problems_at_once(raw: dict[str, Any], registry: Registry) -> None:

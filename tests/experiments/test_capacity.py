@@ -29,7 +29,7 @@ TASK: dict[str, Any] = {
     "name": "capacity",
     "lo": 40,
     "at_most": {"p99_queueing_ms": 1.0},
-    "rel_tol": 0.02,
+    "rel_tol": 0.05,
     "seeds": 2,
 }
 
@@ -37,13 +37,13 @@ TASK: dict[str, Any] = {
 def test_a_queue_without_chance_has_its_exact_capacity(do: Do, tmp_path: Path) -> None:
     told = do(TASK, **QUEUE)
     (row,) = told["rows"]
-    assert 98.0 <= row["ours"] <= 100.1  # 1 ms of waiting is allowed
+    assert 95.0 <= row["ours"] <= 100.3  # 1 ms of waiting is allowed
     assert row["spread"] == 0.0 and row["seeds"] == 2 and row["holds"] is None
     assert told["status"] == "ok" and told["task"] == "capacity"
     assert "p99_queueing_ms <= 1" in row["setup"]
     for search in told["searches"]:
         assert search["status"] == "found" and search["non_monotone"] == []
-        assert search["failed"] <= search["passed"] * 1.02
+        assert search["failed"] <= search["passed"] * 1.05
         holds = {probe["rate"]: probe["holds"] for probe in search["probes"]}
         assert all(ok == (rate <= search["passed"]) for rate, ok in holds.items())
         assert min(holds) == 40 and max(holds) == 160
@@ -52,8 +52,9 @@ def test_a_queue_without_chance_has_its_exact_capacity(do: Do, tmp_path: Path) -
 
 
 def test_taken_up_again_it_measures_nothing_twice(do: Do, tmp_path: Path) -> None:
-    first = do(TASK, "first", **QUEUE)
-    again = do({**TASK, "resume": str(tmp_path / "first"), "processes": 2}, "again", **QUEUE)
+    task = {**TASK, "seeds": 1}
+    first = do(task, "first", **QUEUE)
+    again = do({**task, "resume": str(tmp_path / "first"), "processes": 2}, "again", **QUEUE)
     assert again["rows"] == first["rows"] and again["searches"] == first["searches"]
     wall = {one["name"]: one["wall_s"] for one in first["cells"]}
     assert {one["name"]: one["wall_s"] for one in again["cells"]} == wall
@@ -80,9 +81,13 @@ def test_without_an_objective_nothing_is_searched(raw: dict[str, Any], do: Do, t
 
 def test_the_slo_of_the_run_is_the_default_objective(do: Do) -> None:
     """TTFT is the wait and one step: 12 ms allow 2 ms of waiting to 99 % of the requests."""
-    told = do({"name": "capacity", "lo": 40, "seeds": 1, "rel_tol": 0.02}, slo={"ttft_ms": 12.0}, **QUEUE)
+    told = do(
+        {"name": "capacity", "lo": 40, "seeds": 1, "rel_tol": 0.05, "checks": False},
+        slo={"ttft_ms": 12.0},
+        **QUEUE,
+    )
     (row,) = told["rows"]
-    assert 98.0 <= row["ours"] <= 100.3 and "slo_attainment >= 0.99" in row["setup"]
+    assert 95.0 <= row["ours"] <= 100.6 and "slo_attainment >= 0.99" in row["setup"]
 
 
 def test_another_setting_can_be_searched(do: Do) -> None:
@@ -93,3 +98,12 @@ def test_another_setting_can_be_searched(do: Do) -> None:
     told = do({**task, "completed": 0.75, "rel_tol": 0.1}, **queue)
     (row,) = told["rows"]
     assert row["unit"] == "workload.cancel_fraction" and 0.15 < row["ours"] < 0.35
+
+
+def test_slo_and_other_bounds_hold_together(do: Do) -> None:
+    """The slo allows 2 ms of waiting, ``at_most`` 200: the slo decides, unless it is told not to count."""
+    task = {**TASK, "seeds": 1, "checks": False, "at_most": {"p99_queueing_ms": 200.0}}
+    both = do(task, "both", slo={"ttft_ms": 12.0}, **QUEUE)["rows"][0]
+    one = do({**task, "attainment": 0}, "one", slo={"ttft_ms": 12.0}, **QUEUE)["rows"][0]
+    assert "slo_attainment" in both["setup"] and "slo_attainment" not in one["setup"]
+    assert both["ours"] <= 100.1 and one["ours"] > 101

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.schedulers.runs import POLICIES, Watched, build, serve, trace
 
 from servelab.core.errors import ConfigError
 from servelab.core.facts import Limits
+from servelab.core.plan import StepPlan
 from servelab.core.records import Planned, RequestAdmitted, RequestFinished, StepDone
 from servelab.core.testing.fakes import (
     Rig,
@@ -336,6 +338,40 @@ def test_late_requests_are_ended_and_no_others(name: str, gap_ns: int) -> None:
     assert ends["completed"] > 5 and (ends.get("rejected", 0) > 5 or gap_ns == 150)
     assert all(at - arrived[name] <= queue_ns for name, at in admitted.items())
     assert ends.get("aborted", 0) > 0 or (name != "aggressive" and gap_ns == 900)  # evicted, or held up
+
+
+def test_who_is_ended_by_hand() -> None:
+    """At 20 ms, with limits of 8 ms in the queue and 5 ms between tokens."""
+
+    def one(id: str, arrived: int, last: int | None, admitted: int | None) -> Any:
+        ns = 1_000_000
+        return SimpleNamespace(
+            id=id,
+            arrival_ns=arrived * ns,
+            last_token_ns=None if last is None else last * ns,
+            admitted_ns=None if admitted is None else admitted * ns,
+        )
+
+    view = SimpleNamespace(
+        now_ns=20_000_000,
+        waiting=[
+            one("waits", 12, None, None),
+            one("late", 11, None, None),
+            one("dropped before its first token", 11, None, 12),
+            one("evicted", 0, 14, 1),
+            one("evicted lately", 0, 15, 1),
+        ],
+        running=[one("decodes", 0, 19, 1), one("stalled", 0, 14, 1), one("computes its prompt", 0, None, 1)],
+    )
+    given_back: list[str] = []
+    pages = SimpleNamespace(give_back=lambda request: given_back.append(request.id))
+    scheduler = build("aggressive", toy_limits(), queue_limit_ms=8, gap_limit_ms=5)
+    plan = StepPlan()
+    left = scheduler._give_up(view, plan, pages)
+    assert [request.id for request in left] == ["decodes", "computes its prompt"]
+    assert [(v.request.id, v.reason) for v in plan.rejections] == [("late", "waited 9 ms")]
+    assert [v.request.id for v in plan.aborts] == ["dropped before its first token", "evicted", "stalled"]
+    assert given_back == ["stalled"]
 
 
 def test_without_limits_nobody_is_ended() -> None:
