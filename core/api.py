@@ -37,8 +37,10 @@ from servelab.core.plan import (
     Verdict,
 )
 from servelab.core.records import (
+    ActionDropped,
     ContextEnded,
     ContextKept,
+    InstanceChanged,
     PagesEvicted,
     Planned,
     QualityBegan,
@@ -49,6 +51,7 @@ from servelab.core.records import (
     RequestFinished,
     RequestForked,
     RequestHeld,
+    RequestMigrated,
     RequestPreempted,
     RequestRouted,
     RunFinished,
@@ -66,6 +69,7 @@ from servelab.core.text import Tokenizer
 __all__ = [
     "HOOK_API",
     "SLO",
+    "ActionDropped",
     "Arrival",
     "Background",
     "Cancel",
@@ -81,6 +85,7 @@ __all__ = [
     "Finding",
     "HardwareFacts",
     "Hold",
+    "InstanceChanged",
     "KVBudget",
     "KVCache",
     "KVLayout",
@@ -112,6 +117,7 @@ __all__ = [
     "RequestFinished",
     "RequestForked",
     "RequestHeld",
+    "RequestMigrated",
     "RequestPreempted",
     "RequestRouted",
     "RequestSpec",

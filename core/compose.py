@@ -170,9 +170,11 @@ def compose(
         check_cluster(config, executor)
         capacity = build.ask("executor", executor.capacity, layout)
         offline = any("task.offline" in one.provides for one in selected)
-        if (fit_length or offline) and config.engine.max_model_len is None:
+        if fit_length and config.engine.max_model_len is None:
             config = build.fit(layout, capacity, kvcache)
-        _check_capacity(capacity, layout, kvcache, config, build.limits)
+        _check_pools(capacity, layout, config.executor.name)
+        if not offline:
+            _check_capacity(capacity, layout, kvcache, config, build.limits)
         for pool, pages in zip(layout.pools, capacity.device_pages, strict=True):
             log.debug("KV pool of %s pages: %s", f"{pages:,}", pool)
         log.debug("limits: %s", build.limits)
@@ -382,6 +384,12 @@ class _Builder:
         config = self.config
         if config.router is None:
             return None
+
+        def one_more(index: int) -> tuple[Engine, Executor, CostModel]:
+            made = another(index)
+            instances.append(made)
+            return made.engine, made.executor, made.cost
+
         return Cluster(
             self.one("router"),
             config.router.name,
@@ -389,7 +397,18 @@ class _Builder:
             report_interval_ns=round(config.cluster.report_interval_ms * 1e6),
             model=self.model.name,
             hardware=self.hardware,
+            network_bytes_per_s=self._network(),
+            network_latency_ns=round(config.cluster.network_latency_us * 1e3),
+            max_instances=config.cluster.max_instances,
+            start_ns=None if config.cluster.start_s is None else round(config.cluster.start_s * 1e9),
+            another=one_more,
         )
+
+    def _network(self) -> float | None:
+        stated = self.config.cluster.network_gb_per_s
+        if stated is not None:
+            return stated * 1e9
+        return self.hardware.network_bytes_per_s if self.hardware else None
 
     def fit(self, layout: KVLayout, capacity: Capacity, kvcache: KVCache) -> RunConfig:
         """Limit requests to what KV memory holds; the configuration with that stated."""
@@ -649,11 +668,8 @@ def _check_accepted(kernel: str, kvcache: str, refused: Iterable[str]) -> None:
         )
 
 
-def _check_capacity(
-    capacity: Capacity, layout: KVLayout, kvcache: KVCache, config: RunConfig, limits: Limits
-) -> None:
-    """Every pool must be able to hold one request of the greatest length, or that one would wait for ever."""
-    executor, longest = config.executor.name, limits.max_model_len
+def _check_pools(capacity: Capacity, layout: KVLayout, executor: str) -> None:
+    """One number of pages per pool, on each tier."""
     for pages in (capacity.device_pages, capacity.host_pages or capacity.device_pages):
         if len(pages) != len(layout.pools):
             raise PluginError(
@@ -662,6 +678,13 @@ def _check_capacity(
                 why=f"the layout has {len(layout.pools)}",
                 do="report one number per pool, in the order of the layout",
             )
+
+
+def _check_capacity(
+    capacity: Capacity, layout: KVLayout, kvcache: KVCache, config: RunConfig, limits: Limits
+) -> None:
+    """Every pool must be able to hold one request of the greatest length, or that one would wait for ever."""
+    executor, longest = config.executor.name, limits.max_model_len
     for pool, have in zip(layout.pools, capacity.device_pages, strict=True):
         tokens = pool.most_tokens(longest, limits.max_batch_tokens)
         need = kvcache.pages_for(pool, None, tokens)

@@ -15,8 +15,10 @@ from servelab.core.spec import PluginSpec
 
 if TYPE_CHECKING:
     from servelab.core.records import (
+        ActionDropped,
         ContextEnded,
         ContextKept,
+        InstanceChanged,
         PagesEvicted,
         Planned,
         QualityBegan,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
         RequestFinished,
         RequestForked,
         RequestHeld,
+        RequestMigrated,
         RequestPreempted,
         RequestRouted,
         RunFinished,
@@ -167,6 +170,18 @@ class Events:
         """A request that was held at the router goes to an engine."""
 
     @hookspec
+    def servelab_on_request_migrated(self, record: RequestMigrated) -> None:
+        """A request goes on in another engine."""
+
+    @hookspec
+    def servelab_on_action_dropped(self, record: ActionDropped) -> None:
+        """An action of the router was not carried out."""
+
+    @hookspec
+    def servelab_on_instance_changed(self, record: InstanceChanged) -> None:
+        """An instance starts, becomes active, is drained, has stopped, or has another role."""
+
+    @hookspec
     def servelab_on_request_admitted(self, record: RequestAdmitted) -> None:
         """A waiting request was scheduled, first or again."""
 
@@ -232,6 +247,9 @@ EVENT_OF_RECORD: dict[str, str] = {
     "arrived": "servelab_on_request_arrived",
     "held": "servelab_on_request_held",
     "routed": "servelab_on_request_routed",
+    "migrated": "servelab_on_request_migrated",
+    "action_dropped": "servelab_on_action_dropped",
+    "instance": "servelab_on_instance_changed",
     "admitted": "servelab_on_request_admitted",
     "forked": "servelab_on_request_forked",
     "planned": "servelab_after_plan",

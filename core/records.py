@@ -103,6 +103,50 @@ class RequestRouted(Record):
 
 
 @dataclass(slots=True, kw_only=True)
+class RequestMigrated(Record):
+    """A request goes on in another engine: ``engine`` is where, its output is kept."""
+
+    ev = "migrated"
+    request: str
+    source: int
+    """The engine it was in."""
+    mode: str
+    """``live``, ``blocking``, ``recompute`` or ``pull``; a decode instance pulls what another has prefilled."""
+    tokens: int
+    """Tokens whose KV came along; 0: it waits, and computes them again."""
+    bytes: int
+    """KV bytes that were moved, pages copied twice counted twice."""
+    stages: int
+    """Copies that were made; in all but the last it went on running."""
+    started_ns: int
+    """When the move was begun."""
+    stopped_ns: int
+    """When it stood still: from then to the time of this record it produced nothing."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ActionDropped(Record):
+    """An action of the router was not carried out, or not wholly. ``engine`` is its source, or ``ROUTER``."""
+
+    ev = "action_dropped"
+    action: str
+    reason: str
+    request: str | None = None
+    """The request it was about, which goes on where it is, if it has not ended."""
+
+
+@dataclass(slots=True, kw_only=True)
+class InstanceChanged(Record):
+    """An instance starts, becomes active, is drained, has stopped, or has another role."""
+
+    ev = "instance"
+    state: Literal["starting", "active", "draining", "stopped"]
+    role: str
+    ready_ns: int | None = None
+    """While starting: when it will be active."""
+
+
+@dataclass(slots=True, kw_only=True)
 class RequestForked(Record):
     """A prompt is computed, and a further sample of it has its first output token, drawn in the same step."""
 
@@ -307,6 +351,9 @@ RECORDS: dict[str, type[Record]] = {
         RequestArrived,
         RequestHeld,
         RequestRouted,
+        RequestMigrated,
+        ActionDropped,
+        InstanceChanged,
         RequestAdmitted,
         RequestForked,
         Planned,

@@ -27,6 +27,8 @@ class Phase(StrEnum):
     SWAPPING = "swapping"
     SWAPPED = "swapped"
     LOADING = "loading"
+    MOVING = "moving"
+    """Stopped, on its way to another instance; no policy sees it meanwhile."""
     FINISHED = "finished"
 
 

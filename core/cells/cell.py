@@ -45,7 +45,7 @@ class Cell:
     """Dotted setting -> value in JSON types, over the task's own configuration. A mapping with a ``name``
     replaces the whole section of a plugin."""
     meters: tuple[str, ...] = ()
-    """``module:Class`` of further observers, made without arguments, whose ``figures()`` are wanted."""
+    """``module:Class`` of what else measures, made without arguments; see ``Meter``."""
     weight: float = 1.0
     """How long it takes, relative to the others: for the estimate of the time left."""
 
@@ -88,10 +88,14 @@ Found = Mapping[str, CellResult]
 
 
 class Meter(Protocol):
-    """An observer that ends in figures."""
+    """Ends in figures. Its methods named as hooks of observers are called as these."""
 
-    def figures(self) -> Mapping[str, Any]:
-        """What it measured, in JSON types; asked once, after the run."""
+    def figures(self, timeline: Timeline) -> Mapping[str, Any]:
+        """What it measured, in JSON types; asked once, after the run.
+
+        Args:
+            timeline: the facts of the whole run.
+        """
         ...
 
 
@@ -145,10 +149,11 @@ def measure(
     run = compose(validate(settings, registry), registry, sweep=True)
     facts = _Facts()
     extra = [_meter(path) for path in meters]
-    run.task.run(replace(run, observers=(facts, *extra)))
+    watching = [one for one in extra if any(name.startswith("servelab_") for name in dir(one))]
+    run.task.run(replace(run, observers=(facts, *watching)))
     figures: dict[str, Any] = {}
     for one in extra:
-        figures.update(one.figures())
+        figures.update(one.figures(facts.timeline))
     results = summarize(facts.timeline, SummaryOptions(percentiles=PERCENTILES))
     return replace(result, results=results, figures=figures, cpu_s=process_time() - began)
 

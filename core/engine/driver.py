@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from servelab.core.engine.engine import Engine
+from servelab.core.engine.links import Links
 from servelab.core.errors import PluginCallError, PluginError, ServeLabError, StallError, WorkloadError
 from servelab.core.events import (
     Abort,
@@ -40,8 +41,8 @@ from servelab.core.request import Arrival, Cancel, RequestSpec, Truth, sample_id
 if TYPE_CHECKING:
     from servelab.core.cluster.cluster import Cluster
 
-CLUSTER = -1
-"""Engine index of entries that are the cluster's."""
+CLUSTER, LINKS = -1, -2
+"""In place of an engine's index: entries that are the cluster's, and those of transfers."""
 _SCHEDULE = Schedule()
 _TIMER = Timer()
 T = TypeVar("T")
@@ -101,7 +102,7 @@ class Driver:
         self._arrivals: Iterator[Arrival | Cancel] = iter(())
         self._upcoming: Arrival | Cancel | None = None
         self._heap: list[tuple[int, int, int, int, Any]] = []
-        """(time, class, sequence, engine, what): what is an event, a ``Flying`` or a ``StartTransfer``."""
+        """(time, class, sequence, engine, what): what is an event or a ``Flying``."""
         self._sequence = 0
         self._events = 0
         """Entries of the heap that make something happen by themselves: not timers, not cancellations."""
@@ -109,7 +110,10 @@ class Driver:
         """Latest time given to an engine; times never go back."""
         self._unsaid: list[Record] = []
         """Records that an error kept from being emitted."""
-        self._lost: set[int] = set()
+        self.links = Links()
+        """What moves KV, on this clock."""
+        self._swaps: dict[int, set[int]] = {}
+        """Per engine, its transfers in flight by their number on the links."""
         self._timers: set[tuple[int, int]] = set()
         self._flying: list[dict[int, Flying]] = [{} for _ in engines]
         """Per engine, timed launches in flight by their number."""
@@ -225,10 +229,8 @@ class Driver:
             heappop(heap)
 
     def _is_void(self, index: int, what: Any) -> bool:
-        """A launch that was cut short, or a transfer of a lost instance."""
-        if isinstance(what, Flying):
-            return what.cut
-        return isinstance(what, StartTransfer) and index in self._lost
+        """A launch that was cut short."""
+        return isinstance(what, Flying) and what.cut
 
     def _schedule_touched(self, now: int) -> None:
         now = self._handed_ns = max(now, self._handed_ns)
@@ -259,9 +261,10 @@ class Driver:
             # that sample has ended, others of its prompt may live: engines ignore ids they do not know
             for index in range(len(self.engines)) if home is None else (home,):
                 self._deliver(index, Abort(what.request_id), now)
-        elif isinstance(what, StartTransfer):
-            self._guard(f"executor of engine {index}", self.executors[index].transfer, what.transfer)
-            self._deliver(index, TransferDone(what.transfer.id), now)
+        elif index == LINKS:
+            for done in self.links.due(now):
+                done(now)
+            self.watch_links()
         else:
             self._deliver(index, what, now)
 
@@ -272,15 +275,17 @@ class Driver:
         self._do(index, self.engines[index].handle(event, now), now)
         if isinstance(event, InstanceLost):
             self._forget_work(index)
+            if self._cluster is not None:
+                self._cluster.lost(index, now)
 
     def _forget_work(self, index: int) -> None:
         """The instance is lost: its launches and transfers will not happen."""
         self._events -= len(self._flying[index])
-        self._events -= sum(isinstance(entry[4], StartTransfer) and entry[3] == index for entry in self._heap)
         for flying in self._flying[index].values():
             flying.cut = True
         self._flying[index].clear()
-        self._lost.add(index)
+        for number in self._swaps.pop(index, ()):
+            self.links.cancel(number, self._handed_ns)
         self._skip_void()
 
     # ---------------------------------------------------------------- launches
@@ -383,9 +388,28 @@ class Driver:
             self._push(command.at_ns, Timer.ORDER, index, _TIMER)
 
     def _transfer(self, index: int, command: StartTransfer, now: int) -> None:
+        """Pages move between device and host: each way a link of its own, shared by those at once."""
+        transfer, who = command.transfer, f"cost model of engine {index}"
         price = self.costs[index].transfer_time
-        took = max(1, self._guard(f"cost model of engine {index}", price, command.transfer))
-        self._push(now + took, TransferDone.ORDER, index, command)
+        took = max(1, self._guard(who, price, transfer))
+        latency = min(took, self._guard(who, price, replace(transfer, bytes=0)))
+
+        def done(now: int) -> None:
+            self._swaps[index].discard(number)
+            self._guard(f"executor of engine {index}", self.executors[index].transfer, transfer)
+            self._deliver(index, TransferDone(transfer.id), now)
+
+        path = ((transfer.direction, index),)
+        number = self.links.start(now, path, latency, took - latency, done)
+        self._swaps.setdefault(index, set()).add(number)
+        self.watch_links()
+
+    def watch_links(self) -> None:
+        """See to transfers when the next of them ends, or joins others."""
+        at = self.links.next_ns()
+        if at is not None and (LINKS, at) not in self._timers:
+            self._timers.add((LINKS, at))
+            self._push(at, TransferDone.ORDER, LINKS, _TIMER)
 
     # ---------------------------------------------------------------- arrivals
 
@@ -456,6 +480,24 @@ class Driver:
     def knows(self, request_id: str) -> bool:
         """Whether a request is live in one of several engines."""
         return request_id in self._home
+
+    def apart(self, index: int, now: int, action: Callable[[], object]) -> None:
+        """Do something to an engine between two events."""
+        self.sync(index, now)
+        self._touched.add(index)
+        self._do(index, self.engines[index].apart(now, action), now)
+
+    def move_home(self, request_id: str, index: int) -> None:
+        """A request lives in another engine now."""
+        self._home[request_id] = index
+
+    def join(self, engine: Engine, executor: Executor, cost: CostModel) -> None:
+        """One engine more."""
+        engine.plan_log, engine.token_log = self.engines[0].plan_log, self.engines[0].token_log
+        self.engines.append(engine)
+        self.executors.append(executor)
+        self.costs.append(cost)
+        self._flying.append({})
 
     def next_step_end(self, now: int) -> int | None:
         """When a step of any launch in flight ends next, if that is known."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 from servelab.core.engine.contexts import Contexts
 from servelab.core.engine.lane import Lane
 from servelab.core.engine.ledger import Ledger, Transfer
+from servelab.core.engine.moving import Moving
 from servelab.core.engine.reuse import Reuse
 from servelab.core.engine.samples import Samples
 from servelab.core.engine.state import Request, arrival_record
@@ -126,6 +127,7 @@ class Engine:
         self.programs: dict[str, ProgramView] = {}
         self.transfers: dict[int, Transfer] = {}
         self.contexts = Contexts(self, getattr(scheduler, "on_turn_end", None))
+        self.moving = Moving(self)
         self.samples = Samples(self, shares=shares and (prefix is None or hasattr(prefix, "fork")))
         self.arrived = 0
         self.ended: dict[Ending, int] = dict.fromkeys(get_args(Ending), 0)
@@ -182,7 +184,7 @@ class Engine:
         plan = self._decide(lane)
         changed = self._apply(plan)
         if changed:  # other lanes may be repeating work of requests that are gone now
-            self._break_holds(keep=lane)
+            self.break_holds(keep=lane)
         if plan.wake_at is not None:
             self._out.append(SetTimer(plan.wake_at))
         if not plan.work:
@@ -319,7 +321,7 @@ class Engine:
             )
         )
 
-    def _break_holds(self, keep: Lane | None = None) -> None:
+    def break_holds(self, keep: Lane | None = None) -> None:
         """Something happened: lanes that repeat a plan must ask again."""
         for lane in self._lanes:
             if lane is not keep and (interrupt := lane.end_hold()) is not None:
@@ -348,7 +350,7 @@ class Engine:
                 why="n must be at least 1",
                 do="mend the workload",
             )
-        self._break_holds()
+        self.break_holds()
         since_ns = event.since_ns
         r = self._welcome(spec, None, since_ns)
         self.waiting[r.id] = r
@@ -384,17 +386,17 @@ class Engine:
         if since_ns is None:
             self.emit(record)
         else:  # the router told it, when it came
-            self._teach(record)
+            self.teach(record)
         return r
 
     def _abort(self, event: Abort) -> None:
         for r in self.samples.of(event.request_id):
-            self._break_holds()
+            self.break_holds()
             if r.home is self:  # it did not end with another sample
                 self._end(r, "cancelled", event.reason)
 
     def _tick(self, _: Timer | ToolDone) -> None:
-        self._break_holds()
+        self.break_holds()
         self.contexts.expire()
 
     def _launch_done(self, event: LaunchDone) -> None:
@@ -407,7 +409,7 @@ class Engine:
                 why="launches of a lane end in the order they were started",
                 do="mend the driver or executor",
             )
-        self._break_holds(keep=lane)
+        self.break_holds(keep=lane)
         batch, step, start_ns, emitted, done = lane.land(event)
         self.emit(
             StepDone(
@@ -429,7 +431,7 @@ class Engine:
         if self.token_log:
             self._log_tokens(event, batch, emitted)
         if batch.forks:
-            self._break_holds()  # samples join those who run: this lane too asks again
+            self.break_holds()  # samples join those who run: this lane too asks again
             done += self.samples.landed(batch, event)
         for r, reason in done:
             self._end(r, "completed", reason)  # a hold it was part of ends here: see Lane.repeat
@@ -457,7 +459,7 @@ class Engine:
         transfer = self.transfers.pop(event.transfer, None)
         if transfer is None:
             return  # the instance was lost with it
-        self._break_holds()
+        self.break_holds()
         live = self.requests.get(transfer.request_id)
         r = live if live is not None and live.lease is transfer.lease else None
         self.ledger.finish_transfer(transfer, r)
@@ -510,6 +512,14 @@ class Engine:
         self._end_all("failed", event.reason)
         self.contexts.drop_all(event.reason)
 
+    def apart(self, now_ns: int, action: Callable[[], object]) -> list[Command]:
+        """Do something between two events; returns what the driver must do."""
+        out: list[Command] = []
+        self._out, self.now_ns = out, now_ns
+        action()
+        self._out = []
+        return out
+
     def stop(self, now_ns: int, reason: str) -> list[Command]:
         """The run is over before its requests: end them as ``unfinished``. In-flight work is forgotten.
 
@@ -538,6 +548,7 @@ class Engine:
         retain = self.contexts.ask(r) if outcome == "completed" else None
         for queue in self.queues:
             queue.pop(r.id, None)
+        self.moving.stopped.pop(r.id, None)
         del self.requests[r.id]
         r.home, was = None, r.phase
         r.phase = Phase.FINISHED
@@ -579,9 +590,9 @@ class Engine:
     def emit(self, record: Record) -> None:
         """Report what happened, to the driver and to a scheduler that learns."""
         self._out.append(Emit(record))
-        self._teach(record)
+        self.teach(record)
 
-    def _teach(self, record: Record) -> None:
+    def teach(self, record: Record) -> None:
         if self._learn is not None:
             self.call(self._learn, record, f"on_event(), record {record.ev!r}")
 
@@ -648,7 +659,7 @@ class Engine:
         for r in self.requests.values():
             homes = [p for q, p in zip(self.queues, phases, strict=True) if r.id in q]
             in_transit = r.phase in (Phase.SWAPPING, Phase.LOADING) and r.id in moving
-            if homes != ([] if in_transit or r.phase is Phase.FORKING else [r.phase]):
+            if homes != ([] if in_transit or r.phase in (Phase.FORKING, Phase.MOVING) else [r.phase]):
                 raise PluginError(f"request {r.id} is {r.phase} but queued as {homes}")
             bound = r.prompt_tokens + r.generated + r.expected + drafts[r.id]
             if not 0 <= r.computed + r.flying <= bound or r.slack < 0:
@@ -659,9 +670,10 @@ class Engine:
                     why=f"{r.computed} tokens are computed, its tables begin with pages {r.lease.first}",
                 )
         self.samples.check_integrity()
-        if self.arrived != len(self.requests) + sum(self.ended.values()):
+        if self.arrived != len(self.requests) + sum(self.ended.values()) + self.moving.left:
             raise PluginError(
-                f"{self.arrived} requests arrived, {len(self.requests)} are live and {self.ended} ended",
+                f"{self.arrived} requests arrived, {len(self.requests)} are live, {self.moving.left} moved "
+                f"on and {self.ended} ended",
                 why="every request gets exactly one terminal event",
             )
 

@@ -22,7 +22,7 @@ def instances(timeline: Timeline) -> list[dict[str, Any]]:
         outputs[facts.engine] += facts.output_tokens
     return [
         {
-            "instance": i,
+            "instance": str(i),
             "requests": ended[i],
             "output_tokens": outputs[i],
             **_work(timeline.engines.get(i) or EngineFacts(), pools),

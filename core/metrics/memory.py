@@ -70,11 +70,24 @@ class MemoryFacts:
                 self._leaving.add(name)
 
     def finished(self, record: RequestFinished) -> None:
-        self._out.add(record.request)
-        self._shared.pop(record.request, None)
+        self.left(record.request)
         if record.request in self._stored:
-            self._leaving.add(record.request)
             self._ended.add(record.request)
+
+    def left(self, name: str) -> None:
+        """It is not in this engine any more."""
+        self._out.add(name)
+        self._shared.pop(name, None)
+        if name in self._stored:
+            self._leaving.add(name)
+
+    def came(self, name: str, tokens: int) -> None:
+        """It came from another engine with so many tokens stored."""
+        self._out.discard(name)
+        self._leaving.discard(name)
+        if name in self._stored:  # it was here before, and no launch has ended since
+            self._gone(name, self._last_ns or 0)
+        self._begin[name] = tokens
 
     def step(self, step: StepDone) -> None:
         now = step.t_ns

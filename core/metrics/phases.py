@@ -20,6 +20,7 @@ from servelab.core.records import (
     RequestArrived,
     RequestFinished,
     RequestForked,
+    RequestMigrated,
     RequestPreempted,
     RequestRouted,
     StepDone,
@@ -75,6 +76,7 @@ class Phases:
         self._feeders: dict[str, Callable[[Any], Sequence[Change]]] = {
             RequestArrived.ev: self._arrived,
             RequestRouted.ev: self._routed,
+            RequestMigrated.ev: self._migrated,
             RequestAdmitted.ev: self._admitted,
             StepDone.ev: self._step,
             RequestForked.ev: self._forked,
@@ -116,6 +118,15 @@ class Phases:
         if one is not None:
             self.live.setdefault(r.engine, {})[r.request] = one
         return ()
+
+    def _migrated(self, r: RequestMigrated) -> Sequence[Change]:
+        one = self.live.get(r.source, {}).pop(r.request, None)
+        self._watched.get(r.source, set()).discard(r.request)
+        if one is None:
+            return ()
+        self.live.setdefault(r.engine, {})[r.request] = one
+        waits = one.phase == "queued" or r.tokens
+        return (self._enter(r, r.request, one, one.phase if waits else "preempted", r.t_ns),)
 
     def _admitted(self, r: RequestAdmitted) -> Sequence[Change]:
         one = self._get(r, r.request)

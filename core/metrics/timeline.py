@@ -24,6 +24,7 @@ from servelab.core.records import (
     RequestArrived,
     RequestFinished,
     RequestForked,
+    RequestMigrated,
     RequestPreempted,
     RequestRouted,
     RunFinished,
@@ -301,6 +302,7 @@ class Timeline:
             RequestArrived.ev: self._arrived,
             RequestAdmitted.ev: self._admitted,
             RequestRouted.ev: self._routed,
+            RequestMigrated.ev: self._migrated,
             RequestForked.ev: self._forked,
             StepDone.ev: self._step,
             RequestPreempted.ev: self._preempted,
@@ -354,6 +356,14 @@ class Timeline:
 
     def _routed(self, record: RequestRouted) -> None:
         self._facts(record.request, record).engine = record.engine
+
+    def _migrated(self, record: RequestMigrated) -> None:
+        facts = self._facts(record.request, record)
+        facts.leave()
+        facts.engine = record.engine
+        if record.source in self.engines:
+            self.engines[record.source].memory.left(record.request)
+        self._engine(record).memory.came(record.request, record.tokens)
 
     def _forked(self, record: RequestForked) -> None:
         self._facts(record.request, record).add(array("q", [record.t_ns]), 1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from servelab.core.cluster.cluster import Cluster
+from servelab.core.engine.engine import Engine
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.families.router import ClusterView, Dispatch, Moment, Route, Router
 from servelab.core.records import Record, RequestArrived, RequestFinished, StepDone
@@ -40,6 +41,7 @@ class ClusterRun:
         costs: cost models; default: all alike.
         foresight: executors know when requests end, so that holds run in one launch.
         schedulers: one per instance; default: first come first served.
+        cluster: settings of ``Cluster``.
         kwargs: of ``make_engine``.
     """
 
@@ -55,6 +57,7 @@ class ClusterRun:
         foresight: bool = True,
         react: Any = None,
         schedulers: Sequence[Any] | None = None,
+        cluster: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.truths: dict[str, Truth] = {}
@@ -63,13 +66,22 @@ class ClusterRun:
         costs = costs or [ToyCost() for _ in range(instances)]
         schedulers = schedulers or [Fcfs(hold=hold) for _ in range(instances)]
         kwargs.setdefault("checks", "full")
+        self._kwargs = kwargs
         self.engines = [
             make_engine(scheduler, index=i, horizon=executor.horizon, cost=cost, **kwargs)
             for i, (scheduler, executor, cost) in enumerate(
                 zip(schedulers, self.executors, costs, strict=True)
             )
         ]
-        self.cluster = Cluster(router, "toy", self.engines, report_interval_ns=report_ns, model="toy")
+        self.cluster = Cluster(
+            router,
+            "toy",
+            self.engines,
+            report_interval_ns=report_ns,
+            model="toy",
+            another=self._another,
+            **{"network_bytes_per_s": 1e9, "network_latency_ns": 100, "start_ns": 5000, **(cluster or {})},
+        )
         self.driver = VirtualDriver(
             engines=self.engines,
             executors=self.executors,
@@ -79,6 +91,13 @@ class ClusterRun:
             emit=self.records.append,
             cluster=self.cluster,
         )
+
+    def _another(self, index: int) -> tuple[Engine, ToyExecutor, ToyCost]:
+        executor, cost = ToyExecutor(self.truths), ToyCost()
+        engine = make_engine(Fcfs(), index=index, horizon=executor.horizon, cost=cost, **self._kwargs)
+        self.engines.append(engine)
+        self.executors.append(executor)
+        return engine, executor, cost
 
     def go(self) -> ClusterRun:
         """Serve everything; one arrival and one end per request, no page lost."""

@@ -9,11 +9,12 @@ Symbols: a chunk of n tokens behind p is charged ``c ((p + n)^2 - p^2)``, so tha
 it; a draft of d tokens counts as d more requests.
 
 Deviations:
-- A step with both prompts and decodes, which DistServe has not, takes the prompts' variable part on top of
-  the decodes' time.
-- No step takes less than its requests would if each ran one token, and from large_batch requests on the
-  greater of both sets is taken: the released fits drop there, by 6 % for OPT-13B on one device.
-- Transfers take time (the released simulator charges none).
+    1. A step with both prompts and decodes, which DistServe has not, takes the prompts' variable part on top
+       of the decodes' time.
+    2. No step takes less than its requests would if each ran one token, and from large_batch requests on the
+       greater of both sets is taken: the released fits drop there, by 6 % for OPT-13B on one device.
+    3. Transfers take time (the released simulator charges none).
+
 Faithful when: the vectors of the paper's fits; least squares recovers planted coefficients; monotone.
 Tier: stable.
 """

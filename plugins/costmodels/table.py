@@ -8,12 +8,13 @@ or read from ``file``: columns phase, tokens, ms; the same as JSON; or the colum
 ``perf_model.csv``, of which rows are chosen by ``rows`` and medians taken.
 
 Deviations:
-- Measured points that fall are pooled to their mean, so that no step gets cheaper with more tokens; the
-  released code interpolates them as they are.
-- Decodes are measured and looked up by requests; the released code files their times under the tokens of the
-  prompts before them and looks them up by requests, below all its points.
-- No step takes less than its first point says, nor less than its requests would if each ran one token.
-- A draft of d tokens counts as d more requests, and one point is a flat table.
+    1. Measured points that fall are pooled to their mean, so that no step gets cheaper with more tokens; the
+       released code interpolates them as they are.
+    2. Decodes are measured and looked up by requests; the released code files their times under the tokens of
+       the prompts before them and looks them up by requests, below all its points.
+    3. No step takes less than its first point says, nor less than its requests would if each ran one token.
+    4. A draft of d tokens counts as d more requests, and one point is a flat table.
+
 Faithful when: measured points are reproduced; monotone; the mixed factor; the released table loads.
 Tier: stable.
 """

@@ -16,6 +16,7 @@ waiting one, and the newest is the last of ``view.running``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import ConfigError, Context, Hold, KVBudget, RequestView, StepPlan, StepView
 
+NS_PER_MS = 1_000_000
 Judge = Callable[[RequestView], str | None]
 """Asked about the candidates of one pass in turn: None admits, a text says why not. It counts every candidate
 it was asked about as part of the batch."""
@@ -51,6 +53,18 @@ class ComposerConfig(BaseModel):
     mixed: bool = Field(
         False,
         description="run prompts in the same step as decodes; false: in steps of their own (as LightLLM)",
+    )
+    queue_limit_ms: float | None = Field(
+        None,
+        gt=0,
+        description="reject a request that has waited longer and never ran; None: never (artifact server: "
+        "8000, for a first token within 10 s)",
+    )
+    gap_limit_ms: float | None = Field(
+        None,
+        gt=0,
+        description="abort a request whose last token is older, evicted ones too; None: never (artifact "
+        "server: 1490, for gaps of at most 1.5 s)",
     )
     hold_steps: int = Field(
         4096, ge=1, description="steps of unchanged decoding to ask for at once; 1 plans every step (ours)"
@@ -106,6 +120,8 @@ class LightLLM(ABC):
     def plan(self, view: StepView) -> StepPlan:
         config, step = self._config, view.step
         plan, pages, running = StepPlan(), view.kv.budget(), list(view.running)
+        if config.queue_limit_ms is not None or config.gap_limit_ms is not None:
+            running = self._give_up(view, plan, pages)
         if running and running[-1].pending_tokens > 1:  # a long prompt comes first, until it is through
             self._continue(plan, running[-1], pages)
             self._begin = step + 1
@@ -129,9 +145,29 @@ class LightLLM(ABC):
             steps = config.hold_steps
             if len(view.waiting):
                 steps = min(steps, config.admission_interval - elapsed % config.admission_interval)
-            if steps > 1:
+            if steps > 1 and not (plan.rejections or plan.aborts):
                 plan.hold = Hold(steps)
         return plan
+
+    def _give_up(self, view: StepView, plan: StepPlan, pages: KVBudget) -> list[RequestView]:
+        """End requests that have missed their bounds; the running ones that are left."""
+        now, left = view.now_ns, list[RequestView]()
+        queue, gap = _limit(self._config.queue_limit_ms), _limit(self._config.gap_limit_ms)
+        for request in view.waiting:
+            last = request.last_token_ns
+            if last is not None and now - last > gap:
+                plan.abort(request, f"no token for {(now - last) / NS_PER_MS:.0f} ms")
+            elif last is None and now - request.arrival_ns > queue:
+                end = plan.reject if request.admitted_ns is None else plan.abort
+                end(request, f"waited {(now - request.arrival_ns) / NS_PER_MS:.0f} ms")
+        for request in view.running:
+            last = request.last_token_ns
+            if last is not None and now - last > gap:
+                plan.abort(request, f"no token for {(now - last) / NS_PER_MS:.0f} ms")
+                pages.give_back(request)
+            else:
+                left.append(request)
+        return left
 
     def _continue(self, plan: StepPlan, request: RequestView, pages: KVBudget) -> None:
         """The next chunk of a prompt longer than a step."""
@@ -162,7 +198,10 @@ class LightLLM(ABC):
         alone = not running and not len(view.paused)
         judge: Judge | None = None
         admitted, seats = 0, len(running) + view.forking
+        gone = {verdict.request.id for verdict in (*plan.rejections, *plan.aborts)}
         for request in view.waiting:
+            if request.id in gone:
+                continue
             n = request.pending_tokens
             if seats and seats + request.forks >= config.max_num_seqs:
                 plan.defer(request, f"max_num_seqs {config.max_num_seqs} reached")
@@ -193,6 +232,10 @@ class LightLLM(ABC):
             admitted += 1
             seats += 1 + request.forks
         return admitted
+
+
+def _limit(ms: float | None) -> float:
+    return math.inf if ms is None else ms * NS_PER_MS
 
 
 def _fits_in_chunks(view: StepView, request: RequestView, first: int, pages: KVBudget) -> bool:

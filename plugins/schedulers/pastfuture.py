@@ -26,7 +26,8 @@ Deviations:
    like any draw); LightLLM derives it from its own limits on totals and prompts.
 5. Completed requests enter H, length-capped ones too: that is the KV they took. Cancelled and aborted ones
    do not: their lengths would be too short.
-6. Any number of requests per pass (artifact's server: one; its toy study: no limit). No aborts for the SLA.
+6. Any number of requests per pass (artifact's server: one; its toy study: no limit), and nobody is ended for
+   the SLA, unless queue_limit_ms and gap_limit_ms say when; the latter then ends evicted requests as well.
 7. A prompt longer than the token budget runs in chunks; LightLLM runs it whole.
 8. Each of several samples of one prompt counts with the whole prompt, though they share its pages.
 

@@ -24,6 +24,14 @@ TABLE = (
         tier="stable",
     ),
     PluginSpec(
+        name="describe",
+        factory="servelab.plugins.tasks.describe:Describe",
+        config="servelab.plugins.tasks.describe:DescribeConfig",
+        summary="tell what a workload sends, without serving it: a table, workload.json and a picture",
+        provides=frozenset({"task.offline"}),
+        tier="stable",
+    ),
+    PluginSpec(
         name="quality",
         factory="servelab.plugins.tasks.quality:QualityTask",
         config="servelab.plugins.tasks.quality:QualityTaskConfig",
@@ -50,6 +58,52 @@ TABLE = (
         tier="stable",
     ),
     PluginSpec(
+        name="orca_static",
+        factory="servelab.plugins.tasks.orca_static:OrcaStatic",
+        config="servelab.plugins.tasks.orca_static:OrcaStaticConfig",
+        summary="experiment: request-level against iteration-level batching over the variance of outputs",
+        paper=Paper(
+            title="Orca: A Distributed Serving System for Transformer-Based Generative Models",
+            year=2022,
+            id="OSDI 2022",
+        ),
+        deviations=(
+            "The paper's 36.9 times the throughput at equal latency is of GPT-3 175B on several A100s "
+            "against FasterTransformer; here the gain of iteration-level batching alone is measured, on one "
+            "device.",
+            "Orca's last requests drain with places empty: a finite backlog keeps the ratio below its "
+            "limit, by about E[max] / E[mean] over the number of batches, which the tolerance allows.",
+            "Members that have finished leave the batch (the port's rule); on the device the iterations that "
+            "are left are then cheaper than FasterTransformer's, whose places stay occupied.",
+        ),
+        runs=("sim",),
+        requires=frozenset({"executor.sim"}),
+        tier="stable",
+    ),
+    PluginSpec(
+        name="pastfuture_goodput",
+        factory="servelab.plugins.tasks.pastfuture_goodput:GoodputStudy",
+        config="servelab.plugins.tasks.pastfuture_goodput:GoodputStudyConfig",
+        summary="experiment: goodput of admission rules against closed-loop clients, and drifting lengths",
+        paper=PASTFUTURE,
+        deviations=(
+            "W = 40, one admission per pass and a pass every 2 decode steps are the artifact's server; the "
+            "paper's 1000 would not fill in a run of this length.",
+            "The paper's goodput figures are in its plots: its words are judged here (flat, collapsing, "
+            "saturating early, up to 2 to 3 times), by bounds of ours.",
+            "Step times are the roofline's for this device, not LightLLM's; KV memory is 7500 pages of 16 "
+            "tokens, whatever the device has room for. Llama-2's 4096 positions are exceeded, as in the "
+            "paper's D1.",
+            "Conservative takes each request's cap of 4096 for its worst case; the artifact's server "
+            "assumes 12000 tokens for each, which a share of 0.513 of the memory comes near: that line is "
+            "told beside it.",
+            "The drift run divides lengths and capacity by scale and counts decode steps, as the toy study.",
+        ),
+        runs=("sim",),
+        requires=frozenset({"executor.sim"}),
+        tier="stable",
+    ),
+    PluginSpec(
         name="pastfuture_toy",
         factory="servelab.plugins.tasks.pastfuture_toy:ToyStudy",
         config="servelab.plugins.tasks.pastfuture_toy:ToyStudyConfig",
@@ -65,6 +119,27 @@ TABLE = (
             "than the authors report.",
             "The preset quick divides lengths, capacity, tokens of a pass and the interval by scale and "
             "takes fewer requests: filling and draining weigh more, and use is lower.",
+        ),
+        runs=("sim",),
+        requires=frozenset({"executor.sim"}),
+        tier="stable",
+    ),
+    PluginSpec(
+        name="sarathi_capacity",
+        factory="servelab.plugins.tasks.sarathi_capacity:SarathiCapacity",
+        config="servelab.plugins.tasks.sarathi_capacity:SarathiCapacityConfig",
+        summary="experiment: capacity of Sarathi-Serve, vLLM v0 and Orca under bounds on gaps between tokens",
+        paper=SARATHI,
+        deviations=(
+            "Lengths are log-normal through the median and the 90th percentile that the paper states for its "
+            "data, drawn anew; prompts and outputs are independent. The data itself is not used.",
+            "Step times are the roofline's for this device, with CUDA graphs as in vLLM 0.19; the paper's "
+            "engines took longer on the host.",
+            "Capacities differ from the paper's, which are in its plots; their ratios are judged, by bounds "
+            "of ours.",
+            "A search takes num_requests requests: an overload is seen only as far as it builds up in them.",
+            "The paper's bounds of 0.1 and 0.5 s are used as they are, not 5 and 25 times what is measured "
+            "here.",
         ),
         runs=("sim",),
         requires=frozenset({"executor.sim"}),

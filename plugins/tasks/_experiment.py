@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from servelab.core.compose import Run
 
+T = TypeVar("T")
 log = logging.getLogger("servelab.experiment")
 
 
@@ -125,7 +126,7 @@ class ManyRuns(ABC):
         return counts["hold"] / judged if judged else None
 
 
-def values(found: Found, names: Sequence[str], figure: Callable[[Any], float | None]) -> list[float]:
+def values(found: Found, names: Sequence[str], figure: Callable[[Any], T | None]) -> list[T]:
     """A figure of some cells, of those that ended well and have it."""
     got = [figure(found[name]) for name in names if name in found and found[name].ok]
     return [value for value in got if value is not None]

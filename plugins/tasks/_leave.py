@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -120,9 +121,13 @@ def table(title: str, status: str, rows: Sequence[Row], found: Found) -> Iterato
         yield from (f"  {line}" for line in wrap(note, WIDTH))
     cpu = sum(one.cpu_s for one in found.values())
     yield f"  {len(found)} runs, {cpu:,.0f} s of CPU time"
+    failed: dict[str, list[str]] = defaultdict(list)
     for one in found.values():
         if not one.ok:
-            yield f"  FAILED {one.name}: {one.reason}"
+            failed[one.reason].append(one.name)
+    for reason, names in failed.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"  FAILED {'; '.join(names[:3])}{more}: {reason}"
 
 
 def markdown(rows: Sequence[Row]) -> Iterator[str]:

@@ -43,6 +43,7 @@ from pydantic import Field
 
 from servelab.core.api import Context, hookimpl
 from servelab.core.cells import Cell, Found
+from servelab.core.metrics import Timeline
 from servelab.core.records import RequestArrived, RequestFinished, RequestPreempted, RunStarted, StepDone
 from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig, values
 from servelab.plugins.tasks._rows import Bound, Row, at_most, below, measured, relative, within
@@ -322,7 +323,7 @@ class DecodeSteps:
         for name, emitted in zip(record.requests, record.emitted, strict=True):
             produced[name] = produced.get(name, 0) + emitted
 
-    def figures(self) -> Mapping[str, Any]:
+    def figures(self, timeline: Timeline) -> Mapping[str, Any]:
         peaks = sum(steps * self._peak(batch) for steps, batch in self._batches)
         over = 100 / (self.steps * self._capacity) if self.steps else 0.0
         return {

@@ -115,16 +115,18 @@ class Source:
 
     def whole(self, text: str, field: str) -> int:
         """A number of tokens, 0 or more. ``12.0``, as pandas writes columns with gaps, is 12."""
+        value: Decimal | int
         if not text.isdecimal():
             value = self._number(text, field)
-            if value != int(value):
+            if value <= MOST_TOKENS and value != int(value):
                 raise self.fault(f"{text!r} is no whole number", field, "tokens are counted", _MEND)
-            text = str(int(value))
-        if len(text) > 9 or int(text) > MOST_TOKENS:
+        else:
+            value = Decimal(text) if len(text) > 9 else int(text)
+        if value > MOST_TOKENS:
             raise self.fault(
-                f"{text} is no believable number of tokens", field, f"the most is {MOST_TOKENS}", _MEND
+                f"{text:.30} is no believable number of tokens", field, f"the most is {MOST_TOKENS}", _MEND
             )
-        return int(text)
+        return int(value)
 
     def seconds(self, text: str, field: str) -> int:
         """A time in seconds, 0 or later, as nanoseconds."""

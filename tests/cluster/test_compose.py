@@ -121,12 +121,12 @@ def test_figures_per_instance_add_up_to_the_runs(tmp_path: Path) -> None:
     )
     extra = result["servelab"]
     rows = extra["instances"]
-    assert [row["instance"] for row in rows] == [0, 1, 2, 3]
+    assert [row["instance"] for row in rows] == ["0", "1", "2", "3"]
     assert sum(row["requests"] for row in rows) == 80 and all(row["requests"] > 5 for row in rows)
     assert sum(row["output_tokens"] for row in rows) == result["total_output_tokens"]
     assert sum(row["steps"] for row in rows) == extra["batch"]["steps"]
     for row in rows:
-        steps = [x for x in records if isinstance(x, StepDone) and x.engine == row["instance"]]
+        steps = [x for x in records if isinstance(x, StepDone) and x.engine == int(row["instance"])]
         fewest = min(x.free_pages[0] for x in steps)
         assert row["peak_kv_use"] == pytest.approx(1 - fewest / PAGES)
         assert 0 < row["mean_kv_use"] <= row["peak_kv_use"]
@@ -138,7 +138,7 @@ def test_figures_per_instance_add_up_to_the_runs(tmp_path: Path) -> None:
 
 def test_one_instance_has_no_table_of_instances(tmp_path: Path) -> None:
     _, _, result = served(tmp_path / "a")
-    assert [row["instance"] for row in result["servelab"]["instances"]] == [0]
+    assert [row["instance"] for row in result["servelab"]["instances"]] == ["0"]
     assert "mean KV %" not in "\n".join(render(result, (99.0,), None))
 
 

@@ -144,6 +144,8 @@ def test_least_squares_knows_what_is_not_decided() -> None:
     assert least_squares([], []) is None
     assert least_squares([(1.0, 2.0)], [3.0]) is None
     assert least_squares([(1.0, 2.0), (2.0, 4.0), (3.0, 6.0)], [1.0, 2.0, 3.0]) is None
+    nearly = [(1.0, 0.1 * k, 0.3 * k) for k in range(1, 8)]  # one column is three of another but for rounding
+    assert least_squares(nearly, [float(k) for k in range(1, 8)]) is None
 
 
 def _measured(where: Path, *, decode_slope: float = 6e-4) -> Path:

@@ -50,6 +50,15 @@ def test_settings_stand_before_the_profile_and_that_before_the_bound() -> None:
     )
 
 
+def test_wider_models_say_which_peak_they_take() -> None:
+    """hardware.flops is stated at 16 bits, on a CPU at the model's dtype: which it is only the user knows."""
+    wide = replace(LLAMA3, dtype="float32", dtype_bytes=4.0)
+    assert roofline(wide, BARE).describe()["peak"] == "hardware.flops, for float32"
+    assert "peak" not in roofline(LLAMA3, BARE).describe()
+    narrow, doubled = (roofline(of, BARE).breakdown(batch_of([(1, 9)])) for of in (LLAMA3, wide))
+    assert doubled.bytes("weight") == 2 * narrow.bytes("weight")
+
+
 @pytest.mark.parametrize("measured", [True, False])
 def test_where_the_all_reduce_is_from_is_told(measured: bool) -> None:
     on = replace(A100, tp=4, all_reduce=A100.all_reduce if measured else ())

@@ -221,6 +221,14 @@ def test_fused_linears_read_their_input_once() -> None:
     assert work.activation_bytes == 10 * (4096 + 4096 + 2 * 1024) * 2
 
 
+def test_fused_linears_quantize_their_input_once() -> None:
+    """Read, written as codes with a scale of 4 bytes per token, and read again: once for q, k and v."""
+    cost = ideal(LLAMA3, A100, quant=W8A8(LayersConfig(), context_of("quant")))
+    one = operation(cost.breakdown(batch_of([(10, 0)])), "q+k+v").work
+    assert one.activation_bytes == pytest.approx(10 * (2 * 4096 + 2 * (4096 + 4) + 2 * 6144), abs=1)
+    assert one.launches == 2
+
+
 def test_linears_of_two_formats_are_two_products() -> None:
     quant = W8A16(LayersConfig(skip=("k",)), context_of("quant"))
     names = {one.name for one in ideal(LLAMA3, A100, quant=quant).breakdown(batch_of([(1, 0)])).operations}
@@ -258,6 +266,10 @@ def test_devices_share_every_layer(t: int) -> None:
     for name in ("q+k+v", "o", "gate+up", "down", "head"):
         a, b = operation(one, name).work, operation(many, name).work
         assert (b.flops, b.weight_bytes) == (a.flops / t, a.weight_bytes / t), name
+    inner, ffn = LLAMA3.heads * LLAMA3.head_dim // t, LLAMA3.ffn // t  # a device's part of the inputs
+    assert operation(many, "o").work.activation_bytes == 2000 * (inner + 4096) * 2
+    assert operation(many, "down").work.activation_bytes == 2000 * (ffn + 4096) * 2
+    assert operation(many, "gate+up").work.activation_bytes == 2000 * (4096 + 2 * ffn) * 2
     chunk = operation(many, "attention_chunk").work
     assert chunk.kv_bytes == operation(one, "attention_chunk").work.kv_bytes / t
     reduce = operation(many, "all_reduce")

@@ -147,12 +147,10 @@ def test_what_is_kept_does_not_change_prices(batches: list[list[tuple[int, int]]
 @given(contexts=contexts_of, steps=st.integers(1, 1500))
 def test_keys_of_a_window_by_counting(contexts: list[int], steps: int) -> None:
     """Step by step, the sum of min(context, window) over rows, against a sum over all tokens."""
-    from servelab.plugins.costmodels.roofline.cost import _keys
-
-    window = costs()["windowed"]._all.attention[1]
+    window = costs()["windowed"]._decodes[1]
     assert window.window is not None
     counted = [sum(min(p + 1 + k, window.window) for p in contexts) for k in range(steps)]
-    assert list(_keys(window, contexts, steps)) == counted
+    assert list(window.keys(contexts, steps)) == counted
 
 
 @few

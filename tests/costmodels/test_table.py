@@ -111,6 +111,7 @@ def test_pooling_is_the_nearest_curve_that_never_falls() -> None:
     """By hand: 1 3 2 | 2 -> 1, then the mean of 3 2 2; a last fall below all pools everything."""
     assert Curve({1: 1, 2: 3, 3: 2, 4: 2}).y == pytest.approx([1, 7 / 3, 7 / 3, 7 / 3])
     assert Curve({1: 4, 2: 3, 3: 2}).y == [3, 3, 3]
+    assert Curve({1: 4, 2: 5, 3: 1}).y == pytest.approx([10 / 3] * 3)
     assert Curve({1: 1, 2: 2, 3: 3}).y == [1, 2, 3]
     assert not Curve({1: 2, 5: 2}).pooled
 

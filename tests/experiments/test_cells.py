@@ -16,6 +16,7 @@ from servelab.core.cells import Cell, Found, Work
 from servelab.core.cells.cell import changed, key_of
 from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.hookspecs import hookimpl
+from servelab.core.metrics import Timeline
 from servelab.core.records import StepDone
 
 HERE = f"{__name__}:"
@@ -31,33 +32,33 @@ class Steps:
     def servelab_after_step(self, record: StepDone) -> None:
         self.steps += len(record.ends_ns)
 
-    def figures(self) -> Mapping[str, Any]:
+    def figures(self, timeline: Timeline) -> Mapping[str, Any]:
         return {"steps": self.steps}
 
 
 class Killed(Steps):
-    def figures(self) -> Mapping[str, Any]:
+    def figures(self, timeline: Timeline) -> Mapping[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
         return {}
 
 
 class Leaves(Steps):
-    def figures(self) -> Mapping[str, Any]:
+    def figures(self, timeline: Timeline) -> Mapping[str, Any]:
         os._exit(3)
 
 
 class Raises(Steps):
-    def figures(self) -> Mapping[str, Any]:
+    def figures(self, timeline: Timeline) -> Mapping[str, Any]:
         raise ZeroDivisionError("in a meter")
 
 
 class Counts(Steps):
     """Leaves a mark each time that it measures."""
 
-    def figures(self) -> Mapping[str, Any]:
+    def figures(self, timeline: Timeline) -> Mapping[str, Any]:
         with open(os.environ["MARKS"], "a") as file:
             file.write("x")
-        return super().figures()
+        return super().figures(timeline)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,21 +12,25 @@ from servelab.core.cells import Cell, Work
 from servelab.core.cells.cell import CellResult
 from servelab.core.context import Context
 from servelab.core.facts import Limits
+from servelab.core.metrics import Timeline
 from servelab.core.records import RequestArrived, RequestFinished, RunStarted, StepDone
 from servelab.core.testing.fakes import TOY_MODEL
 from servelab.plugins.tasks.pastfuture_toy import POLICIES, DecodeSteps, ToyStudy, ToyStudyConfig
 
 
-def study(**settings: Any) -> ToyStudy:
-    context = Context(
+def context(name: str) -> Context:
+    return Context(
         kind="task",
-        name="pastfuture_toy",
-        rng=None,  # type: ignore[arg-type]
+        name=name,
+        rng=Random(0),
         model=TOY_MODEL,
         hardware=None,
         limits=Limits(max_model_len=1, max_batch_tokens=1, max_batch_requests=1),
     )
-    return ToyStudy(ToyStudyConfig(**settings), context)
+
+
+def study(**settings: Any) -> ToyStudy:
+    return ToyStudy(ToyStudyConfig(**settings), context("pastfuture_toy"))
 
 
 def test_the_full_study_is_the_papers() -> None:
@@ -134,7 +139,7 @@ def test_the_meter_by_hand() -> None:
         meter.servelab_on_request_finished(
             RequestFinished(t_ns=0, request=name, outcome="completed", reason="stop", output_tokens=output)
         )
-    assert meter.figures() == {
+    assert meter.figures(Timeline()) == {
         "steps": 5,
         "kv_use": pytest.approx((33 + 35 + 37 + 25 + 26) / 5),
         "future_peak": pytest.approx((3 * 38 + 2 * 26) / 5),

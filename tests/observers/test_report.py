@@ -79,7 +79,13 @@ def test_a_reader_that_has_gone_is_no_fault(tmp_path: Path, monkeypatch: pytest.
 def test_report_of_three_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = three_requests()
     settings = {"hardware": {"name": "l4", "tp": 2, "flops": 121e12, "memory_bytes_per_s": 3e11}}
-    records[0] = started(plugins=PLUGINS, stamps=["oracle: scheduler fcfs"], settings=settings, **SOFTWARE)
+    records[0] = started(
+        plugins=PLUGINS,
+        stamps=["oracle: scheduler fcfs"],
+        settings=settings,
+        workload={"traffic": "Burst-like"},
+        **SOFTWARE,
+    )
     records[-1].date, records[-1].wall_s, records[-1].peak_rss_bytes = "20260102-030405", 12.34, 100 << 20  # type: ignore[attr-defined]
     run(records, tmp_path, tbt_ms=20)
     out = capsys.readouterr().out
@@ -89,6 +95,7 @@ def test_report_of_three_requests(tmp_path: Path, capsys: pytest.CaptureFixture[
         "model tiny",
         "clock virtual",
         "executor sim",
+        "traffic Burst-like",
         "seed 7",
         "stamps oracle: scheduler fcfs",
         "hardware 2 x l4, each 121 TFLOP/s, 300 GB/s",

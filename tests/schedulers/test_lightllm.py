@@ -12,7 +12,7 @@ from tests.schedulers.runs import POLICIES, Watched, build, serve, trace
 
 from servelab.core.errors import ConfigError
 from servelab.core.facts import Limits
-from servelab.core.records import Planned
+from servelab.core.records import Planned, RequestAdmitted, RequestFinished, StepDone
 from servelab.core.testing.fakes import (
     Rig,
     ToyKV,
@@ -303,3 +303,42 @@ def test_settings_the_device_cannot_take_are_refused(
 def test_settings_out_of_bounds_are_refused(name: str, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         build(name, toy_limits(), {}, **settings)
+
+
+# ------------------------------------------------------------ ends of late requests
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("gap_ns", [150, 900])
+def test_late_requests_are_ended_and_no_others(name: str, gap_ns: int) -> None:
+    """Rejected: waited longer than the limit and never ran. Aborted: no token for longer than the limit."""
+    items, queue_ns = trace(Random(0), 80, gap=900), 6_000
+    limits = toy_limits(tokens=60, requests=32, model_len=100)
+    late = {"queue_limit_ms": queue_ns / 1e6, "gap_limit_ms": gap_ns / 1e6}
+    served = serve(name, items, pages=150, limits=limits, complete=False, **late)
+    arrived = {item.spec.id: item.time_ns for item in items}
+    admitted: dict[str, int] = {}
+    last: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    for record in served.records:
+        if isinstance(record, RequestAdmitted):
+            admitted.setdefault(record.request, record.t_ns)
+        elif isinstance(record, StepDone):
+            emitting = zip(record.requests, record.emitted, strict=True)
+            last |= {name: record.t_ns for name, emitted in emitting if emitted}
+        elif isinstance(record, RequestFinished):
+            ends[record.outcome] = ends.get(record.outcome, 0) + 1
+            if record.outcome == "rejected":
+                assert record.request not in admitted
+                assert record.t_ns - arrived[record.request] > queue_ns and "waited" in record.reason
+            elif record.outcome == "aborted":
+                assert record.t_ns - last.get(record.request, arrived[record.request]) > gap_ns
+    assert ends["completed"] > 5 and (ends.get("rejected", 0) > 5 or gap_ns == 150)
+    assert all(at - arrived[name] <= queue_ns for name, at in admitted.items())
+    assert ends.get("aborted", 0) > 0 or (name != "aggressive" and gap_ns == 900)  # evicted, or held up
+
+
+def test_without_limits_nobody_is_ended() -> None:
+    items = trace(Random(0), 80, gap=900)
+    served = serve("aggressive", items, pages=150, limits=toy_limits(tokens=60, requests=32, model_len=100))
+    assert {record.outcome for record in served.of(RequestFinished)} == {"completed"}

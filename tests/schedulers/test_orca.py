@@ -23,7 +23,7 @@ from tests.schedulers.classic import (
 
 from servelab.core.errors import ConfigError
 from servelab.core.records import RequestPreempted, StepDone
-from servelab.core.testing.fakes import arrival, raises_in, toy_limits
+from servelab.core.testing.fakes import arrival, raises_in, step_by_step, toy_limits
 
 LIMITS = toy_limits(tokens=64, requests=8, model_len=66)
 
@@ -133,6 +133,14 @@ def test_an_admission_stalls_who_runs_by_the_length_of_its_prompt() -> None:
     assert gaps[60] - gaps[8] == 5 * (60 - 8)
 
 
+@pytest.mark.parametrize(("pages", "together"), [(5, 1), (6, 2)])
+def test_a_window_reserves_what_it_may_hold_at_once(pages: int, together: int) -> None:
+    """A window of 8 tokens touches three pages of 4 at most, however long the request."""
+    items = [arrival(id, 4, 40, cap=40) for id in "ab"]
+    got = serve("orca", items, pages=pages, limits=LIMITS, windows=(8,), checks=(nobody_is_preempted,))
+    assert max(len(x.requests) for x in got.of(StepDone)) == together
+
+
 # -------------------------------------------------------------------- small examples
 
 
@@ -201,6 +209,28 @@ def test_a_pool_that_shrinks_is_the_only_reason_to_drop_somebody() -> None:
     rig.drain()
     assert [x.request for x in rig.records if isinstance(x, RequestPreempted)] == ["b"]
     assert [x.output_tokens for x in rig.ends()] == [20, 20]
+
+
+def test_alone_a_request_runs_although_its_reservation_can_never_fit() -> None:
+    """Eight pages are left; its worst case is eleven."""
+    rig = rig_of("orca", toy_limits(), 12)
+    rig.engine.ledger.resize(0, -4)
+    together(rig, a=(4, 5, 40), b=(4, 5, 40))
+    assert ran(rig) == {"a": 4} and "b" in deferred(rig)
+    rig.drain()
+    assert {x.outcome for x in rig.ends()} == {"completed"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_are_the_same_held_or_not_where_memory_runs_out(seed: int) -> None:
+    """As the suite checks of the defaults: here nothing is reserved."""
+    items = trace(Random(seed), 40)
+    made = [
+        serve("orca", items, pages=20, limits=LIMITS, reserve="kvcache", hold_steps=n).records
+        for n in (1, 4096)
+    ]
+    assert step_by_step(made[0]) == step_by_step(made[1])
+    assert any(isinstance(x, RequestPreempted) for x in made[0])
 
 
 def test_asking_for_more_than_the_device_takes_is_refused() -> None:

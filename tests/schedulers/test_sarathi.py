@@ -195,6 +195,13 @@ def test_admission_leaves_a_watermark_while_somebody_runs() -> None:
     assert ran(rig) == {"alone": 63}
 
 
+def test_a_prompt_longer_than_a_pool_with_a_window_needs_its_window_only() -> None:
+    """60 tokens in chunks of 4, a window of 8: four pages of 4 hold what a chunk sees and its own."""
+    limits = toy_limits(tokens=16, model_len=80)
+    got = serve("sarathi", [arrival("p", 60, 9)], pages=4, limits=limits, windows=(8,), chunk_size=4)
+    assert got.tally["cut"] == 14 and got.tally["preempted"] == 0
+
+
 def test_seats_and_samples() -> None:
     rig = rig_of("sarathi", toy_limits(), 64, max_num_seqs=4, shares=True)
     rig.arrive("a", 4, 9, n=3)

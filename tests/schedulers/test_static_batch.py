@@ -175,6 +175,14 @@ def test_finished_places_are_priced_until_the_batch_ends() -> None:
     assert background(rig) == []
 
 
+def test_samples_still_to_start_are_no_finished_places() -> None:
+    """Planned a step ahead, while the prompt of three samples is in flight."""
+    limits = toy_limits(model_len=20, in_flight=2)
+    rig = rig_of("static_batch", limits, 40, keep_padding=True, shares=True)
+    rig.arrive("a", 4, 3, n=3)
+    assert len(rig.flights[0]) == 2 and background(rig) == []
+
+
 def test_flops_of_a_place_by_hand() -> None:
     """Toy model: hidden 64, 4 heads and 2 KV heads of 16, ffn 128, vocabulary 256, four layers."""
     linears = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128

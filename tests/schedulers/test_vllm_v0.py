@@ -49,6 +49,15 @@ def swapped_first(seen: Seen) -> None:
         assert not (seen.new and (seen.swapped or out)), "swapped requests come before prompts"
 
 
+def seats_of_loading(seen: Seen) -> None:
+    """Who is on the way back has a seat."""
+    back = sum(t.direction == "in" for t in seen.engine.transfers.values()) + len(seen.plan.swap_ins)
+    most = seen.policy.config.max_num_seqs
+    assert len(seen.running) - len(seen.victims) + back + len(seen.new) <= most or not (
+        seen.new or seen.plan.swap_ins
+    )
+
+
 def budget(seen: Seen) -> None:
     assert sum(seen.items.values()) + len(seen.plan.swap_ins) <= seen.policy.max_num_batched_tokens
 
@@ -59,6 +68,7 @@ CHECKS = (
     preempted_first,
     none_in_who_preempts,
     swapped_first,
+    seats_of_loading,
     budget,
     seats,
     first_come_first_served,
@@ -111,6 +121,18 @@ def test_faithful_over_random_traces(mode: str, hold_steps: int) -> None:
     }.get(mode, {"swap"})
     assert (happened["swapped in"] > 0) == ("swap" in modes)
     assert (happened["mixed"] > 0) == ("chunked" in mode)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_pages_are_conserved_over_1e5_steps() -> None:
+    """(f) All modes in turn, every plan checked."""
+    steps, seed = 0, 100
+    while steps < 100_000:
+        for mode in MODES:
+            rng = Random(seed)
+            got = serve("vllm_v0", trace(rng, 60), pages=18, limits=LIMITS, checks=CHECKS, **MODES[mode])
+            steps, seed = steps + got.steps, seed + 1
 
 
 def test_samples_of_a_prompt_are_swapped_and_others_recomputed() -> None:

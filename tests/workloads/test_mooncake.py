@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from tests.compose.conftest import MODEL
 
 from servelab.core.api import Arrival, ConfigError, Context, WorkloadError
+from servelab.core.compose import compose
+from servelab.core.config import validate
+from servelab.core.records import RequestFinished
+from servelab.core.registry import Registry
+from servelab.core.run_folder import RunFolder
 from servelab.plugins.workloads._reuse import reusable_tokens
 from servelab.plugins.workloads.mooncake import Mooncake, MooncakeConfig, spread, tick
 
@@ -194,3 +201,37 @@ def test_the_published_conversations(mooncake: Build, data: Path) -> None:
     reuse = told["reuse"]
     assert (reuse["blocks"], round(reuse["infinite"], 3)) == (182_790, 0.374)
     assert [round(share, 3) for share in reuse["lru"].values()] == [0.054, 0.138, 0.291, 0.371]
+
+
+def test_a_prefix_store_reuses_what_the_hashes_say(tmp_path: Path) -> None:
+    """The store sees tokens and pages of 16 alone. Requests come one after the other and find:
+    two blocks; all whole pages of a prompt; a whole block but its last page, as one token must be computed.
+    """
+    path = tmp_path / "apart.jsonl"
+    lines = [json.loads(line) for line in FILE.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps({**one, "timestamp": 99_000 * i}) + "\n" for i, one in enumerate(lines))
+    )
+    raw = {
+        "scheduler": {"name": "vllm_v1"},
+        "kvcache": {"name": "paged", "page_tokens": 16},
+        "prefix": {"name": "hash"},
+        "cost": {"name": "scripted"},
+        "executor": {"name": "scripted", "num_kv_pages": 2000},
+        "workload": {"name": "mooncake", "path": str(path)},
+        "task": {"name": "bench"},
+        "model": {**MODEL, "vocab": 30_000, "max_position": 4096},
+        "clock": {"name": "virtual"},
+        "observers": [{"name": "jsonl"}],
+    }
+    registry = Registry.load()
+    run = compose(validate(raw, registry), registry, run_dir=tmp_path)
+    run.task.run(run)
+    ended = [record for record in RunFolder.find(tmp_path).events() if isinstance(record, RequestFinished)]
+    assert {record.request: record.cached_tokens for record in ended} == {
+        "r0": 0,
+        "r1": 1024,
+        "r2": 0,
+        "r3": 1024,
+        "r4": 496,
+    }

@@ -107,7 +107,7 @@ def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         for index, item in enumerate(value):
-            name = item.get("pool", item.get("name", index))
+            name = item.get("pool", item.get("name", item.get("instance", index)))
             yield from flatten(item, f"{prefix}.{name}")
     else:
         yield prefix, value

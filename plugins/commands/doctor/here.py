@@ -17,7 +17,8 @@ from servelab.core.registry import BLOCK_ENV, CONFIG_GROUP, GROUP
 VARIABLES = {
     BLOCK_ENV: "packages left out of every run",
     "SERVELAB_TRACEBACK": "errors of ours come with a traceback",
-    "SERVELAB_CACHE": "where models are kept",
+    "SERVELAB_CACHE": "where models and data sets are kept",
+    "SERVELAB_DATA": "where tests find real traces",
 }
 """What we read of the environment, and what it does."""
 OTHERS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import yaml
 
 from servelab.core.api import ConfigError, ServeLabError
-from servelab.core.environment import environment
 from servelab.core.registry import Registry
 from servelab.plugins.commands.doctor.configs import OURS, yaml_files
 
+MEASURES = "servelab.plugins.executors.torch.measure"
+"""Where torch is known; imported only to measure."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -57,28 +59,7 @@ def profile(name: str, device: str, dtype: str, seconds: float) -> str:
             where="servelab hardware measure",
             do='pip install "servelab[run]", or write the profile by hand: docs/howto/add_a_device.md',
         )
-    import torch
-
-    from servelab.plugins.commands.hardware.measure_impl import measure
-
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise ServeLabError(
-            "there is no CUDA device here",
-            where="servelab hardware measure --device cuda",
-            why="torch finds none",
-            do="leave --device out to measure the CPU, or install a build of torch for the GPU",
-        )
-    on = "cuda" if there and device != "cpu" else "cpu"
-    found = measure(on, dtype, seconds)
-    machine = environment()["machine"]
-    where = machine["gpus"][0] if on == "cuda" and machine["gpus"] else machine["cpu"] or "unknown CPU"
-    cores = "" if on == "cuda" else f", {machine['usable_cores'] or machine['cores']:g} cores"
-    about = f"measured with torch {torch.__version__} on {where}{cores}"
-    stated: dict[str, Any] = {"name": name}
-    for figure, (value, _) in found.items():
-        stated[figure] = float(f"{value:.4g}") if isinstance(value, float) else value
-    stated["sources"] = {figure: f"{about}; {how}" for figure, (_, how) in found.items()}
+    stated = {"name": name, **import_module(MEASURES).profile(device, dtype, seconds)}
     return yaml.safe_dump(stated, sort_keys=False, width=110, allow_unicode=True)
 
 

@@ -41,6 +41,7 @@ from servelab.core.api import ConfigError, Context
 from servelab.core.engine.ledger import Transfer
 from servelab.core.events import Batch
 from servelab.core.sites import weight_bytes
+from servelab.plugins.costmodels.roofline.decode import Decodes
 from servelab.plugins.costmodels.roofline.device import Device, Work, check_shards, measured_ring
 from servelab.plugins.costmodels.roofline.energy import power
 from servelab.plugins.costmodels.roofline.factors import RooflineConfig, factors, needed
@@ -148,6 +149,7 @@ class RooflineCost:
         self.device = Device(config, ctx.hardware, self.factors)
         self._stacks: dict[tuple[int, int], _Stack] = {}
         self._all = self._stack(0, ctx.model.layers)
+        self._decodes = [Decodes(one, self.device) for one in self._all.attention]
         self._embedding = embedding(ctx.model)
         self._head = head(ctx.model, ctx.hardware, ctx.quant)
         for one in (*self._all.operations, self._head):
@@ -180,19 +182,13 @@ class RooflineCost:
         """Joules of each step beyond an idle device's; see ``energy``. As fast as ``price``."""
         assert self.power is not None, "asked only where idle_watts is known"
         if _is_plain(batch):
-            chunks, decodes = _split(batch)
-            busy = self._busy(sum(batch.tokens), sum(batch.samples), chunks, len(decodes))
-            keys = [next(_keys(one, decodes, 1)) for one in self._all.attention]
-            first = self._joules(busy, keys)
+            found = self._joules(sum(batch.tokens), sum(batch.samples), *_split(batch), 1)
         else:
             lanes = self.breakdown(batch).lanes
-            first = self.power.joules(lanes["compute"], lanes["memory"])
-        if steps == 1:
-            return [first]
-        starts, rows = _moved(batch), len(batch.tokens)
-        busy = self._busy(rows, sum(batch.samples), [], rows)
-        groups = [_keys(one, starts, steps - 1) for one in self._all.attention]
-        return [first, *(self._joules(busy, seen) for seen in zip(*groups, strict=True))]
+            found = [self.power.joules(lanes["compute"], lanes["memory"])]
+        if steps > 1:
+            found += self._joules(len(batch.tokens), sum(batch.samples), [], _moved(batch), steps - 1)
+        return found
 
     def transfer_time(self, transfer: Transfer) -> int:
         """Over the host links of all devices of the instance at once, each its part of the pages.
@@ -239,6 +235,8 @@ class RooflineCost:
         """Factors in force and where each is from."""
         found: dict[str, Any] = {"device": self._hardware.name, "devices": self._hardware.tp}
         found |= self.factors.describe()
+        if self._model.dtype_bytes > 2:
+            found["peak"] = f"hardware.flops, for {self._model.dtype}"
         if self._hardware.tp > 1:
             found["all_reduce"] = "measured" if measured_ring(self._hardware) else "from link_bytes_per_s"
         return found
@@ -248,33 +246,20 @@ class RooflineCost:
     def _held(self, rows: int, samples: int, starts: Sequence[int], steps: int) -> list[int]:
         """Decodes: one token per row and step, contexts one longer each step."""
         base = self._base(rows, rows, samples)
-        groups = self._all.attention
-        if len(groups) == 1 and groups[0].window is None:
-            one, context = groups[0], sum(starts) + rows
-            if steps == 1:
-                return [ceil(base + self._decode_ns(one, rows, context))]
-            decode = self._decode_ns
-            return [ceil(base + decode(one, rows, c)) for c in range(context, context + steps * rows, rows)]
-        totals = [base] * steps
-        for one in groups:
-            for k, keys in enumerate(_keys(one, starts, steps)):
-                totals[k] += self._decode_ns(one, rows, keys)
+        first, *others = self._decodes
+        totals = [base + ns for ns in first.times(rows, first.keys(starts, steps))]
+        for one in others:
+            more = one.times(rows, one.keys(starts, steps))
+            totals = [total + ns for total, ns in zip(totals, more, strict=True)]
         return [ceil(total) for total in totals]
-
-    def _decode_ns(self, one: Attention, rows: int, keys: int) -> float:
-        """As ``device.time(one.decode(rows, keys))`` for all its layers."""
-        device = self.device
-        compute = one.pair_flops * keys * device.flop_ns["16bit"]
-        memory = (one.kv_bytes * keys + one.query_bytes * rows) * device.byte_ns
-        return one.count * device.smooth(compute, memory)
 
     def _attention_ns(self, chunks: list[Row], decodes: Sequence[int]) -> float:
         total = 0.0
-        for one in self._all.attention:
+        for one, quick in zip(self._all.attention, self._decodes, strict=True):
             for row in chunks:
                 total += one.count * self.device.time(one.chunk(*row))
             if decodes:
-                total += self._decode_ns(one, len(decodes), next(_keys(one, decodes, 1)))
+                total += quick.times(len(decodes), quick.keys(decodes, 1))[0]
         return total
 
     def _base(self, tokens: int, rows: int, samples: int) -> float:
@@ -284,28 +269,26 @@ class RooflineCost:
         f = self.factors
         return whole.ns + logits.ns + self._layers_ns + f.step_ns + f.request_ns * rows
 
-    def _busy(self, tokens: int, samples: int, chunks: list[Row], decodes: int) -> tuple[float, float]:
-        """Compute and memory time of a step, but for the keys that its decodes read."""
+    def _joules(
+        self, tokens: int, samples: int, chunks: list[Row], decodes: Sequence[int], steps: int
+    ) -> list[float]:
+        """Of steps in which the contexts of decodes grow; several only without chunks."""
+        assert self.power is not None
         whole = self._tokens.get(tokens) or self._count_tokens(tokens)
         logits = self._logits.get(samples) or self._count_logits(samples)
-        compute, memory = whole.compute_ns + logits.compute_ns, whole.memory_ns + logits.memory_ns
-        for one in self._all.attention:
+        fixed, moved = whole.compute_ns + logits.compute_ns, whole.memory_ns + logits.memory_ns
+        for one, quick in zip(self._all.attention, self._decodes, strict=True):
             for row in chunks:
                 work = one.chunk(*row)
-                compute += one.count * self.device.compute_ns(work)
-                memory += one.count * self.device.memory_ns(work)
-            memory += one.count * one.query_bytes * decodes * self.device.byte_ns
-        return compute, memory
-
-    def _joules(self, busy: tuple[float, float], keys: Sequence[int]) -> float:
-        """With the keys seen by decodes, in all, by kind of layer."""
-        assert self.power is not None
-        compute, memory = busy
-        device = self.device
-        for one, seen in zip(self._all.attention, keys, strict=True):
-            compute += one.count * one.pair_flops * seen * device.flop_ns["16bit"]
-            memory += one.count * one.kv_bytes * seen * device.byte_ns
-        return self.power.joules(compute, memory)
+                fixed += one.count * self.device.compute_ns(work)
+                moved += one.count * self.device.memory_ns(work)
+            moved += quick.row_ns * len(decodes)
+        compute, memory = [fixed] * steps, [moved] * steps
+        for quick in self._decodes if decodes else ():
+            keys = quick.keys(decodes, steps)
+            compute = [c + quick.compute_ns * seen for c, seen in zip(compute, keys, strict=True)]
+            memory = [m + quick.memory_ns * seen for m, seen in zip(memory, keys, strict=True)]
+        return [self.power.joules(*busy) for busy in zip(compute, memory, strict=True)]
 
     def _count_tokens(self, tokens: int) -> _Sum:
         works = [(one.count, one.work(tokens)) for one in self._all.operations]
@@ -376,7 +359,7 @@ class RooflineCost:
             for row in chunks:
                 yield self._priced(kind.count, "attention_chunk", kind.chunk(*row))
             if decodes:
-                keys = next(_keys(kind, decodes, 1))
+                keys = sum([kind.seen(p + 1) for p in decodes])
                 yield self._priced(kind.count, "attention_decode", kind.decode(len(decodes), keys))
 
     def _priced(self, count: int, name: str, work: Work) -> Priced:
@@ -413,25 +396,3 @@ def _split(batch: Batch) -> tuple[list[Row], list[int]]:
 def _moved(batch: Batch) -> list[int]:
     """Contexts after the first step."""
     return [p + n for n, p in zip(batch.tokens, batch.starts, strict=True)]
-
-
-def _keys(one: Attention, starts: Sequence[int], steps: int) -> Iterator[int]:
-    """Keys seen in all, step by step, by rows of one query each; contexts grow by one."""
-    rows, window = len(starts), one.window
-    if window is None:
-        keys = sum(starts) + rows
-        for _ in range(steps):
-            yield keys
-            keys += rows
-        return
-    keys = sum([min(p + 1, window) for p in starts])
-    if steps == 1:
-        yield keys
-        return
-    full = sorted([window - p - 1 for p in starts if p + 1 < window], reverse=True)  # steps until it is
-    growing = len(full)
-    for step in range(steps):
-        yield keys
-        while growing and full[growing - 1] <= step:
-            growing -= 1
-        keys += growing

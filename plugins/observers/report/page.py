@@ -209,6 +209,7 @@ def _header(result: Mapping[str, Any], info: Mapping[str, Any], title: str) -> I
     yield tag("h1", title)
     said = {
         "clock": info.get("clock"),
+        "traffic": (info.get("workload") or {}).get("traffic"),
         "seed": info.get("seed"),
         "stamps": words(info.get("stamps") or "none"),
         "ended": result.get("date"),

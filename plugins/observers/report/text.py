@@ -73,6 +73,7 @@ def _head(extra: Mapping[str, Any]) -> Iterator[str]:
         "clock": extra["clock"],
         "executor": (extra["plugins"].get("executor") or {}).get("name"),
         "instances": (info.get("cluster") or {}).get("instances"),
+        "traffic": (info.get("workload") or {}).get("traffic"),
         "seed": extra["seed"],
         "stamps": _words(extra["stamps"]) or "none",
         "hardware": device_line(info),
@@ -265,7 +266,7 @@ def _instances(extra: Mapping[str, Any]) -> Iterator[str]:
         return
     rows = [
         (
-            str(one["instance"]),
+            one["instance"],
             _number(one["requests"]),
             _number(one["output_tokens"]),
             _number(one["run_tokens"]),

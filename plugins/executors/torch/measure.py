@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
 
+from servelab.core.api import ServeLabError
 from servelab.core.environment import environment
 
 Figures = dict[str, tuple[float, str]]
 """Name of a figure -> value, and how it was measured."""
+
+
+def profile(device: str, dtype: str, seconds: float) -> dict[str, Any]:
+    """Figures and sources as in ``configs/hardware``.
+
+    Args:
+        device: ``cuda``, ``cpu``, or ``auto``: cuda where it is.
+        dtype: of the matrix products, a name of torch.
+        seconds: how long each figure is measured.
+
+    Raises:
+        ServeLabError: there is no CUDA device, and one is asked for.
+    """
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise ServeLabError(
+            "there is no CUDA device here",
+            where="servelab hardware measure --device cuda",
+            why="torch finds none",
+            do="leave --device out to measure the CPU, or install a build of torch for the GPU",
+        )
+    on = "cuda" if there and device != "cpu" else "cpu"
+    machine = environment()["machine"]
+    if on == "cuda":
+        where = torch.cuda.get_device_name(0)
+    else:
+        where = f"{machine['cpu'] or 'unknown CPU'}, {machine['usable_cores'] or machine['cores']:g} cores"
+    about = f"measured with torch {torch.__version__} on {where}"
+    found = measure(on, dtype, seconds)
+    stated: dict[str, Any] = {
+        figure: float(f"{value:.4g}") if isinstance(value, float) else value
+        for figure, (value, _) in found.items()
+    }
+    return {**stated, "sources": {figure: f"{about}; {how}" for figure, (_, how) in found.items()}}
 
 
 def measure(device: str, dtype: str, seconds: float) -> Figures:
