@@ -282,6 +282,39 @@ def test_prefilled_requests_wait_for_room_with_their_kv() -> None:
     assert max(waits) > 3000 and not run.of(ActionDropped)
 
 
+@pytest.mark.parametrize("state", ["draining", "starting"])
+@pytest.mark.parametrize(
+    "answer",
+    [lambda i: Dispatch(prefill=i), lambda i: Dispatch(prefill=0, decode=i)],
+    ids=["prefill", "decode"],
+)
+def test_nothing_is_sent_to_an_instance_that_is_not_active(state: str, answer: Any) -> None:
+    """Not to decode either, and the error says in which state it is."""
+    what, i = (Drain(1), 1) if state == "draining" else (ScaleUp(""), 2)
+    to = lambda request, view: answer(i) if request.id == "b" else 1  # noqa: E731
+    run = ClusterRun(
+        [arrival("a", 4, 9), arrival("b", 4, 3, at=2600)],
+        Acts((2500, [what]), to=to),
+        cluster={"max_instances": 3},
+    )
+    error = raises_in(run.driver.run)
+    assert isinstance(error, PluginError) and f"it is {state}" in error.why and "request b" in error.what
+
+
+def test_a_move_to_an_instance_that_is_not_active_is_dropped() -> None:
+    """At its beginning, and when the last of its stages is reached; one that drains still takes it."""
+    moves = [Migrate(request="a", source=0, target=k, mode="blocking") for k in (1, 2)]
+    router = Acts((2500, [Drain(1)]), (3500, moves), to=lambda request, view: int(request.id == "b"))
+    items = [arrival("a", 4, 20), arrival("b", 4, 20)]
+    run = ClusterRun(items, router, 3).go()
+    assert [x.reason for x in run.of(ActionDropped)] == ["instance 1 is draining"]
+    assert run.where() == {"a": 2, "b": 1}
+    late = Acts((3500, moves[:1]), (9000, [Drain(1)]), to=lambda request, view: 0)
+    run = ClusterRun(items[:1], late, cluster={"network_latency_ns": 10_000}).go()
+    assert run.where() == {"a": 1} and not run.of(ActionDropped)
+    assert [x.state for x in run.of(InstanceChanged)] == ["draining", "stopped"]
+
+
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
@@ -354,6 +387,20 @@ def test_a_drained_instance_finishes_what_it_has_and_gets_nothing_more() -> None
     again.cluster.members[0].state = "stopped"
     again.cluster.view.changed()
     assert "it is stopped" in str(raises_in(again.driver.run))
+
+
+def test_instances_count_from_their_start_until_they_stop() -> None:
+    """Of three, one is drained at 2500 and has finished at some end of a request, one is started at 3000."""
+    items = [arrival("a", 4, 9), arrival("b", 4, 30, at=2600)]
+    router = Acts((2500, [Drain(0)]), (3000, [ScaleUp("")]), to=lambda request, view: min(view.instances()))
+    run = ClusterRun(items, router, cluster={"max_instances": 3}).go()
+    result = summarize(Timeline().feed_all(run.records))["servelab"]
+    ends = {name: t_ns for name, (_, _, t_ns) in run.ends().items()}
+    lasted = {"0": ends["a"], "1": ends["b"], "2": ends["b"] - 3000}
+    assert {x["instance"]: x["lasted"] for x in result["instances"]} == {
+        name: ns / 1e9 for name, ns in lasted.items()
+    }
+    assert result["instance_hours"] == pytest.approx(sum(lasted.values()) / 3.6e12)
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,15 @@ def test_a_moved_request_keeps_what_it_has(mode: str) -> None:
     def look(view: ClusterView) -> None:
         r = next(e.requests["a"] for e in run.engines if "a" in e.requests)
         seen.append(
-            (r.output[:3], len(r.output) == len(r.token_times) == r.generated, r.token_times[:3])
-            + (r.admitted_ns, r.preemptions, r.arrival_ns, r.spec.priority)
+            (
+                r.output[:3],
+                len(r.output) == len(r.token_times) == r.generated,
+                r.token_times[:3],
+                r.admitted_ns,
+                r.preemptions,
+                r.arrival_ns,
+                r.spec.priority,
+            )
         )
         seen.append(run.engines.index(r.home))
 
