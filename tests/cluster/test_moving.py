@@ -13,7 +13,7 @@ from servelab.core.plan import StepPlan, Tokens
 from servelab.core.records import ActionDropped, RequestAdmitted, RequestMigrated, RequestPreempted
 from servelab.core.request import RequestSpec
 from servelab.core.testing.cluster import ClusterRun
-from servelab.core.testing.fakes import Fcfs, Script, arrival
+from servelab.core.testing.fakes import Fcfs, Script, ToyKV, arrival, toy_layout
 
 # a step of the toys takes 1000 ns and 10 per token; the network 100 ns and 1 per byte, 8 bytes per page of 4
 
@@ -210,3 +210,34 @@ def test_a_request_that_came_runs_in_the_next_step() -> None:
     (moved,) = run.of(RequestMigrated)
     first = next(x for x in run.steps() if x.engine == 1 and "a" in x.requests)
     assert first.start_ns - moved.t_ns <= 1020
+
+
+# ----------------------------------------------------------- parts that look on
+
+
+def test_both_schedulers_hear_of_a_move() -> None:
+    """One that counts its requests must know who left and who came."""
+    heard: list[tuple[int, str]] = []
+
+    class Hears(Fcfs):
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.index = index
+
+        def on_event(self, record: Any) -> None:
+            if record.ev == "migrated":
+                heard.append((self.index, record.request))
+
+    ClusterRun([arrival("a", 4, 9)], Acts(3500, [move("a", 0, 1)]), schedulers=[Hears(0), Hears(1)]).go()
+    assert heard == [(0, "a"), (1, "a")]
+
+
+def test_pages_that_left_the_window_stay_behind() -> None:
+    """A window of 8 tokens: of 47 only the last pages are held there, and the others are not copied."""
+    pages: list[int] = []
+    items = [arrival("a", 44, 20), arrival("look", at=4_400)]
+    look = lambda view: pages.append(view.row(1).total_pages - view.row(1).free_pages)  # noqa: E731
+    kvcaches = [ToyKV(toy_layout(4, windows=(8,))) for _ in range(2)]
+    run = ClusterRun(items, Acts(3500, [move("a", 0, 1)], look), kvcaches=kvcaches).go()
+    (moved,) = run.of(RequestMigrated)
+    assert moved.bytes <= 3 * 8 and moved.tokens > 40 and pages[0] <= 3, (moved, pages)
