@@ -178,6 +178,11 @@ def test_an_id_that_is_live_anywhere_is_refused() -> None:
     assert isinstance(error, WorkloadError) and "arrived twice" in str(error)
 
 
+def test_an_id_that_is_held_is_refused() -> None:
+    error = raises_in(ClusterRun([arrival("a"), arrival("a", at=5)], hold_until(9000)).driver.run)
+    assert isinstance(error, WorkloadError) and "arrived twice" in str(error)
+
+
 # ------------------------------------------------------------------ reports
 
 
@@ -221,6 +226,39 @@ def test_periodic_rows_tell_their_age_and_nothing_fresher() -> None:
     ClusterRun(items, To(look), report_ns=1000, pages=64).go()
     # the report of t = 1000 is made after the arrivals of that instant
     assert ages == [(0, 0, 0), (999, 0, 0), (1000, 0, 0), (1001, 1000, 1), (2500, 2000, 4)]
+
+
+@pytest.mark.parametrize("hold", [1, 16])
+@pytest.mark.parametrize("report_ns", [0, 5000])
+def test_rows_count_every_step_that_has_ended(hold: int, report_ns: int) -> None:
+    """Ends at 1040 and every 1010 after it: 3 decodes by 5000, 7 by 8500, in one launch or many."""
+    seen: list[Any] = []
+
+    def look(request: RequestSpec, view: ClusterView) -> int:
+        row = view.row(0)
+        seen.append((row.context_tokens, row.reported_ns, row.step_ns))
+        return int(request.id == "b")
+
+    ClusterRun([arrival("a", 4, 30), arrival("b", at=8500)], To(look), hold=hold, report_ns=report_ns).go()
+    assert seen[1] == ((7, 5000, 1010) if report_ns else (11, 8110, 1010))
+
+
+def test_periodic_figures_are_those_since_the_report_before() -> None:
+    """One preemption, after the first report; the first interval has the prompts' steps in it, later ones decodes alone."""
+    seen: list[tuple[int, int]] = []
+
+    def look(request: RequestSpec, view: ClusterView) -> int:
+        if request.id.startswith("look"):
+            seen.append((view.row(0).preemptions, view.row(0).token_interval_ns))
+        return int(request.id.startswith("look"))
+
+    looks = [arrival(f"look{t}", 1, 1, at=t * 1000 + 1) for t in (10, 20, 30)]
+    items = [arrival("old", 20, 30), arrival("a", 4, 16, at=5), *looks]
+    run = ClusterRun(items, To(look), report_ns=10_000, pages=13).go()
+    (at,) = [x.t_ns for x in run.records if x.ev == "preempted"]
+    assert 10_000 < at < 20_000
+    assert [n for n, _ in seen] == [0, 1, 0]
+    assert seen[0][1] > 1020 and seen[2][1] == 1010
 
 
 def test_periodic_reports_end_with_the_traffic() -> None:
