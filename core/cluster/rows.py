@@ -164,7 +164,7 @@ def _candidates(member: Member) -> tuple[tuple[str, int, int, int], ...]:
     return tuple(
         (r.id, r.computed, r.generated, r.spec.priority)
         for r in member.engine.running.values()
-        if r.spec.n == 1
+        if r.spec.n == 1 and not r.spec.sample
     )
 
 

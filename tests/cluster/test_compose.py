@@ -9,9 +9,11 @@ import pytest
 from tests.cluster.runs import MODEL, PAGES, composed, served
 
 from servelab.core.errors import CapabilityError, ConfigError
+from servelab.core.families.router import ClusterView
 from servelab.core.layout import Capacity, KVLayout
 from servelab.core.records import StepDone
 from servelab.core.registry import Registry
+from servelab.core.request import RequestSpec
 from servelab.core.spec import PluginSpec
 from servelab.core.testing.cluster import To
 from servelab.core.testing.fakes import ToyExecutor, raises_in
@@ -108,6 +110,32 @@ def test_a_router_that_needs_what_the_core_does_not_do_is_refused() -> None:
     registry.add("router", spec, provider="test", factory=lambda config, context: To(lambda r, view: 0))
     error = raises_in(lambda: composed(registry, router="lender"))
     assert isinstance(error, CapabilityError) and "router.lends" in str(error)
+
+
+def test_a_router_is_told_what_an_instance_has_cached() -> None:
+    """Of a common beginning of 128 tokens, once somebody has computed it; late reports do not say it."""
+    found: list[tuple[int, int]] = []
+
+    def look(request: RequestSpec, view: ClusterView) -> int:
+        found.append((view.cached_tokens(0, request), view.cached_tokens(1, request)))
+        return 0
+
+    def run(**cluster: Any) -> None:
+        registry = Registry.load()
+        spec = PluginSpec(name="looks", factory="toy:toy")
+        registry.add("router", spec, provider="test", factory=lambda config, context: To(look))
+        one = composed(
+            registry,
+            router="looks",
+            prefix="hash",
+            cluster={"instances": 2, **cluster},
+            workload={"num_requests": 12, "prefix_tokens": 128, "with_prompt_ids": True, "request_rate": 2},
+        )
+        one.task.run(one)
+
+    run()
+    assert found[0] == (0, 0) and found[-1] == (128, 0)
+    assert "report_interval_ms" in str(raises_in(lambda: run(report_interval_ms=5)))
 
 
 def test_figures_per_instance_add_up_to_the_runs(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from servelab.core.cluster.rows import constant_fields
 from servelab.core.errors import CapabilityError, PluginCallError, PluginError, ViewError, WorkloadError
 from servelab.core.families.router import ClusterView, Dispatch, Hold, InstanceRow, Reject
 from servelab.core.metrics import Timeline, summarize
@@ -201,6 +202,9 @@ def test_live_rows_are_the_engines_state() -> None:
             assert row.prefill_backlog_ns == 1300 and row.assigned_ns == 1050 + 1300
             assert view.row(1).running == 0 and view.row(1).reported_ns == 0
             assert view.row(0) is row, "one row per call"
+            assert view.ttft_ns(0, request) == 1300 + 1040, "its queue first, then its own prompt"
+        elif request.id == "b":
+            assert view.row(0).assigned_ns == 1050
         return 0
 
     items = [arrival("a", 5, 9, priority=7), arrival("b", 30, 3, at=2500), arrival("c", at=2600)]
@@ -212,6 +216,22 @@ def test_live_rows_are_the_engines_state() -> None:
     ClusterRun([arrival("a")], To(lambda r, view: unread.append(view.row(0)) or 0)).go()
     with pytest.raises(ViewError, match="outside the call"):
         _ = unread[0].context_tokens
+
+
+def test_samples_of_a_prompt_are_no_candidates() -> None:
+    seen: list[Any] = []
+    look = lambda r, view: seen.append(view.row(0).candidates) or 0  # noqa: E731
+    items = [arrival("s", 5, 9, n=2), arrival("a", 5, 9, at=100), arrival("b", at=4000)]
+    ClusterRun(items, To(look), shares=True).go()
+    assert [name for name, *_ in seen[-1]] == ["a"]
+
+
+def test_what_an_instance_is_made_of() -> None:
+    """Its price is that of all its devices."""
+    engine = ClusterRun([], To(first)).engines[0]
+    about = constant_fields(engine, "toy", 2, 1.5)
+    assert (about["cost_per_hour"], about["parallel"], about["page_tokens"]) == (3.0, {"tp": 2}, 4)
+    assert constant_fields(engine, "toy", 1, 1.5)["parallel"] == {}
 
 
 def test_periodic_rows_tell_their_age_and_nothing_fresher() -> None:
@@ -244,7 +264,7 @@ def test_rows_count_every_step_that_has_ended(hold: int, report_ns: int) -> None
 
 
 def test_periodic_figures_are_those_since_the_report_before() -> None:
-    """One preemption, after the first report; the first interval has the prompts' steps in it, later ones decodes alone."""
+    """One preemption, in the second interval; prompts run in the first, decodes alone in the third."""
     seen: list[tuple[int, int]] = []
 
     def look(request: RequestSpec, view: ClusterView) -> int:

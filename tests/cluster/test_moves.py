@@ -491,6 +491,20 @@ def test_a_router_hears_every_record_with_the_report() -> None:
         assert heard == told[: len(heard)] and len(heard) > 2
 
 
+def test_a_router_hears_nothing_before_the_report() -> None:
+    heard: list[str] = []
+    asked: list[int] = []
+
+    class Learns(To):
+        def observe(self, instance: int, record: Any) -> None:
+            heard.append(record.ev)
+
+    look = lambda request, view: asked.append(len(heard)) or 0  # noqa: E731
+    items = [arrival("a", 4, 5), arrival("b", at=2900), arrival("c", at=3100)]
+    ClusterRun(items, Learns(look), report_ns=3000).go()
+    assert asked[:2] == [0, 0] and asked[2] > 2
+
+
 # ------------------------------------------------------------------ anything
 
 
