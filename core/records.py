@@ -111,7 +111,7 @@ class RequestMigrated(Record):
     source: int
     """The engine it was in."""
     mode: str
-    """``live``, ``blocking``, ``recompute`` or ``pull``; a decode instance pulls what another has prefilled."""
+    """``live``, ``blocking``, ``recompute`` or ``pull``; decode instances pull what others have prefilled."""
     tokens: int
     """Tokens whose KV came along; 0: it waits, and computes them again."""
     bytes: int

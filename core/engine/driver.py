@@ -359,6 +359,8 @@ class Driver:
             if done:
                 event = self._ended(index, batch, ends[:done], more)
                 self._do(index, self.engines[index].handle(event, now), now)
+            else:
+                self.engines[index].shorten(batch.lane)
 
     # ---------------------------------------------------------------- commands
 

@@ -512,6 +512,10 @@ class Engine:
         self._end_all("failed", event.reason)
         self.contexts.drop_all(event.reason)
 
+    def shorten(self, lane: int) -> None:
+        """The driver has cut the launch of a lane after the step that is running, its first."""
+        self._lanes[lane].shorten()
+
     def apart(self, now_ns: int, action: Callable[[], object]) -> list[Command]:
         """Do something between two events; returns what the driver must do."""
         out: list[Command] = []
@@ -590,7 +594,8 @@ class Engine:
     def emit(self, record: Record) -> None:
         """Report what happened, to the driver and to a scheduler that learns."""
         self._out.append(Emit(record))
-        self.teach(record)
+        if self._learn is not None:
+            self.teach(record)
 
     def teach(self, record: Record) -> None:
         if self._learn is not None:

@@ -76,6 +76,17 @@ class Lane:
             return Interrupt(self.index, self.flights[-1][0].launch)
         return None
 
+    def shorten(self) -> None:
+        """Of the held launch in flight only the first step will run: as if it had been launched so."""
+        batch, _ = self.flights[0]
+        unused, batch.steps = batch.steps - 1, 1
+        if self._engine.limits.lanes == 1:
+            self._engine.step -= unused
+        if self._work is not None:  # the hold goes on
+            self._steps_left += unused
+        self._engine.ledger.settle(batch.launch)
+        self._engine.ledger.landed(())
+
     def repeat(self) -> Batch | None:
         """The next launch of a held plan; None if there is none or it cannot go on."""
         work, ledger = self._work, self._engine.ledger

@@ -125,8 +125,12 @@ class Phases:
         if one is None:
             return ()
         self.live.setdefault(r.engine, {})[r.request] = one
-        waits = one.phase == "queued" or r.tokens
-        return (self._enter(r, r.request, one, one.phase if waits else "preempted", r.t_ns),)
+        phase: Phase = one.phase if one.phase == "queued" or r.tokens else "preempted"
+        if phase == one.phase:
+            if phase in ("prefill", "recompute"):
+                self._watched.setdefault(r.engine, set()).add(r.request)
+            return ()
+        return (self._enter(r, r.request, one, phase, r.t_ns),)
 
     def _admitted(self, r: RequestAdmitted) -> Sequence[Change]:
         one = self._get(r, r.request)

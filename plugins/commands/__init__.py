@@ -31,8 +31,8 @@ TABLE = {
         "servelab.plugins.commands.new.command:main",
         "a package of one's own: a plugin that works, its settings, its tests",
     ),
-    "hardware": (
-        "servelab.plugins.commands.hardware.command:main",
+    "devices": (
+        "servelab.plugins.commands.devices.command:main",
         "the devices of the catalog; and a profile of this machine, measured",
     ),
     "data": (

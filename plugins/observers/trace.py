@@ -28,12 +28,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from servelab.core.api import ConfigError, Context, PluginError, ServeLabError, hookimpl
 from servelab.core.metrics.phases import Phases
 from servelab.core.records import (
+    ROUTER,
     QualityBegan,
     QualityMeasured,
     Record,
     RequestArrived,
     RequestFinished,
+    RequestMigrated,
     RequestPreempted,
+    RequestRouted,
     RunFinished,
     RunStarted,
     StepDone,
@@ -98,6 +101,8 @@ class TraceObserver:
         self._feeders: dict[str, Callable[[_TraceFile, Any], None]] = {
             RunStarted.ev: self._run_started,
             RequestArrived.ev: self._arrived,
+            RequestRouted.ev: self._hop,
+            RequestMigrated.ev: self._hop,
             StepDone.ev: self._step,
             TransferStarted.ev: self._transfer_started,
             TransferEnded.ev: self._transfer_ended,
@@ -200,13 +205,25 @@ class TraceObserver:
         self._left -= 1
         self._next += 1
         self._ids[r.request] = f"0x{self._next:x}"
-        self._name(out, _process(r.engine), 1, f"engine {r.engine}", "lane 0")
+        if r.engine != ROUTER:  # what the router holds is in the process of the run
+            self._name(out, _process(r.engine), 1, f"engine {r.engine}", "lane 0")
         args = {
             "prompt_tokens": r.prompt_tokens,
             "max_new_tokens": r.max_new_tokens,
             "class": r.request_class,
         }
         self._async(out, "b", "request", self._ids[r.request], r.request, r.engine, r.t_ns, args)
+
+    def _hop(self, out: _TraceFile, r: RequestRouted | RequestMigrated) -> None:
+        """Its track ends in one process and begins in another."""
+        number, phase = self._ids.get(r.request), self._open.get(r.request)
+        if number is None:
+            return
+        self._name(out, _process(r.engine), 1, f"engine {r.engine}", "lane 0")
+        for what, engine in (("e", r.source), ("b", r.engine)):
+            names = [name for name in (phase, r.request) if name is not None]
+            for name in names if what == "e" else reversed(names):
+                self._async(out, what, "request", number, name, engine, r.t_ns)
 
     def _preempted(self, out: _TraceFile, r: RequestPreempted, t_ns: int) -> None:
         args = {"mode": r.mode, "reason": r.reason, "lost_tokens": r.lost_tokens}

@@ -36,12 +36,12 @@ TABLE = (
         deviations=(
             "A failed row (0 response tokens) cannot be served as such: an engine that reads a prompt "
             "answers at least one token. By default it is replayed with 1 output token, and 1 prompt token "
-            "where the file says 0; with ``failures: drop`` it is left out. Generated traffic has no "
+            "where the file says 0; with failures: drop it is left out. Generated traffic has no "
             "failures.",
             "Generated traffic has one mean rate: no days, no nights. Model and log type are drawn "
             "independently, and a log type's shape of gaps is that of all.",
             "Turns of a session come at their recorded times, whenever the turn before them ends; how much "
-            "of a prompt repeats the turn before is not recorded, so ``context_tokens`` is 0.",
+            "of a prompt repeats the turn before is not recorded, so context_tokens is 0.",
         ),
         provides=frozenset({"workload.prompt_ids", "workload.truth"}),
         tier="stable",
@@ -75,7 +75,7 @@ TABLE = (
         ),
         deviations=(
             "Where at least half of the gaps are 0, times inside a tick are drawn uniformly, in the order of "
-            "the file; the tick is the median gap between different stamps. ``spread_ticks: false`` replays "
+            "the file; the tick is the median gap between different stamps. spread_ticks: false replays "
             "the stamps.",
             "Tokens are made up: prompts that share no block share no token prefix but by chance.",
         ),

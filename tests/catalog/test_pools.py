@@ -59,7 +59,7 @@ U93 = {"executor": {"name": "sim", "memory_utilization": 0.93}}
             1,
             {"engine": {"max_batch_tokens": 2048, "max_batch_requests": 256}},
             41_408,
-            0.09,
+            0.06,
         ),
         # vLLM of 2023: about 7,400 blocks of 16
         ("llama2_7b", "a100_80g", 1, {"engine": {"max_batch_tokens": 4096}}, 118_400, 0.02),
@@ -97,6 +97,15 @@ def test_a_model_larger_than_the_device_names_the_devices_that_do(
     named = re.search(r"hardware\.tp=(\d+)", str(caught.value))
     assert named and int(named[1]) == least
     assert tokens(run(model, device, least)) > 0
+
+
+def test_the_devices_named_hold_one_request_of_full_length() -> None:
+    """Two H100 hold Llama 3 70B and 8,192 tokens, but not the 131,072 of Llama 3.1."""
+    long = config("llama3_70b").model_dump(mode="json") | {"max_position": 131_072}
+    with pytest.raises(ConfigError, match=r"hardware\.tp=4"):
+        run("llama3_70b", "h100", model=long)
+    with pytest.raises(ConfigError, match=r"hardware\.tp=2"):
+        run("llama3_70b", "h100")
 
 
 def test_no_number_of_devices_is_named_where_none_does() -> None:

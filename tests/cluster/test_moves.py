@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -40,6 +40,7 @@ from servelab.core.records import (
 from servelab.core.request import Arrival, Cancel, RequestSpec
 from servelab.core.testing.cluster import ClusterRun, To
 from servelab.core.testing.fakes import arrival, raises_in
+from servelab.plugins.commands.explain.reader import _Events
 
 # a step of the toys takes 1000 ns and 10 per token; the network 100 ns and 1 per byte, 2 per token of KV
 
@@ -80,7 +81,7 @@ def tokens_of(run: ClusterRun, name: str) -> int:
 
 @pytest.mark.parametrize("hold", [1, 30])
 def test_a_blocking_move_stops_copies_and_goes_on(hold: int) -> None:
-    """Asked for at 3500, in the step that ends at 4070 with 4 tokens out and 7 stored: two pages, 16 bytes."""
+    """Asked for at 3500, in the step that ends at 4070 with 4 tokens out and 7 stored: two pages of 8."""
     router = Acts((3500, [Migrate(request="a", source=0, target=1, mode="blocking")]))
     run = ClusterRun([arrival("a", 4, 10)], router, hold=hold).go()
     (moved,) = run.of(RequestMigrated)
@@ -252,7 +253,7 @@ def test_prefill_here_and_decode_there() -> None:
 
 def test_the_decode_instance_may_be_chosen_when_the_prompt_is_computed() -> None:
     class Late:
-        asked: list[tuple[str, str, int]] = []
+        asked: ClassVar[list[tuple[str, str, int]]] = []
 
         def route(self, request: RequestSpec, moment: Any, view: ClusterView) -> Dispatch:
             self.asked.append((request.id, moment, view.now_ns))
@@ -512,3 +513,17 @@ def test_holds_change_nothing_that_a_router_does(seed: int, instances: int) -> N
         assert step_by_step(held) == step_by_step(stepped)
     moved = [[(x.t_ns, x.request, x.engine) for x in run.of(RequestMigrated)] for run in runs]
     assert moved[0] == moved[1]
+
+
+def test_explain_tells_where_a_request_was() -> None:
+    router = Acts(
+        (9500, [Migrate(request="a", source=0, target=1)]), to=lambda r, v: 0 if v.now_ns else Hold(2000)
+    )
+    run = ClusterRun([arrival("a", 4, 12)], router).go()
+    reader = _Events("a")
+    for record in run.records:
+        reader.feed(record)
+    life = reader.close()
+    assert [x.ev for x in life.hops] == ["routed", "migrated"]
+    assert [x.phase for x in life.stretches] == ["queued", "prefill", "decode"]
+    assert life.facts.output_tokens == 12 and life.facts.outcome == "completed"

@@ -183,9 +183,7 @@ def test_ctrl_c_leaves_nothing_half(url: Url, cache: Path, sent: signal.Signals,
     command = [sys.executable, "-c", program, "data", "fetch", "azure_conv", "--url", url("slow.csv")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-        for _ in range(2000):
-            if any(p.stat().st_size for p in (cache / "data").glob(".*")):
-                break
+        while not any(p.stat().st_size for p in (cache / "data").glob(".*")):
             with pytest.raises(subprocess.TimeoutExpired):
                 child.wait(0.01)
         child.send_signal(sent)

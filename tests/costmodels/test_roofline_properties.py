@@ -36,7 +36,7 @@ def costs() -> dict[str, RooflineCost]:
         "latent": roofline(LATENT, replace(datasheet, tp=8)),
         "latent, ideal": ideal(LATENT, replace(datasheet, tp=8)),
         "8 devices": roofline(DENSE, replace(measured, tp=8)),
-        "other": roofline(DENSE, TOY_DEVICE),
+        "other": roofline(DENSE, TOY_DEVICE, layer_ns=7000, request_ns=500),
     }
 
 

@@ -168,7 +168,9 @@ def test_smooth_maximum_and_overheads_by_hand() -> None:
     """Two decodes at efficiencies of 1/2, exponent 2: every operation takes sqrt(C^2 + M^2) + its launch."""
     of = model("llama2_7b")
     on = device("a100_80g", mfu=0.5, mbu=0.5, smoothness=2.0, op_ns=3, layer_ns=7, step_ns=11, request_ns=13)
-    step = roofline(of, on).breakdown(batch_of([(1, 63), (1, 255)]))
+    cost, batch = roofline(of, on), batch_of([(1, 63), (1, 255)])
+    step = cost.breakdown(batch)
+    assert abs(cost.price(batch, 1)[0] - step.ns) < 1.01
     total = 0.0
     for one in step.operations:
         compute, memory = one.work.flops / 156e12, one.work.memory_bytes / 1019.5e9

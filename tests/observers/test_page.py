@@ -221,6 +221,8 @@ def test_every_figure_of_the_device_has_its_source_beside_it() -> None:
     assert "mfu 0.74 our fit" in page.text
     assert "memory_bytes 85899345920 not stated" in page.text
     assert "flops 312000000000000 <script>" in page.text
+    listed = [name for name, *_ in facts.device({"settings": {"hardware": hardware}})]
+    assert listed == ["flops", "memory_bytes", "mfu"]
     assert "The device" not in page_of(three_requests()).text
 
 

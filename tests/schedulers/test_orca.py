@@ -221,6 +221,17 @@ def test_alone_a_request_runs_although_its_reservation_can_never_fit() -> None:
     assert {x.outcome for x in rig.ends()} == {"completed"}
 
 
+def test_planned_ahead_nothing_is_held_while_a_last_token_is_in_flight() -> None:
+    """a, at its cap, is not in the batch that is planned: when it ends, c must get its place."""
+    limits = toy_limits(in_flight=2)
+    rig = rig_of("orca", limits, 64, max_num_seqs=2, hold_steps=50)
+    together(rig, a=(4, 3, 3), b=(4, 40, 40), c=(4, 3, 3))
+    while not rig.ends("a"):
+        rig.finish(steps=1)
+    rig.finish(steps=1)
+    assert "c" in rig.engine.running
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_steps_are_the_same_held_or_not_where_memory_runs_out(seed: int) -> None:
     """As the suite checks of the defaults: here nothing is reserved."""

@@ -10,7 +10,7 @@ from tests.schedulers.classic import Seen, build, deferred, ran, rig_of, serve, 
 
 from servelab.core.errors import ConfigError
 from servelab.core.records import RequestPreempted, StepDone
-from servelab.core.testing.fakes import raises_in, toy_limits
+from servelab.core.testing.fakes import raises_in, step_by_step, toy_limits
 from servelab.plugins.schedulers.splitfuse import SplitFuseConfig
 
 LIMITS = toy_limits(tokens=64, requests=8, model_len=66)
@@ -78,6 +78,16 @@ def test_windows_and_samples(more: dict[str, Any]) -> None:
     items = trace(Random(3), 40, samples=more.pop("samples", False))
     got = serve("splitfuse", items, pages=30, limits=LIMITS, checks=CHECKS[1:], **more)
     assert got.tally["mixed"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_are_the_same_held_or_not_where_some_are_left_out(seed: int) -> None:
+    items = trace(Random(seed), 40, samples=True)
+    more: dict[str, Any] = {"max_ragged_sequence_count": 2, "shares": True}
+    made = [
+        serve("splitfuse", items, pages=40, limits=LIMITS, hold_steps=n, **more).records for n in (1, 4096)
+    ]
+    assert step_by_step(made[0]) == step_by_step(made[1])
 
 
 def test_only_the_last_piece_of_a_prompt_samples() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from servelab.core.metrics import RequestFacts
 from servelab.core.metrics.phases import Phase
-from servelab.core.records import RequestArrived, RequestForked
+from servelab.core.records import RequestArrived, RequestForked, RequestMigrated, RequestRouted
 from servelab.plugins.commands.explain.reasons import Reasons
 
 
@@ -153,6 +153,8 @@ class Life:
     """How it began, if it is a further sample of a prompt that another computed."""
     preemptions: list[Preemption] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
+    hops: list[RequestRouted | RequestMigrated] = field(default_factory=list)
+    """Its ways from the router to an instance, and from one instance to another."""
     end_ns: int = 0
     """Its end, or that of the log."""
     run_status: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from heapq import heappush, heapreplace
 from itertools import count, pairwise
 from typing import Any
@@ -23,7 +24,9 @@ from servelab.core.records import (
     RequestArrived,
     RequestFinished,
     RequestForked,
+    RequestMigrated,
     RequestPreempted,
+    RequestRouted,
     RunFinished,
     RunStarted,
     StepDone,
@@ -97,6 +100,8 @@ class _Events:
         self._feeders: dict[str, Callable[[Any], None]] = {
             RunStarted.ev: self._run_started,
             RequestArrived.ev: self._arrived,
+            RequestRouted.ev: self._moved,
+            RequestMigrated.ev: self._moved,
             RequestAdmitted.ev: self._admitted,
             StepDone.ev: self._step,
             RequestForked.ev: self._forked,
@@ -212,6 +217,16 @@ class _Events:
         life.facts.add(array("q", [r.t_ns]), 1)
         life.stretches[-1].tokens += 1
         self._gap = Gap(r.t_ns, r.t_ns)
+
+    def _moved(self, r: RequestRouted | RequestMigrated) -> None:
+        changes = self._follow(r)
+        life = self._concerned(r.source)
+        if life is None or r.request != self._name:
+            return
+        life.hops.append(r)
+        life.arrived = replace(life.arrived, engine=r.engine)
+        for change in changes:
+            self._enter(life, change)
 
     def _preempted(self, r: RequestPreempted) -> None:
         changes = self._follow(r)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from servelab.core.metrics.definitions import NS_PER_S
 from servelab.core.metrics.goodput import judge, overall
 from servelab.core.metrics.phases import WAITING, Phase
+from servelab.core.records import RequestRouted
 from servelab.plugins.commands.explain.life import Gap, Life, Preemption, Stretch
 from servelab.plugins.commands.explain.reasons import Reason
 from servelab.plugins.commands.explain.words import (
@@ -53,6 +54,7 @@ def tell(life: Life, folder: str) -> Iterator[str]:
     yield from _arrival(life)
     for index, stretch in enumerate(life.stretches):
         yield from _stretch(life, index, stretch)
+    yield from _hops(life)
     yield from _end(life)
     yield from _silences(life)
 
@@ -153,6 +155,21 @@ def _arrival(life: Life) -> Iterator[str]:
         text += f"; {_people(scene.waiting, 'was waiting', 'were waiting')} already"
     text += f"; {free}." if (free := _free(life, scene.free_pages)) else "."
     yield from _at(life, life.arrived.t_ns, text)
+
+
+def _hops(life: Life) -> Iterator[str]:
+    """How it came from the router to an instance, and from one to another."""
+    for hop in life.hops:
+        if isinstance(hop, RequestRouted):
+            yield from _at(life, hop.t_ns, f"The router, which had held it, sent it to {hop.engine}.")
+            continue
+        kv = f"{count(hop.tokens, 'token')} of KV, {hop.bytes:,} bytes" if hop.tokens else "no KV"
+        text = (
+            f"Moved from instance {hop.source} to {hop.engine} ({hop.mode}), begun "
+            f"{duration(hop.t_ns - hop.started_ns)} before: {kv}. It stood still for "
+            f"{duration(hop.t_ns - hop.stopped_ns)}."
+        )
+        yield from _at(life, hop.t_ns, text)
 
 
 def _stretch(life: Life, index: int, stretch: Stretch) -> Iterator[str]:

@@ -30,7 +30,7 @@ def profile(device: str, dtype: str, seconds: float) -> dict[str, Any]:
     if device == "cuda" and not there:
         raise ServeLabError(
             "there is no CUDA device here",
-            where="servelab hardware measure --device cuda",
+            where="servelab devices measure --device cuda",
             why="torch finds none",
             do="leave --device out to measure the CPU, or install a build of torch for the GPU",
         )

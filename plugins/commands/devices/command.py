@@ -1,4 +1,4 @@
-"""``servelab hardware list`` and ``servelab hardware measure``."""
+"""``servelab devices list`` and ``servelab devices measure``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ServeLabError: torch is not installed, or the device asked for is not there.
     """
-    parser = argparse.ArgumentParser(prog="servelab hardware", description="Profiles of devices.")
+    parser = argparse.ArgumentParser(prog="servelab devices", description="Profiles of devices.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the devices that hardware=NAME can choose")
     one = commands.add_parser("measure", help="a profile of this machine, as YAML")
@@ -51,12 +51,12 @@ def profile(name: str, device: str, dtype: str, seconds: float) -> str:
     """
     if not seconds > 0:
         raise ConfigError(
-            "--seconds must be above zero", where="servelab hardware measure", do="leave it out: 2"
+            "--seconds must be above zero", where="servelab devices measure", do="leave it out: 2"
         )
     if find_spec("torch") is None:
         raise ServeLabError(
             "measuring needs torch",
-            where="servelab hardware measure",
+            where="servelab devices measure",
             do='pip install "servelab[run]", or write the profile by hand: docs/howto/add_a_device.md',
         )
     stated = {"name": name, **import_module(MEASURES).profile(device, dtype, seconds)}

@@ -1,4 +1,4 @@
-"""``servelab hardware``: the list, and a profile of the machine the test runs on."""
+"""``servelab devices``: the list, and a profile of the machine the test runs on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 from servelab.core.config import HardwareConfig
 from servelab.core.errors import ConfigError, ServeLabError
-from servelab.plugins.commands.hardware import command
+from servelab.plugins.commands.devices import command
 
 Out = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 def test_the_list_needs_no_torch() -> None:
     code = (
         "import sys\n"
-        "from servelab.plugins.commands.hardware import command\n"
+        "from servelab.plugins.commands.devices import command\n"
         "command.main(['list'])\n"
         "print('torch' in sys.modules)\n"
     )

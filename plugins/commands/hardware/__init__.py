@@ -1,1 +1,0 @@
-"""``servelab hardware``: the devices of the catalog, and a profile of the machine one is on."""
