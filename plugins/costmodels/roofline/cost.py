@@ -389,6 +389,8 @@ def _is_plain(batch: Batch) -> bool:
 
 def _split(batch: Batch) -> tuple[list[Row], list[int]]:
     """Rows of several queries, and the contexts before those of one."""
+    if batch.tokens.count(1) == len(batch.tokens):
+        return [], batch.starts
     rows = list(zip(batch.tokens, batch.starts, strict=True))
     return [row for row in rows if row[0] != 1], [p for n, p in rows if n == 1]
 
