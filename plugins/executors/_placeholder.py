@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import compress
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -107,5 +108,6 @@ class PlaceholderExecutor:
         return None
 
 
+@lru_cache(maxsize=1024)
 def _outcome(token: int, count: int, end: bool, accepted: int = 0) -> Outcome:
     return Outcome((token,) * count, accepted=accepted, finish="stop" if end else None)
