@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from servelab.core.metrics.definitions import ratio
+from servelab.core.metrics.definitions import NS_PER_S, ratio
 from servelab.core.metrics.timeline import EngineFacts, Timeline
 
 
 def instances(timeline: Timeline) -> list[dict[str, Any]]:
-    """One entry per instance, in order of their ids; those that the run states and those that worked."""
+    """One entry per instance, in order of ids: those that the run states, that started or that worked."""
     stated = (timeline.info.get("cluster") or {}).get("instances") or 0
-    ids = sorted({*range(stated), *timeline.engines})
+    ids = sorted({*range(stated), *timeline.started_ns, *timeline.engines})
     pools = (timeline.info.get("kv") or {}).get("pools") or []
     ended: Counter[int] = Counter()
     outputs: Counter[int] = Counter()
@@ -25,10 +25,16 @@ def instances(timeline: Timeline) -> list[dict[str, Any]]:
             "instance": str(i),
             "requests": ended[i],
             "output_tokens": outputs[i],
+            "lasted": _lasted_ns(timeline, i) / NS_PER_S,
             **_work(timeline.engines.get(i) or EngineFacts(), pools),
         }
         for i in ids
     ]
+
+
+def _lasted_ns(timeline: Timeline, i: int) -> int:
+    """From its start, which is paid for like the rest, until it stopped or the run ended."""
+    return timeline.stopped_ns.get(i, timeline.last_ns) - timeline.started_ns.get(i, 0)
 
 
 def _work(engine: EngineFacts, pools: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
     latencies = _latencies(completed, options.itl_mode)
     queueing = _queueing(completed)
     tbt_bound_ns = stated_tbt_ns(timeline) if options.tbt_bound_ns is None else options.tbt_bound_ns
+    each = instances(timeline)
     result: dict[str, Any] = {
         **vllm_identity(timeline),
         "duration": duration_s,
@@ -118,7 +119,8 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         **statistics_ms("queueing", queueing, options.percentiles),
         "batch": _batch(timeline.engines.values()),
         "kv_pages": kv_pages(timeline),
-        "instances": instances(timeline),
+        "instance_hours": sum(one["lasted"] for one in each) / 3600,
+        "instances": each,
         "quality": _quality(timeline),
         "info": rest_of_info(timeline),
     }

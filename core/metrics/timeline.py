@@ -16,6 +16,7 @@ from servelab.core.metrics.memory import MemoryFacts
 from servelab.core.metrics.tracks import Span, Track
 from servelab.core.records import (
     Ending,
+    InstanceChanged,
     PagesEvicted,
     QualityBegan,
     QualityMeasured,
@@ -290,6 +291,10 @@ class Timeline:
         """By id, in order of arrival."""
         self.engines: dict[int, EngineFacts] = {}
         """By index; engines that admitted at least one request."""
+        self.started_ns: dict[int, int] = {}
+        """By instance; those that a router started."""
+        self.stopped_ns: dict[int, int] = {}
+        """By instance; those that stopped before the run ended."""
         self.info: dict[str, Any] = {}
         """What ``RunStarted`` said about the run."""
         self.finished: RunFinished | None = None
@@ -313,6 +318,7 @@ class Timeline:
             StepDone.ev: self._step,
             RequestPreempted.ev: self._preempted,
             PagesEvicted.ev: self._evicted,
+            InstanceChanged.ev: self._instance,
             RequestFinished.ev: self._finished,
             QualityBegan.ev: self._quality_began,
             QualityMeasured.ev: self._quality,
@@ -342,6 +348,12 @@ class Timeline:
 
     def _run_finished(self, record: RunFinished) -> None:
         self.finished = record
+
+    def _instance(self, record: InstanceChanged) -> None:
+        if record.state == "starting":
+            self.started_ns.setdefault(record.engine, record.t_ns)
+        elif record.state == "stopped":
+            self.stopped_ns.setdefault(record.engine, record.t_ns)
 
     def _arrived(self, record: RequestArrived) -> None:
         if record.request in self.requests:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from servelab.core.testing.observer import ObserverSuite as ObserverSuite
     from servelab.core.testing.prefix import PrefixSuite as PrefixSuite
     from servelab.core.testing.quant import QuantSuite as QuantSuite
+    from servelab.core.testing.router import RouterSuite as RouterSuite
     from servelab.core.testing.scheduler import SchedulerSuite as SchedulerSuite
     from servelab.core.testing.suite import SUITE_API as SUITE_API
     from servelab.core.testing.suite import ConformanceError as ConformanceError
@@ -29,6 +30,7 @@ _SUITES = {
     "scheduler": "SchedulerSuite",
     "kvcache": "KVCacheSuite",
     "prefix": "PrefixSuite",
+    "router": "RouterSuite",
     "cost": "CostSuite",
     "executor": "ExecutorSuite",
     "quant": "QuantSuite",

@@ -9,6 +9,7 @@ from typing import Any
 from servelab.core.cluster.cluster import Cluster
 from servelab.core.engine.engine import Engine
 from servelab.core.engine.virtual import VirtualDriver
+from servelab.core.families.kvcache import KVCache
 from servelab.core.families.router import ClusterView, Dispatch, Moment, Route, Router
 from servelab.core.records import Record, RequestArrived, RequestFinished, StepDone
 from servelab.core.request import Arrival, Cancel, RequestSpec, Truth
@@ -41,6 +42,7 @@ class ClusterRun:
         costs: cost models; default: all alike.
         foresight: executors know when requests end, so that holds run in one launch.
         schedulers: one per instance; default: first come first served.
+        kvcaches: likewise; default: pages of 4 tokens.
         cluster: settings of ``Cluster``.
         kwargs: of ``make_engine``.
     """
@@ -57,6 +59,7 @@ class ClusterRun:
         foresight: bool = True,
         react: Any = None,
         schedulers: Sequence[Any] | None = None,
+        kvcaches: Sequence[KVCache | None] | None = None,
         cluster: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -68,9 +71,9 @@ class ClusterRun:
         kwargs.setdefault("checks", "full")
         self._kwargs = kwargs
         self.engines = [
-            make_engine(scheduler, index=i, horizon=executor.horizon, cost=cost, **kwargs)
-            for i, (scheduler, executor, cost) in enumerate(
-                zip(schedulers, self.executors, costs, strict=True)
+            make_engine(scheduler, index=i, horizon=executor.horizon, cost=cost, kvcache=kvcache, **kwargs)
+            for i, (scheduler, executor, cost, kvcache) in enumerate(
+                zip(schedulers, self.executors, costs, kvcaches or [None] * instances, strict=True)
             )
         ]
         self.cluster = Cluster(

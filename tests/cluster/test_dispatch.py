@@ -166,6 +166,10 @@ def test_what_is_not_carried_out_is_refused_and_not_ignored(answer: Dispatch, fi
 
 def test_the_model_of_the_run_may_be_named() -> None:
     ClusterRun([arrival("a")], To(lambda r, view: Dispatch(prefill=0, model="toy"))).go()
+    seen: list[Any] = []
+    look = lambda r, view: seen.extend(view.instances(model=m) for m in ("toy", "other")) or 0  # noqa: E731
+    ClusterRun([arrival("a")], To(look)).go()
+    assert seen == [(0, 1), ()]
 
 
 def test_an_id_that_is_live_anywhere_is_refused() -> None:

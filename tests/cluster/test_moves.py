@@ -137,6 +137,58 @@ def test_downtime_of_live_moves_is_bounded_however_long_the_context() -> None:
     assert max(down) <= last_pages + 100 and whole[2] > 2.5 * whole[0]
 
 
+@pytest.mark.parametrize("at", [3500, 4500, 5500, 6500])
+def test_a_live_move_copies_every_page_once(at: int) -> None:
+    """Of the page that is being filled nothing is copied before the request stands still."""
+    router = Acts((at, [Migrate(request="a", source=0, target=1, mode="live")]))
+    cluster = {"network_bytes_per_s": 10_000_000}
+    (moved,) = (
+        ClusterRun([arrival("a", 200, 50)], router, cluster=cluster, pages=256).go().of(RequestMigrated)
+    )
+    assert moved.stages > 1 and moved.bytes == 8 * -(-moved.tokens // 4)
+
+
+def test_a_live_move_that_cannot_keep_up_stops_the_request_after_three_copies() -> None:
+    """A page takes 4000 ns to copy and 4040 to fill: 25 pages, then about 24, again and again."""
+    router = Acts((2500, [Migrate(request="a", source=0, target=1, mode="live")]))
+    cluster = {"network_bytes_per_s": 2_000_000}
+    run = ClusterRun(
+        [arrival("a", 100, 600, cap=700)], router, cluster=cluster, pages=256, limits=_long()
+    ).go()
+    (moved,) = run.of(RequestMigrated)
+    assert moved.stages == 4 and moved.t_ns - moved.stopped_ns > 16 * 4000
+
+
+def test_a_live_move_of_a_request_that_is_preempted_is_dropped() -> None:
+    """It runs again when the copy ends, with other pages than those that were copied."""
+    items = [arrival("old", 60, 30), arrival("a", 80, 50, at=5)]
+    router = Acts((3500, [Migrate(request="a", source=0, target=1, mode="live")]))
+    cluster = {"network_bytes_per_s": 3_000_000}
+    run = ClusterRun(items, router, cluster=cluster, pages=38, limits=_long()).go()
+    (preempted,) = run.of(RequestPreempted)
+    (dropped,) = run.of(ActionDropped)
+    assert preempted.request == "a" and dropped.t_ns > preempted.t_ns
+    assert dropped.reason == "it was taken off the device" and run.where()["a"] == 0
+
+
+def test_a_moved_request_counts_at_its_new_home() -> None:
+    """The next turn of its program is told where it went, and its new instance that it has one more."""
+    seen: list[Any] = []
+
+    def look(request: RequestSpec, view: ClusterView) -> int:
+        seen.append((view.home("p"), view.row(0).dispatched, view.row(1).dispatched))
+        return 0
+
+    turns = [arrival(f"t{k}", 4, 9, at=20_000 * k, program="p", turn=k, is_last_turn=False) for k in (0, 1)]
+    ClusterRun(turns, Acts((3500, [Migrate(request="t0", source=0, target=1)]), to=look)).go()
+    assert seen == [(None, 0, 0), (1, 1, 1)]
+
+
+def test_samples_of_a_prompt_are_not_split() -> None:
+    error = raises_in(ClusterRun([arrival("a", 4, 3, n=2)], To(pair), shares=True).driver.run)
+    assert isinstance(error, PluginError) and "splits request a of 2 samples" in error.what
+
+
 def _long() -> Any:
     from servelab.core.testing.fakes import toy_limits
 
@@ -214,7 +266,7 @@ def test_a_client_may_give_up_on_the_way() -> None:
     router = Acts((3500, [Migrate(request="a", source=0, target=1, mode="blocking")]))
     run = ClusterRun([arrival("a", 4, 9), Cancel(20_000, "a")], router, cluster=slow).go()
     assert run.ends()["a"] == (0, "cancelled", 20_000) and not len(run.driver.links)
-    assert [x.reason for x in run.of(ActionDropped)] == ["it has ended"]
+    assert [(x.reason, x.t_ns) for x in run.of(ActionDropped)] == [("it has ended", 20_000)]
 
 
 @pytest.mark.parametrize("gone", [0, 1])
@@ -280,6 +332,39 @@ def test_prefilled_requests_wait_for_room_with_their_kv() -> None:
     assert {x[:2] for x in run.ends().values()} == {(1, "completed")}
     waits = [x.t_ns - x.stopped_ns for x in run.of(RequestMigrated)]
     assert max(waits) > 3000 and not run.of(ActionDropped)
+
+
+@pytest.mark.parametrize("state", ["draining", "starting"])
+@pytest.mark.parametrize(
+    "answer",
+    [lambda i: Dispatch(prefill=i), lambda i: Dispatch(prefill=0, decode=i)],
+    ids=["prefill", "decode"],
+)
+def test_nothing_is_sent_to_an_instance_that_is_not_active(state: str, answer: Any) -> None:
+    """Not to decode either, and the error says in which state it is."""
+    what, i = (Drain(1), 1) if state == "draining" else (ScaleUp(""), 2)
+    to = lambda request, view: answer(i) if request.id == "b" else 1  # noqa: E731
+    run = ClusterRun(
+        [arrival("a", 4, 9), arrival("b", 4, 3, at=2600)],
+        Acts((2500, [what]), to=to),
+        cluster={"max_instances": 3},
+    )
+    error = raises_in(run.driver.run)
+    assert isinstance(error, PluginError) and f"it is {state}" in error.why and "request b" in error.what
+
+
+def test_a_move_to_an_instance_that_is_not_active_is_dropped() -> None:
+    """At its beginning, and when the last of its stages is reached; one that drains still takes it."""
+    moves = [Migrate(request="a", source=0, target=k, mode="blocking") for k in (1, 2)]
+    router = Acts((2500, [Drain(1)]), (3500, moves), to=lambda request, view: int(request.id == "b"))
+    items = [arrival("a", 4, 20), arrival("b", 4, 20)]
+    run = ClusterRun(items, router, 3).go()
+    assert [x.reason for x in run.of(ActionDropped)] == ["instance 1 is draining"]
+    assert run.where() == {"a": 2, "b": 1}
+    late = Acts((3500, moves[:1]), (9000, [Drain(1)]), to=lambda request, view: 0)
+    run = ClusterRun(items[:1], late, cluster={"network_latency_ns": 10_000}).go()
+    assert run.where() == {"a": 1} and not run.of(ActionDropped)
+    assert [x.state for x in run.of(InstanceChanged)] == ["draining", "stopped"]
 
 
 @pytest.mark.parametrize(
@@ -354,6 +439,20 @@ def test_a_drained_instance_finishes_what_it_has_and_gets_nothing_more() -> None
     again.cluster.members[0].state = "stopped"
     again.cluster.view.changed()
     assert "it is stopped" in str(raises_in(again.driver.run))
+
+
+def test_instances_count_from_their_start_until_they_stop() -> None:
+    """Of three, one is drained at 2500 and has finished at some end of a request, one is started at 3000."""
+    items = [arrival("a", 4, 9), arrival("b", 4, 30, at=2600)]
+    router = Acts((2500, [Drain(0)]), (3000, [ScaleUp("")]), to=lambda request, view: min(view.instances()))
+    run = ClusterRun(items, router, cluster={"max_instances": 3}).go()
+    result = summarize(Timeline().feed_all(run.records))["servelab"]
+    ends = {name: t_ns for name, (_, _, t_ns) in run.ends().items()}
+    lasted = {"0": ends["a"], "1": ends["b"], "2": ends["b"] - 3000}
+    assert {x["instance"]: x["lasted"] for x in result["instances"]} == {
+        name: ns / 1e9 for name, ns in lasted.items()
+    }
+    assert result["instance_hours"] == pytest.approx(sum(lasted.values()) / 3.6e12)
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_kinds_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "what is to be made?", "servelab new scheduler my_idea"),
         (["kernel"], "what is to be made?", "servelab new kernel my_idea"),
         (["schedulr", "x"], "no 'schedulr'", "did you mean 'scheduler'"),
-        (["router", "x"], "'router' is a kind of plugin, but", "known: cost, executor"),
+        (["spec", "x"], "'spec' is a kind of plugin, but", "known: cost, executor"),
         (["scheduler", "vllm_v1"], "exists already", "'my_vllm_v1'"),
         (["scheduler", "none"], "'none'", "choose another"),
         (["scheduler", "My-Idea"], "'My-Idea' cannot be", "servelab new scheduler my_idea"),

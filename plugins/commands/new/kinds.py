@@ -59,6 +59,11 @@ OFFERS: dict[str, Offer] = {
         _DOWNLOAD,
         torch=True,
     ),
+    "router": Offer(
+        "RouterSuite",
+        "each request to the instance with the fewest requests",
+        f"{_SCRIPTED} +router={{name}} cluster.instances=2",
+    ),
     "cost": Offer(
         "CostSuite",
         "a step takes the longer of computing its tokens and reading its KV",
