@@ -37,7 +37,7 @@ COMMAND = (
     "hardware=a100_80g",
     "workload=burstgpt",
     "workload.log_type=conversation",
-    "workload.output_scale=1.13",
+    "workload.output_scale=1.15",
     "workload.request_rate=3.8",
 )
 VARIANTS = {

@@ -6,6 +6,8 @@ Anything that does not begin with the name of a command is Hydra's. Imports stay
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -33,6 +35,7 @@ def main() -> None:
     """
     from servelab.core.errors import INSTALL, ServeLabError
 
+    atexit.register(gc.freeze)  # all memory goes back then: looking for garbage in it would be for nothing
     try:
         _command(sys.argv[1:])
     except KeyboardInterrupt as exc:

@@ -42,6 +42,7 @@ RC: dict[str, Any] = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 5,
+    "axes.titley": 1.0,  # where it is anyway; else every panel is measured to find out
     "axes.labelsize": 8,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,

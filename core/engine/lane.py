@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from servelab.core.engine.state import Request
+from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import PluginError
 from servelab.core.events import Batch, Interrupt, LaunchDone
 from servelab.core.plan import Background, Hold, Outcome, Tokens
@@ -117,6 +117,7 @@ class Lane:
         """Reserve pages, fence them, put the batch in flight; a held plan runs as many steps as it can."""
         engine = self._engine
         requests: list[Request] = []
+        leases: list[Lease] = []
         starts: list[int] = []
         unsampled: list[int] = []
         extras: dict[int, Tokens] = {}
@@ -159,9 +160,10 @@ class Lane:
                     forks[at] = list(r.forks)
             r.launches += 1
             r.lane = index
-            r.lease.in_flight += 1  # the fence; landed() takes it down
+            lease = r.lease
+            lease.in_flight += 1  # the fence; landed() takes it down
+            leases.append(lease)
             requests.append(r)
-        leases = [r.lease for r in requests]
         tokens = [item.n for item in work if type(item) is Tokens]
         samples = [True] * len(requests)
         for i in unsampled:

@@ -250,8 +250,8 @@ class Ledger:
             return
         needs = self.missing(r, n)
         for i, need in enumerate(needs):
-            left = self._left(i)
-            if need > left:
+            tier = self._device[i]
+            if need > tier.free - tier.promised and need > (left := self._left(i)):
                 raise LedgerError(
                     f"request {r.id} cannot get {need} pages",
                     where=f"pool {self.pools[i].id!r}, kvcache {self.name!r}",
@@ -669,12 +669,12 @@ class Ledger:
         refs = tier.refs
         freed = []
         for page in pages:
-            count = refs[page] - 1
-            if count < 0:
-                raise LedgerError(f"page {page} of {tier_name} pool {self.pools[i].id!r} released twice")
-            refs[page] = count
-            if not count:
+            count = refs[page]
+            if count == 1:
                 freed.append(page)
+            elif count < 1:
+                raise LedgerError(f"page {page} of {tier_name} pool {self.pools[i].id!r} released twice")
+            refs[page] = count - 1
         if tier.reading:
             freed = [page for page in freed if page not in tier.reading]
         if freed:

@@ -158,6 +158,9 @@ class RequestFacts:
     @property
     def first_chunk_ns(self) -> int | None:
         """When the first one came."""
+        if self._spans:
+            ends, first, _ = self._spans[0]
+            return ends[first]
         for ends, first, _ in self.spans():
             return ends[first]
         return None
@@ -165,6 +168,9 @@ class RequestFacts:
     @property
     def last_chunk_ns(self) -> int | None:
         """When the latest one came."""
+        if self._track is None and self._spans:
+            ends, _, last = self._spans[-1]
+            return ends[last - 1]
         latest = None
         for ends, _, last in self.spans():
             latest = ends[last - 1]

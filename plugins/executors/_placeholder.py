@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from itertools import compress
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -63,16 +65,12 @@ class PlaceholderExecutor:
     def horizon(self, batch: Batch, max_steps: int) -> int:
         if not self._settings.foresight:
             return 1
-        steps, truth = max_steps, self._truth
-        for r, sampled in zip(batch.requests, batch.samples, strict=True):
-            if sampled:
-                try:
-                    left = truth(r.id).output_tokens - r.generated - r.expected + 1
-                except KeyError:
-                    left = self._left(r, r.generated + r.expected - 1)
-                if left < steps:
-                    steps = left
-        return max(steps, 1)
+        truth, rows = self._truth, list(compress(batch.requests, batch.samples))
+        try:
+            left = [truth(r.id).output_tokens - r.generated - r.expected for r in rows]
+        except KeyError:
+            left = [self._left(r, r.generated + r.expected) for r in rows]
+        return max(1, min(max_steps, min(left, default=max_steps) + 1))
 
     def _first(self, r: Request) -> Outcome:
         """The first token of a further sample."""
@@ -82,16 +80,18 @@ class PlaceholderExecutor:
         token = self._settings.placeholder
         plain = self._one if steps == 1 else {end: _outcome(token, steps, end) for end in (False, True)}
         on, over, truth = plain[False], plain[True], self._truth
-        out: list[Outcome] = []
-        for r, sampled in zip(batch.requests, batch.samples, strict=True):
-            if not sampled:
-                out.append(_NOTHING)
-                continue
-            try:
-                left = truth(r.id).output_tokens - r.generated
-            except KeyError:
-                left = self._left(r, r.generated)
-            out.append(over if left <= steps else on)
+        rows = zip(batch.requests, batch.samples, strict=True)
+        try:
+            out = [
+                (over if truth(r.id).output_tokens - r.generated <= steps else on) if sampled else _NOTHING
+                for r, sampled in rows
+            ]
+        except KeyError:  # somebody has ended while in flight
+            rows = zip(batch.requests, batch.samples, strict=True)
+            out = [
+                (over if self._left(r, r.generated) <= steps else on) if sampled else _NOTHING
+                for r, sampled in rows
+            ]
         for i, item in batch.extras.items():
             if item.draft and batch.samples[i]:
                 left = self._left(batch.requests[i], batch.requests[i].generated)
@@ -108,5 +108,6 @@ class PlaceholderExecutor:
         return None
 
 
+@lru_cache(maxsize=1024)
 def _outcome(token: int, count: int, end: bool, accepted: int = 0) -> Outcome:
     return Outcome((token,) * count, accepted=accepted, finish="stop" if end else None)

@@ -107,7 +107,8 @@ TABLE = (
             "The first of an empty batch is admitted as soon as its prompt fits.",
             "Each request counts in whole pages. With pages of one token the rule is the artifact's.",
             "A prompt longer than the token budget runs in chunks; LightLLM runs it whole.",
-            "The cap is each request's own; the artifact's server assumes 12000 tokens for everyone.",
+            "By default the cap is each request's own; the artifact's server assumes 12000 tokens for "
+            "everyone.",
         ),
         provides=frozenset({"scheduler.chunks"}),
     ),

@@ -114,9 +114,6 @@ TABLE = (
             "are free, and running requests are evicted before a step that they would not fit.",
             "An evicted request comes back with what it has produced; their scripts count only its prompt, "
             "or nothing, and so admit it again too early: they evict more.",
-            "Outputs end at the request's cap. Their script for D2 states a cap of 4096 to the conservative "
-            "rule and lets outputs run to 5000; here both are 5000, so that conservative admits less there "
-            "than the authors report.",
             "The preset quick divides lengths, capacity, tokens of a pass and the interval by scale and "
             "takes fewer requests: filling and draining weigh more, and use is lower.",
         ),

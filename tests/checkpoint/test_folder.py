@@ -29,6 +29,7 @@ SHAPE = {
     "ffn": 96,
     "vocab": 320,
     "max_position": 128,
+    "tied_embeddings": True,
 }
 
 

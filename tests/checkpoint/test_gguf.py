@@ -183,6 +183,7 @@ def test_describe_reads_the_shape(tiny_gguf: Path, local: Local) -> None:
         "ffn": 96,
         "vocab": 320,
         "max_position": 128,
+        "tied_embeddings": True,
     }
 
 

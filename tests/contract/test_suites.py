@@ -29,7 +29,8 @@ _LIMITS = {
 
 def _fitted_inner(suite: PluginSuite, limits: Limits) -> dict[str, Any]:
     """The same of what an ordering wrapper wraps."""
-    return {"inner": {"name": "vllm_v1", **_fitted(suite, limits)}}
+    named = {name: getattr(limits, limit) for name, limit in _LIMITS.items() if name in _INNER["inner"]}
+    return {"inner": {"name": "vllm_v1", **named}}
 
 
 _PLACE: list[pytest.TempPathFactory] = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -59,3 +61,15 @@ def test_one_that_looks_even_less_too() -> None:
             assert gc.get_threshold()[0] == 10 * collector.YOUNG
     finally:
         gc.set_threshold(*before)
+
+
+def test_a_process_of_the_command_line_looks_for_no_garbage_at_its_end() -> None:
+    code = (
+        "import atexit, gc, sys\n"
+        "atexit.register(lambda: print('left alone:', gc.get_freeze_count() > 1000))\n"  # called last
+        "from servelab.core.cli import main\n"
+        "sys.argv = ['servelab', '--version']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "left alone: True"

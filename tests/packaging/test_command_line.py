@@ -61,9 +61,10 @@ def test_help_lists_groups_and_examples(run_py: Command) -> None:
     assert schedulers.endswith(", vllm_v1")
     for line in (
         "+kernel=      sdpa",
-        " executor=    scripted, torch",
-        " model=       hub, local, reference_5m, smollm2_135m, toy",
-        "+experiment=  scripted",
+        " executor=    scripted, sim, torch",
+        " model=       deepseek_v3_like, hub, llama2_13b, llama2_70b, llama2_7b, ",
+        "+hardware=    a100_40g, a100_80g, ",
+        "+experiment=  orca_static, ",
         "python run.py plugins",
         "SERVELAB_TRACEBACK",
     ):
@@ -103,7 +104,7 @@ def test_show_is_readable(run_py: Command) -> None:
     assert max(map(len, shown.splitlines())) <= 100
     assert "prompt_length       a length law (constant, uniform, normal" in shown
     assert "servelab.plugins.workloads._laws" not in shown
-    assert "process             poisson | gamma | constant; default poisson" in shown
+    assert "process             poisson | gamma | weibull | constant; default poisson" in shown
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,17 @@ def test_conservative_promises_up_to_the_overcommit(prompts: list[int], overcomm
     assert admitted == max(1, sum(total <= overcommit * 500 for total in sums))
 
 
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 120))
+@settings(max_examples=50, deadline=None)
+def test_conservative_can_assume_one_output_for_all(prompts: list[int], assumed: int) -> None:
+    """Whatever the requests' own caps are, also where these are lower or higher."""
+    admitted = first_pass(
+        "conservative", queue(*((p, 2) for p in prompts), cap=80), pages=500, assumed_output_tokens=assumed
+    )
+    sums = [sum(p + assumed for p in prompts[: k + 1]) for k in range(len(prompts))]
+    assert admitted == max(1, sum(total <= 500 for total in sums))
+
+
 @pytest.mark.parametrize("name", ["aggressive", "conservative"])
 def test_whole_pages_count(name: str) -> None:
     """17 tokens take two pages of 16, so six of them fit in 12 pages, not seven."""

@@ -283,12 +283,19 @@ class RooflineCost:
                 fixed += one.count * self.device.compute_ns(work)
                 moved += one.count * self.device.memory_ns(work)
             moved += quick.row_ns * len(decodes)
+        joules = self.power.joules
+        if not decodes:
+            return [joules(fixed, moved)] * steps
+        quick, *others = self._decodes
+        if not others:  # layers alike, the usual case
+            c, m = quick.compute_ns, quick.memory_ns
+            return [joules(fixed + c * seen, moved + m * seen) for seen in quick.keys(decodes, steps)]
         compute, memory = [fixed] * steps, [moved] * steps
-        for quick in self._decodes if decodes else ():
+        for quick in self._decodes:
             keys = quick.keys(decodes, steps)
             compute = [c + quick.compute_ns * seen for c, seen in zip(compute, keys, strict=True)]
             memory = [m + quick.memory_ns * seen for m, seen in zip(memory, keys, strict=True)]
-        return [self.power.joules(*busy) for busy in zip(compute, memory, strict=True)]
+        return [joules(*busy) for busy in zip(compute, memory, strict=True)]
 
     def _count_tokens(self, tokens: int) -> _Sum:
         works = [(one.count, one.work(tokens)) for one in self._all.operations]
@@ -389,6 +396,8 @@ def _is_plain(batch: Batch) -> bool:
 
 def _split(batch: Batch) -> tuple[list[Row], list[int]]:
     """Rows of several queries, and the contexts before those of one."""
+    if batch.tokens.count(1) == len(batch.tokens):
+        return [], batch.starts
     rows = list(zip(batch.tokens, batch.starts, strict=True))
     return [row for row in rows if row[0] != 1], [p for n, p in rows if n == 1]
 

@@ -32,7 +32,7 @@ class ReportConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     percentiles: tuple[float, ...] = Field(
-        default=(50, 90, 99),
+        default=(50.0, 90.0, 99.0),
         min_length=1,
         max_length=6,
         description="Percentiles of every latency, in percent (0 to 100), as columns and as keys.",
