@@ -11,7 +11,7 @@ from servelab.core.events import InstanceLost
 from servelab.core.families.router import Action, ClusterView, Dispatch, Migrate
 from servelab.core.plan import StepPlan, Tokens
 from servelab.core.records import ActionDropped, RequestAdmitted, RequestMigrated, RequestPreempted
-from servelab.core.request import RequestSpec
+from servelab.core.request import Cancel, RequestSpec
 from servelab.core.testing.cluster import ClusterRun
 from servelab.core.testing.fakes import Fcfs, Script, ToyKV, arrival, toy_layout
 
@@ -166,11 +166,16 @@ def test_a_request_whose_move_fails_runs_on_at_once() -> None:
 
 
 def test_a_prompt_in_flight_whose_move_fails_is_not_computed_twice() -> None:
-    """Its first chunk is in flight when it is stopped, and when the target is gone."""
-    run = ClusterRun([arrival("a", 50, 4)], Acts(500, [move("a", 0, 1, "recompute")]))
+    """Its first chunk is in flight when it is stopped, and when the target is gone. Nobody overtakes it."""
+    queue: list[str] = []
+    items = [arrival("a", 50, 4), arrival("a2", 4, 1, at=100), arrival("look", at=900)]
+    look = lambda view: queue.extend(run.engines[0].waiting)  # noqa: E731
+    run = ClusterRun(items, Acts(500, [move("a", 0, 1, "recompute")], look), 3)
     run.driver.post(800, InstanceLost("gone"), 1)
     run.go()
-    assert run.ends()["a"] == (0, "completed", 1500 + 3 * 1010)
+    assert queue == ["a", "a2"] and run.ends()["a"][:2] == (0, "completed")
+    assert next(n for x in run.steps() for r, n in zip(x.requests, x.tokens, strict=True) if r == "a") == 50
+    assert sum(n for x in run.steps() for r, n in zip(x.requests, x.tokens, strict=True) if r == "a") == 53
 
 
 def test_a_chunk_between_layers_stays() -> None:
@@ -186,7 +191,7 @@ def test_a_chunk_between_layers_stays() -> None:
 
     schedulers = [Script(half, half, then=Fcfs().plan), Fcfs()]
     run = ClusterRun([arrival("a", 8, 4)], Acts(500, [move("a", 0, 1)]), schedulers=schedulers).go()
-    assert [x.reason for x in run.of(ActionDropped)] == ["its chunk is between layers"]
+    assert [(x.reason, x.t_ns) for x in run.of(ActionDropped)] == [("its chunk is between layers", 500)]
     assert run.ends()["a"][:2] == (0, "completed") and not run.of(RequestMigrated)
 
 
@@ -202,6 +207,28 @@ def test_whoever_waits_for_pages_gets_those_of_one_that_left() -> None:
     (moved,) = run.of(RequestMigrated)
     (admitted,) = [x for x in run.of(RequestAdmitted) if x.request == "a waits"]
     assert 0 <= admitted.t_ns - moved.t_ns <= 1100
+
+
+def test_whoever_waits_for_pages_gets_those_of_one_that_does_not_come() -> None:
+    """Its client gives up while its KV is copied."""
+    items = [arrival("a", 24, 40), arrival("b run", 4, 40), arrival("b waits", 28, 3, at=4500)]
+    slow = {"network_latency_ns": 50_000}
+    run = ClusterRun(
+        [*items, Cancel(9200, "a")], Acts(3500, [move("a", 0, 1)]), hold=30, pages=16, cluster=slow
+    ).go()
+    (admitted,) = [x for x in run.of(RequestAdmitted) if x.request == "b waits"]
+    assert 9200 <= admitted.t_ns <= 9200 + 1100
+
+
+def test_pages_kept_for_one_that_comes_are_not_given_to_a_plan_that_is_repeated() -> None:
+    """Of 9 pages one that runs there could have all but for the 4 that are kept."""
+    items = [arrival("a", 12, 30), arrival("b", 4, 30)]
+    slow = {"network_latency_ns": 40_000}
+    run = ClusterRun(items, Acts(3500, [move("a", 0, 1)]), hold=30, pages=11, cluster=slow).go()
+    assert {name: end[1] for name, end in run.ends().items()} == {"a": "completed", "b": "completed"}
+    assert len(run.of(RequestMigrated)) == 1
+    (preempted, *_) = run.of(RequestPreempted)
+    assert preempted.request == "b" and preempted.engine == 1
 
 
 def test_a_request_that_came_runs_in_the_next_step() -> None:

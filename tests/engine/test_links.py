@@ -48,6 +48,16 @@ def test_alone_it_takes_its_own_time() -> None:
     assert ends([(7, ("a",), 12, 0)]) == {0: 19}
 
 
+def test_one_that_stays_alone_needs_one_look() -> None:
+    """Its end is known at once, its latency included; also after others have come and gone."""
+    links = Links()
+    for start in (0, 5000):
+        links.start(start, ("a",), 30, 1000, lambda now: None)
+        assert links.next_ns() == start + 1030
+        links.due(start + 1030)
+    assert not len(links)
+
+
 def test_two_equal_ones_take_twice_as_long_but_for_the_latency() -> None:
     assert ends([(0, ("a",), 50, 1000)] * 2) == {0: 2050, 1: 2050}
     assert ends([(0, ("a",), 50, 1000), (0, ("b",), 50, 1000)]) == {0: 1050, 1: 1050}
