@@ -441,6 +441,18 @@ def test_a_drained_instance_finishes_what_it_has_and_gets_nothing_more() -> None
     assert "it is stopped" in str(raises_in(again.driver.run))
 
 
+def test_one_that_has_stopped_makes_room_for_another_and_stops_once() -> None:
+    """Two at a time: the third starts when the first has stopped, whose device is lost after that."""
+    items = [arrival("a", 4, 3), arrival("b", 4, 40, at=2600)]
+    router = Acts((2500, [Drain(0)]), (15_000, [ScaleUp("")]), to=lambda request, view: min(view.instances()))
+    run = ClusterRun(items, router)
+    run.driver.post(18_000, InstanceLost("gone"), 0)
+    run.go()
+    changes = [(x.engine, x.state) for x in run.of(InstanceChanged)]
+    assert changes == [(0, "draining"), (0, "stopped"), (2, "starting"), (2, "active")]
+    assert not run.of(ActionDropped)
+
+
 def test_instances_count_from_their_start_until_they_stop() -> None:
     """Of three, one is drained at 2500 and has finished at some end of a request, one is started at 3000."""
     items = [arrival("a", 4, 9), arrival("b", 4, 30, at=2600)]
