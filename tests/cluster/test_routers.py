@@ -100,14 +100,15 @@ def test_round_robin_reads_no_row() -> None:
 
 
 def test_least_loaded_takes_the_least_loaded() -> None:
-    """By hand, each measure another winner: 2 requests, 15 tokens, a quarter of the pages."""
+    """By hand, each measure another winner: 2 requests, 15 tokens, a fifth of the pages."""
     view = Rows(
         row(0, 1, waiting=1, context_tokens=50, free_pages=1, total_pages=10),
         row(1, 2, waiting=1, context_tokens=10, prefill_tokens=5, free_pages=6, total_pages=10),
         row(2, 3, context_tokens=20, free_pages=9, total_pages=12),
         row(3, 3, context_tokens=20, free_pages=12, total_pages=12, waiting_pages=(2, 2)),
+        row(4, 3, context_tokens=20, free_pages=80, total_pages=100),
     )
-    assert [chosen(least_loaded(by=by), view) for by in ("requests", "tokens", "kv")] == [0, 1, 2]
+    assert [chosen(least_loaded(by=by), view) for by in ("requests", "tokens", "kv")] == [0, 1, 4]
 
 
 def test_least_loaded_ties_go_to_the_lowest_id() -> None:
