@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -64,12 +65,12 @@ def test_one_that_looks_even_less_too() -> None:
 
 
 def test_a_process_of_the_command_line_looks_for_no_garbage_at_its_end() -> None:
+    run = str(Path(__file__).resolve().parents[2] / "run.py")
     code = (
-        "import atexit, gc, sys\n"
+        "import atexit, gc, runpy, sys\n"
         "atexit.register(lambda: print('left alone:', gc.get_freeze_count() > 1000))\n"  # called last
-        "from servelab.core.cli import main\n"
-        "sys.argv = ['servelab', '--version']\n"
-        "main()\n"
+        f"sys.argv = [{run!r}, '--version']\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "left alone: True"

@@ -44,6 +44,14 @@ def write(book: Ledger, r: Request, n: int) -> None:
 # ------------------------------------------------------------------ reservations
 
 
+def test_a_page_is_given_back_once() -> None:
+    book = ledger(8)
+    a = request(book)
+    write(book, a, 1)
+    a.lease.tables[0] *= 2
+    assert raises_in(lambda: book.release(a.lease)).what == "page 0 of device pool 'kv0' released twice"
+
+
 def test_pages_come_one_per_started_page_of_tokens() -> None:
     book = ledger(8)
     a = request(book)
