@@ -10,21 +10,28 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from servelab.core import quality
 from servelab.core.bus import Bus
 from servelab.core.capabilities import Selected, check_capabilities, select
 from servelab.core.cluster.cluster import Cluster
 from servelab.core.config import DTYPE_BYTES, Choice, Part, RunConfig, across, refusal
 from servelab.core.context import BuildPart, Context, Oracle, seeded
 from servelab.core.engine.engine import Engine
-from servelab.core.environment import environment
 from servelab.core.errors import CapabilityError, ConfigError, PluginError, ServeLabError
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.families import KINDS
 from servelab.core.families.quant import WeightFormat
+from servelab.core.fitting import (
+    check_accepted,
+    check_capacity,
+    check_cluster,
+    check_layout,
+    check_pools,
+    check_shareable,
+)
 from servelab.core.layout import Capacity, KVLayout
 from servelab.core.registry import Registry
 from servelab.core.request import SLO, Arrival, Cancel, Truth
+from servelab.core.run_info import run_info
 from servelab.core.sites import linear_sites
 
 log = logging.getLogger(__name__)
@@ -39,9 +46,6 @@ if TYPE_CHECKING:
     from servelab.core.families.workload import Workload
     from servelab.core.records import RequestFinished
     from servelab.core.text import Tokenizer
-
-INFO_SCHEMA = 1
-"""Version of ``Run.info``; raised when a key changes meaning or goes away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +162,7 @@ def compose(
         build.kernel = build.one("kernel")
         layout = build.ask("kernel", build.kernel.adapt, layout, build.model)
         refused = build.ask("kernel", build.kernel.refuses, layout, build.model, build.hardware)
-        _check_accepted(config.kernel.name, config.kvcache.name, refused)
+        check_accepted(config.kernel.name, config.kvcache.name, refused)
         check_layout(layout, config.kvcache.name, build.model)  # as adapted
     build.layout = layout
     if config.quant is not None:
@@ -172,9 +176,9 @@ def compose(
         offline = any("task.offline" in one.provides for one in selected)
         if fit_length and config.engine.max_model_len is None:
             config = build.fit(layout, capacity, kvcache)
-        _check_pools(capacity, layout, config.executor.name)
+        check_pools(capacity, layout, config.executor.name)
         if not offline:
-            _check_capacity(capacity, layout, kvcache, config, build.limits)
+            check_capacity(capacity, layout, kvcache, config, build.limits)
         for pool, pages in zip(layout.pools, capacity.device_pages, strict=True):
             log.debug("KV pool of %s pages: %s", f"{pages:,}", pool)
         log.debug("limits: %s", build.limits)
@@ -192,7 +196,7 @@ def compose(
         cluster = build.cluster(instances, lambda index: build.another(index, shares))
         task: Task = build.one("task")
         described = build.ask("workload", workload.describe)
-        info = _info(config, registry, selected, layout, capacity, executor, described)
+        info = run_info(config, registry, selected, layout, capacity, executor, described)
         if hasattr(instances[0].cost, "describe"):
             info["cost"] = build.ask("cost", instances[0].cost.describe)
     except BaseException as exc:
@@ -575,237 +579,3 @@ def members(protocol: str) -> list[str]:
     cls = getattr(import_module(module), name)
     declared = {*vars(cls), *vars(cls).get("__annotations__", ())}
     return sorted(member for member in declared if not member.startswith("_"))
-
-
-def check_layout(layout: object, kvcache: str, model: ModelFacts) -> None:
-    """Whether a kvcache's layout fits the model.
-
-    Raises:
-        CapabilityError: the model has windows, and the layout keeps every token.
-        PluginError: no layout, or a pool that keeps less than a layer sees.
-    """
-    if not isinstance(layout, KVLayout) or not layout.pools:
-        raise PluginError(
-            f"kvcache {kvcache!r} proposed no usable layout",
-            where=f"kvcache {kvcache!r}, layout()",
-            why=f"it returned {layout!r:.60}",
-            do="return a KVLayout with at least one pool",
-        )
-    if any(model.windows) and all(pool.retention == "full" for pool in layout.pools):
-        raise CapabilityError(
-            f"model {model.name!r} has layers with a sliding window",
-            where=f"kvcache {kvcache!r}",
-            why="its layout keeps every token in every layer, so memory would be counted too high",
-            do="take a kvcache with window pools, or leave model.windows empty to study full attention",
-        )
-    for pool in layout.pools:
-        kept = pool.window_tokens
-        if kept is None:
-            continue
-        for layer in pool.layers:
-            window = model.windows[layer] if model.windows else None
-            if window is None or window > kept:
-                raise PluginError(
-                    f"pool {pool.id!r} keeps {kept} tokens of layer {layer}",
-                    where=f"kvcache {kvcache!r}, layout()",
-                    why=f"the layer sees {'all tokens' if window is None else f'{window} tokens'}",
-                    do="mend the kvcache: give the layer a pool that keeps what it sees",
-                )
-
-
-def check_cluster(config: RunConfig, executor: Executor) -> None:
-    """Whether the run may have so many instances, and a router.
-
-    Raises:
-        CapabilityError: several instances without a router, or on an executor or a clock that has only one.
-    """
-    many = max(config.cluster.instances, config.cluster.max_instances or 1)
-    if many > 1 and config.router is None:
-        raise CapabilityError(
-            f"nobody says which of {many} instances a request goes to",
-            where="cluster.instances",
-            why="no router is selected",
-            do="choose one (+router=round_robin, +router=least_loaded), or set cluster.instances=1",
-        )
-    if many > 1 and not executor.simulated:
-        raise CapabilityError(
-            f"executor {config.executor.name!r} runs one instance, not {many}",
-            where="cluster.instances",
-            why="it does real work: several of it would share this machine and disturb each other's times",
-            do="set cluster.instances=1, or choose an executor that simulates (executor=sim)",
-        )
-    if config.router is not None and config.clock.name != "virtual":
-        raise CapabilityError(
-            f"router {config.router.name!r} needs the virtual clock",
-            where="clock.name",
-            why=f"the {config.clock.name} clock drives one engine, whose requests go straight to it",
-            do="set clock=virtual, or leave the router out: router=null",
-        )
-
-
-def check_shareable(layout: KVLayout, prefix: str) -> None:
-    """Full pages of all pools must stand for the same tokens, and stay where they are."""
-    windows = [pool.id for pool in layout.pools if pool.retention != "full"]
-    sizes = {pool.page_tokens for pool in layout.pools}
-    if windows or len(sizes) > 1:
-        raise CapabilityError(
-            f"prefix {prefix!r} cannot reuse the pages of this KV layout",
-            where="the KV layout",
-            why=f"pools that let go of old tokens: {', '.join(windows)}"
-            if windows
-            else f"its pools have pages of {', '.join(map(str, sorted(sizes)))} tokens",
-            do="run without a prefix store (prefix=null), or with a kvcache that keeps every token",
-        )
-
-
-def _check_accepted(kernel: str, kvcache: str, refused: Iterable[str]) -> None:
-    if reasons := list(refused):
-        raise CapabilityError(
-            f"kernel {kernel!r} cannot read the KV layout",
-            where=f"layout of kvcache {kvcache!r}",
-            why="; ".join(reasons),
-            do="choose another kernel or another kvcache",
-        )
-
-
-def _check_pools(capacity: Capacity, layout: KVLayout, executor: str) -> None:
-    """One number of pages per pool, on each tier."""
-    for pages in (capacity.device_pages, capacity.host_pages or capacity.device_pages):
-        if len(pages) != len(layout.pools):
-            raise PluginError(
-                f"executor {executor!r} reports pages for {len(pages)} pools",
-                where=f"executor {executor!r}, capacity()",
-                why=f"the layout has {len(layout.pools)}",
-                do="report one number per pool, in the order of the layout",
-            )
-
-
-def _check_capacity(
-    capacity: Capacity, layout: KVLayout, kvcache: KVCache, config: RunConfig, limits: Limits
-) -> None:
-    """Every pool must be able to hold one request of the greatest length, or that one would wait for ever."""
-    executor, longest = config.executor.name, limits.max_model_len
-    for pool, have in zip(layout.pools, capacity.device_pages, strict=True):
-        tokens = pool.most_tokens(longest, limits.max_batch_tokens)
-        need = kvcache.pages_for(pool, None, tokens)
-        if need > have:
-            fits, window = kvcache.tokens_in(pool, have), pool.window_tokens
-            held = (
-                f"a window of {window} and a step of {limits.max_batch_tokens}, " if tokens < longest else ""
-            )
-            raise CapabilityError(
-                "KV memory cannot hold one request of the greatest length",
-                where=f"pool {pool.id!r} of kvcache {config.kvcache.name!r} on executor {executor!r}",
-                why=f"{held}{tokens} tokens need {need} pages of {pool.page_tokens} tokens, "
-                f"the pool has {have}",
-                do=f"raise executor.num_kv_pages to at least {need} (or the memory it follows from), "
-                f"{'lower engine.max_batch_tokens, ' if window else ''}"
-                f"or lower engine.max_model_len to at most {fits}",
-            )
-
-
-# ---------------------------------------------------------------- information
-
-
-def _info(
-    config: RunConfig,
-    registry: Registry,
-    selected: Iterable[Selected],
-    layout: KVLayout,
-    capacity: Capacity,
-    executor: Executor,
-    described: dict[str, Any],
-) -> dict[str, Any]:
-    oracles = [one for root in selected for one in root.everyone() if one.spec.oracle]
-    weights = executor.describe() if hasattr(executor, "describe") else {}
-    return {
-        "schema": INFO_SCHEMA,
-        **environment(),
-        "seed": config.seed,
-        "clock": config.clock.name,
-        "settings": config.settings(),
-        "model": config.model.name,
-        "tokenizer": config.model.name if getattr(executor, "tokenizer", None) else None,
-        **({"weights": weights} if weights else {}),
-        "plugins": _plugins_info(config, registry),
-        "stamps": [
-            *(f"oracle: {one.spec.name}" for one in oracles),
-            *_lane_stamps(config, selected),
-            *(_quant_stamps(config, selected, weights) if config.quant else []),
-        ],
-        "kv": _kv_info(layout, capacity),
-        **({"cluster": {"instances": config.cluster.instances}} if config.router else {}),
-        "workload": described,
-        **({"quality": _quality_info(config, selected)} if config.quant else {}),
-    }
-
-
-def _quant_stamps(config: RunConfig, selected: Iterable[Selected], weights: dict[str, Any]) -> list[str]:
-    """Where the unquantized weights are from, and whether prices know that these are others."""
-    stamps = [f"reference_weights: {weights.get('quantization', 'unknown')}"]
-    if config.clock.name == "virtual" and not any("cost.quant" in one.provides for one in selected):
-        stamps.append(f"prices: cost {config.cost.name!r} prices quantized linears as unquantized ones")
-    return stamps
-
-
-def _quality_info(config: RunConfig, selected: Iterable[Selected]) -> dict[str, Any]:
-    """Whether the quality of a quantized run is measured, and on what, or why not."""
-    if not config.quality.max_tokens:
-        return {"measured": False, "why": "quality.max_tokens=0"}
-    if not any("executor.quality" in one.provides for one in selected):
-        return {"measured": False, "why": f"executor {config.executor.name!r} runs no model"}
-    return {"measured": True, "corpus": quality.describe()}
-
-
-def _lane_stamps(config: RunConfig, selected: Iterable[Selected]) -> list[str]:
-    """Lanes are free hardware unless the cost model prices them together: reports must say so."""
-    together = any("cost.lanes" in one.provides for one in selected)
-    return [] if config.engine.lanes == 1 or together else ["lanes: each priced as if alone on the device"]
-
-
-def _plugins_info(config: RunConfig, registry: Registry) -> dict[str, Any]:
-    """By kind: what is selected, where it comes from and how it is set; a list for observers."""
-    found: dict[str, Any] = {}
-    for kind, choice in config.choices():
-        about = _plugin_info(kind, choice, registry)
-        if kind == "observer":
-            found.setdefault(kind, []).append(about)
-        else:
-            found[kind] = about
-    return found
-
-
-def _plugin_info(kind: str, choice: Choice, registry: Registry) -> dict[str, Any]:
-    spec, provider = registry.spec(kind, choice.name), registry.provider(kind, choice.name)
-    parts = [{"kind": part.kind, **_plugin_info(part.kind, part, registry)} for part in choice.parts()]
-    return {
-        "name": spec.name,
-        "distribution": provider.distribution,
-        "version": provider.version,
-        "paper": str(spec.paper),
-        "deviations": list(spec.deviations),
-        "tier": spec.tier,
-        "oracle": spec.oracle,
-        "settings": choice.settings(),
-        "non_default": choice.changed(),
-        **({"parts": parts} if parts else {}),
-    }
-
-
-def _kv_info(layout: KVLayout, capacity: Capacity) -> dict[str, Any]:
-    host = capacity.host_pages or (0,) * len(layout.pools)
-    pools = [
-        {
-            "id": pool.id,
-            "layers": len(pool.layers),
-            "page_tokens": pool.page_tokens,
-            "bytes_per_page": pool.bytes_per_page,
-            "codec": pool.codec,
-            "key_space": pool.key_space,
-            "window_tokens": pool.window_tokens,
-            "pages": pages,
-            "host_pages": host_pages,
-        }
-        for pool, pages, host_pages in zip(layout.pools, capacity.device_pages, host, strict=True)
-    ]
-    return {"addressing": layout.addressing, "bytes_per_token": layout.bytes_per_token, "pools": pools}

@@ -38,12 +38,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from servelab.core.compose import check_layout, check_shareable
 from servelab.core.engine.ledger import WITHDRAWN
 from servelab.core.engine.state import Request
 from servelab.core.errors import PluginCallError, ServeLabError
 from servelab.core.events import Batch, Command, Emit, Launch, Schedule
 from servelab.core.facts import ModelFacts
+from servelab.core.fitting import check_layout, check_shareable
 from servelab.core.plan import Outcome
 from servelab.core.records import RequestAdmitted, RequestArrived, RequestFinished, RequestForked, to_dict
 from servelab.core.registry import Registry
