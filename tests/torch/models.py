@@ -169,6 +169,7 @@ def facts(d: Decoder, windows: tuple[int | None, ...] = ()) -> ModelFacts:
         dense_ffn=c.ffn if c.dense_layers else 0,
         dtype_bytes=d.dtype.itemsize,
         windows=windows or c.windows,
+        tied_embeddings=c.tied,
     )
 
 
