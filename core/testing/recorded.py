@@ -10,6 +10,16 @@ from heapq import merge
 from random import Random
 from typing import Any, Literal, cast
 
+from servelab.core.families.router import (
+    Action,
+    ClusterView,
+    Dispatch,
+    Drain,
+    Hold,
+    Migrate,
+    Moment,
+    Route,
+)
 from servelab.core.families.scheduler import Scheduler, StepView
 from servelab.core.plan import Pin, StepPlan
 from servelab.core.records import (
@@ -24,8 +34,9 @@ from servelab.core.records import (
     RunStarted,
     StepDone,
 )
-from servelab.core.request import Cancel
-from servelab.core.testing.fakes import Fcfs, RandomPlans
+from servelab.core.request import Cancel, RequestSpec
+from servelab.core.testing.cluster import ClusterRun
+from servelab.core.testing.fakes import Fcfs, RandomPlans, arrival
 from servelab.core.testing.worlds import World, serve, worlds
 
 Status = Literal["ok", "interrupted", "failed"]
@@ -162,7 +173,7 @@ def _whole() -> bytes:
             ("host tier", "random"),
         )
     ]
-    return pickle.dumps((*logs, _two_engines(), _with_quality(), _quality_alone()))
+    return pickle.dumps((*logs, _two_engines(), _behind_a_router(), _with_quality(), _quality_alone()))
 
 
 @cache
@@ -227,6 +238,36 @@ def _two_engines() -> Log:
     # within an engine the order is its own, which is not always that of time
     both = merge(_timed(first), _timed(second), key=lambda pair: pair[0])
     return Log("two instances", ended((x for _, x in both), about=info(world_named("little memory"))))
+
+
+class _Busybody:
+    """A router that keeps the first request for a while, moves it, moves nobody, and drains an instance."""
+
+    def __init__(self) -> None:
+        self._when = [6000, 8000, 9000]
+        self._acts: list[Action] = [
+            Migrate(request="r0", source=0, target=1, mode="blocking"),
+            Migrate(request="nobody", source=0, target=1),
+            Drain(1),
+        ]
+
+    def route(self, request: RequestSpec, moment: Moment, view: ClusterView) -> Route:
+        return Dispatch(prefill=0) if view.now_ns >= 2000 else Hold(2000)
+
+    def rebalance(self, view: ClusterView) -> list[Action]:
+        acts = []
+        while self._when and self._when[0] <= view.now_ns:
+            self._when.pop(0)
+            acts.append(self._acts.pop(0))
+        return acts
+
+    def wake_at(self) -> int | None:
+        return self._when[0] if self._when else None
+
+
+def _behind_a_router() -> Log:
+    run = ClusterRun([arrival("r0", 4, 20), arrival("r1", 6, 9, at=2500)], _Busybody()).go()
+    return Log("behind a router", ended(run.records, about=info(world_named("one request"))))
 
 
 def _timed(records: Iterable[Record]) -> Iterator[tuple[int, Record]]:

@@ -172,7 +172,7 @@ def test_a_small_study_from_end_to_end(do: Do) -> None:
             "processes": 2,
         }
     )
-    assert told["status"] == "ok" and len(told["cells"]) == 10 and len(told["deviations"]) == 4
+    assert told["status"] == "ok" and len(told["cells"]) == 10 and len(told["deviations"]) == 3
     rows = {(row["name"], row["unit"]): row for row in told["rows"]}
     assert rows["D3 evictions of oracle", "%"]["holds"] is True
     assert rows["D3 evictions of conservative 100 %", "%"]["holds"] is True

@@ -58,6 +58,8 @@ TABLE: tuple[tuple[str, Measure], ...] = (
     (r"servelab\.batch\.mean_requests", Measure("req/step", "", True)),
     (r"servelab\.batch\..*_requests", Measure("req", "")),
     (r"servelab\.batch\..*_tokens", Measure("tok", "")),
+    (r"servelab\.instance_hours", Measure("h", "less")),
+    (r"servelab\.instances\..*\.lasted", Measure("s", "")),
     (r"servelab\.instances\..*\.requests", Measure("req", "")),
     (r"servelab\.instances\..*\.steps", Measure("steps", "")),
     (r"servelab\.instances\..*_tokens", Measure("tok", "")),
