@@ -25,10 +25,8 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import ConfigError, Context, Hold, KVBudget, RequestView, StepPlan, StepView
-from servelab.plugins.schedulers._device import check_device
 
 NS_PER_MS = 1_000_000
-
 Judge = Callable[[RequestView], str | None]
 """Asked about the candidates of one pass in turn: None admits, a text says why not. It counts every candidate
 it was asked about as part of the batch."""
@@ -252,15 +250,22 @@ def _fits_in_chunks(view: StepView, request: RequestView, first: int, pages: KVB
 
 def _check(config: ComposerConfig, ctx: Context) -> None:
     """Refuse settings that the device, or the composer, cannot work with."""
-    check_device(
-        ctx,
-        tokens={"max_num_batched_tokens": config.max_num_batched_tokens},
-        requests={"max_num_seqs": config.max_num_seqs},
-    )
+    limits, where = ctx.limits, f"scheduler {ctx.name!r}"
+    for name, ours, device in (
+        ("max_num_batched_tokens", config.max_num_batched_tokens, limits.max_batch_tokens),
+        ("max_num_seqs", config.max_num_seqs, limits.max_batch_requests),
+    ):
+        if ours > device:
+            raise ConfigError(
+                f"scheduler.{name} is {ours}",
+                where=where,
+                why=f"the engine accepts {device} per launch",
+                do=f"lower scheduler.{name}, or raise engine.max_batch_tokens or _requests",
+            )
     if config.max_num_seqs > config.max_num_batched_tokens:
         raise ConfigError(
             f"scheduler.max_num_seqs is {config.max_num_seqs}",
-            where=f"scheduler {ctx.name!r}",
+            where=where,
             why="a decode step runs one token of every running request, and max_num_batched_tokens is "
             f"{config.max_num_batched_tokens}",
             do="lower scheduler.max_num_seqs, or raise scheduler.max_num_batched_tokens",

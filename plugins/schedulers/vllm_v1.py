@@ -30,8 +30,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from servelab.core.api import Context, Hold, KVBudget, RequestView, StepPlan, StepView, Tokens
-from servelab.plugins.schedulers._device import check_device
+from servelab.core.api import ConfigError, Context, Hold, KVBudget, RequestView, StepPlan, StepView, Tokens
 
 
 class VllmV1Config(BaseModel):
@@ -59,11 +58,18 @@ class VllmV1:
     """Stateless between steps. O(running + admitted) per step."""
 
     def __init__(self, config: VllmV1Config, ctx: Context) -> None:
-        check_device(
-            ctx,
-            tokens={"max_num_batched_tokens": config.max_num_batched_tokens},
-            requests={"max_num_seqs": config.max_num_seqs},
-        )
+        limits = ctx.limits
+        for name, ours, device in (
+            ("max_num_batched_tokens", config.max_num_batched_tokens, limits.max_batch_tokens),
+            ("max_num_seqs", config.max_num_seqs, limits.max_batch_requests),
+        ):
+            if ours > device:
+                raise ConfigError(
+                    f"scheduler.{name} is {ours}",
+                    where="scheduler 'vllm_v1'",
+                    why=f"the engine accepts {device} per launch",
+                    do=f"lower scheduler.{name}, or raise engine.max_batch_tokens or _requests",
+                )
         self.config = config
 
     def plan(self, view: StepView) -> StepPlan:
