@@ -184,6 +184,9 @@ class Lane:
             engine.ledger.take_copies(),
             forks,
         )
+        if batch.copies and engine.somebody_waits:
+            # budgets counted a copy for the last owner too, who keeps the page: there is room to ask about
+            self._work = None
         if self._work is not None:
             if (
                 engine.limits.max_in_flight == 1

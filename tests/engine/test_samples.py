@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.engine.test_reuse import ids, store
 
@@ -419,6 +419,7 @@ def test_memory_counts_a_shared_prompt_once_while_anyone_holds_it() -> None:
     rows=st.integers(2, 6),
     chunk=st.sampled_from([3, 4, 64]),
 )
+@example(seed=30298, counts=[4, 1], pages=8, rows=5, chunk=64)  # a copy that the last owner does not make
 def test_holding_changes_nothing(seed: int, counts: list[int], pages: int, rows: int, chunk: int) -> None:
     """Held launches, launches of one step and an executor without foresight tell the same story."""
     rng = Random(seed)
