@@ -48,6 +48,10 @@ class Executor(Protocol):
         A request with ``batch.samples[i]`` yields exactly ``steps`` tokens (with drafts: ``accepted + 1``),
         others none. Called once per launch, in launch order per lane. What it reports for a request that
         ended or was preempted meanwhile is dropped.
+
+        An executor that takes real time is called in a thread of the lane when launches go side by side or
+        ahead of results: a launch may begin before the outcome of the one before it is booked, so what a
+        ``Request`` counts may lag behind; what ``batch`` states does not.
         """
         ...
 

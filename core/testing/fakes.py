@@ -157,6 +157,10 @@ class ToyExecutor:
         truth = self.truths.get(r.id)
         return 1 << 30 if truth is None else truth.output_tokens
 
+    def generated(self, r: Request) -> int:
+        """Output tokens of ``r`` before this launch. Overridden where those before may lag."""
+        return r.generated
+
     def capacity(self, layout: KVLayout) -> Capacity:
         return Capacity(device_pages=(16,) * len(layout.pools))
 
@@ -179,18 +183,19 @@ class ToyExecutor:
         if not batch.samples[i]:
             return Outcome()
         r, truth = batch.requests[i], self._truth(batch.requests[i])
+        generated = self.generated(r)
         accepted, count = 0, steps
         if i in batch.extras and batch.extras[i].draft:
             wish = self.accept if accept is None else accept
-            accepted = max(0, min(wish, batch.extras[i].draft, truth - r.generated - 1))
+            accepted = max(0, min(wish, batch.extras[i].draft, truth - generated - 1))
             count = 1 + accepted
-        first = 1000 * r.spec.sample + r.generated
+        first = 1000 * r.spec.sample + generated
         ids = tuple(range(first, first + count))
         forks = tuple(
             Outcome((1000 * other.spec.sample,), finish="stop" if self._truth(other) <= 1 else None)
             for other in batch.forks.get(i, ())
         )
-        end = "stop" if r.generated + count >= truth else None
+        end = "stop" if generated + count >= truth else None
         return Outcome(ids, accepted=accepted, finish=end, forks=forks)
 
     def transfer(self, transfer: Transfer) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 import yaml
@@ -45,6 +46,19 @@ def test_this_machine_is_a_profile_with_sources(capsys: Out) -> None:
     assert one.op_ns
     assert "float32 on" in one.sources["flops"]
     assert all("measured with torch" in text for text in one.sources.values())
+
+
+@needs_torch
+def test_a_call_is_timed_and_the_device_awaited() -> None:
+    from servelab.plugins.executors.torch.measure import fastest
+
+    assert 0 < fastest(lambda: None, 0.01) < 1e-4  # the time of one call, not of a block
+    waits: list[float] = []
+    assert fastest(lambda: None, 0.01, lambda: sleep(0.01) or waits.append(0.01)) > 0.005  # one call a block
+    assert len(waits) > 1
+    began = monotonic()
+    assert fastest(lambda: sleep(0.002), 0.05) >= 0.002
+    assert monotonic() - began > 0.05
 
 
 @needs_torch

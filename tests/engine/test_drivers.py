@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.state import Request
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.engine.wall import WallDriver
 from servelab.core.errors import PluginCallError, PluginError, WorkloadError
@@ -240,7 +241,7 @@ def test_a_workload_that_raises_is_named() -> None:
 
 
 class Real(ToyExecutor):
-    """Does real work in worker threads: sleeps."""
+    """Does real work in worker threads: sleeps. Counts tokens itself: the launch before may not be booked."""
 
     simulated = False
 
@@ -249,6 +250,15 @@ class Real(ToyExecutor):
         self.seconds = seconds
         self.running = 0
         self.count = 0
+        self.made: Counter[str] = Counter()
+
+    def generated(self, r: Request) -> int:
+        return self.made[r.id]
+
+    def outcome(self, batch: Batch, i: int, steps: int, accept: int | None = None) -> Outcome:
+        outcome = super().outcome(batch, i, steps, accept)
+        self.made[batch.requests[i].id] += len(outcome.tokens)
+        return outcome
 
     def horizon(self, batch: Batch, max_steps: int) -> int:
         return 1

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter  # noqa: TID251 - it measures, and decides nothing
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
 
 from servelab.core.api import ServeLabError
 from servelab.core.environment import environment
 
 Figures = dict[str, tuple[float, str]]
 """Name of a figure -> value, and how it was measured."""
+
+BLOCK_S = 0.005
+"""Calls timed together take at least this long: thousands of times what the clock resolves."""
 
 
 def profile(device: str, dtype: str, seconds: float) -> dict[str, Any]:
@@ -63,9 +66,7 @@ def measure(device: str, dtype: str, seconds: float) -> Figures:
     torch.manual_seed(0)
 
     def best(call: Callable[[], object]) -> float:
-        """Seconds of the fastest calls: what the device can do when it is left alone."""
-        timer = Timer("call()", globals={"call": call})
-        return float(min(timer.blocked_autorange(min_run_time=seconds).times))
+        return fastest(call, seconds, torch.cuda.synchronize if gpu else None)
 
     def operand(n: int) -> torch.Tensor:
         return torch.randn(n, n).to(device=device, dtype=kind)
@@ -89,6 +90,37 @@ def measure(device: str, dtype: str, seconds: float) -> Figures:
     found |= {"mfu": (1.0, measured), "mbu": (1.0, measured)}
     found["op_ns"] = (round(small * 1e9), f"one product of {short} x {short}, with its start, fastest")
     return found
+
+
+def fastest(call: Callable[[], object], seconds: float, wait: Callable[[], object] | None = None) -> float:
+    """Seconds of one call among the fastest: what the device does when it is left alone.
+
+    Calls are timed in blocks long enough for the clock (torch.utils.benchmark does the same, but imports
+    its compiler of C++ and with it setuptools, which fails where distutils was imported first).
+
+    Args:
+        call: what is timed.
+        seconds: how long blocks are repeated; at least one is run.
+        wait: ends when the device has done what was asked of it, if calls return before.
+    """
+
+    def block(calls: int) -> float:
+        began = perf_counter()
+        for _ in range(calls):
+            call()
+        if wait is not None:
+            wait()
+        return perf_counter() - began
+
+    block(1)  # the first call also loads and plans
+    calls = 1
+    while (took := block(calls)) < BLOCK_S:
+        calls *= 2
+    best, spent = took, took
+    while spent < seconds:
+        took = block(calls)
+        best, spent = min(best, took), spent + took
+    return best / calls
 
 
 def _memory(gpu: bool) -> tuple[int, str]:
