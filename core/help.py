@@ -29,7 +29,7 @@ servelab: write an LLM-serving technique once as a plugin; run it on a real engi
   python run.py -v ... | -vv ... | -q ...          log what is composed | of all libraries | warnings only
   python run.py plugins [KIND] [--json]            all plugins: papers, tiers, what is disabled and why
   python run.py show KIND NAME                     the settings of one plugin
-  python run.py show engine                        of a section: engine, slo, model, clock, hardware, quality
+  python run.py show engine                        of a section, such as engine, slo, model, cluster
   python run.py COMMAND --help                     what one of the commands below takes
   python run.py -p no:PACKAGE ...                  leave an installed package out
   python run.py ... --cfg job                      show the composed configuration and stop

@@ -24,6 +24,7 @@ SECTIONS = {
     "slo": "SLOConfig",
     "model": "ModelConfig",
     "clock": "ClockConfig",
+    "cluster": "ClusterConfig",
     "hardware": "HardwareConfig",
     "quality": "QualityConfig",
 }

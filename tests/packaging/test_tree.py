@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 import servelab.core
-from servelab.core import overrides
+from servelab.core import listing, overrides
 from servelab.core.config import PLUGIN_SECTIONS, RunConfig
 from servelab.core.families import KINDS
 from servelab.core.hookspecs import EVENT_OF_RECORD, Events, Registration
@@ -53,6 +53,8 @@ def test_every_kind_has_a_section() -> None:
     assert set(PLUGIN_SECTIONS) <= set(RunConfig.model_fields)
     assert set(PLUGIN_SECTIONS.values()) == set(KINDS)
     assert set(RunConfig.model_fields) == overrides.SECTIONS
+    ours = RunConfig.model_fields.keys() - PLUGIN_SECTIONS.keys() - {"seed"}
+    assert set(listing.SECTIONS) == ours, "what `show SECTION` knows"
 
 
 def test_every_field_of_ours_is_documented() -> None:
