@@ -117,10 +117,37 @@ def test_pages_are_held_on_both_sides_until_the_request_is_there() -> None:
     assert seen[0] == (14, 14) and seen[1][0] == 16
 
 
-def test_the_last_page_of_the_target_may_be_taken() -> None:
+@pytest.mark.parametrize("mode", ["blocking", "pull"])
+def test_the_last_page_of_the_target_may_be_taken(mode: str) -> None:
     """15 tokens: 4 pages, which is all there are."""
-    run = ClusterRun([arrival("a", 12, 5, cap=5)], Acts(3500, [move("a", 0, 1)]), pages=4).go()
+    run = ClusterRun([arrival("a", 12, 5, cap=5)], Acts(3500, [move("a", 0, 1, mode)]), pages=4).go()
     assert run.where() == {"a": 1} and not run.of(ActionDropped)
+
+
+def test_every_pool_must_have_room() -> None:
+    """12 pages of 4 tokens, 5 of 8: beside b one pool has room for a and the other has not."""
+    items = [arrival("a", 20, 9, cap=9), arrival("b", 19, 7, cap=7)]
+    for mode in ("blocking", "pull"):
+        kvcaches = [ToyKV(toy_layout(4, 8)) for _ in range(2)]
+        run = ClusterRun(
+            items,
+            Acts(3500, [move("a", 0, 1, mode)]),
+            kvcaches=kvcaches,
+            pages=(12, 5),  # type: ignore[arg-type]
+        ).go()
+        if mode == "blocking":
+            assert [x.reason for x in run.of(ActionDropped)] == ["instance 1 has no room for 23 tokens"]
+        else:
+            (moved,) = run.of(RequestMigrated)
+            assert moved.t_ns > run.ends()["b"][2] and run.where()["a"] == 1 and moved.tokens < 28
+
+
+def test_a_pull_needs_no_room_for_what_left_the_window() -> None:
+    """Of 48 tokens 3 pages are in the window of 8, and 13 of 16 pages are free beside b."""
+    items = [arrival("a", 44, 20), arrival("b", 45, 20)]
+    kvcaches = [ToyKV(toy_layout(4, windows=(8,))) for _ in range(2)]
+    run = ClusterRun(items, Acts(4400, [move("a", 0, 1, "pull")]), kvcaches=kvcaches, pages=16).go()
+    assert run.where()["a"] == 1 and not run.of(ActionDropped)
 
 
 # ---------------------------------------------------------- what it takes along
@@ -131,14 +158,16 @@ def test_a_moved_request_keeps_what_it_has(mode: str) -> None:
     """Output, times of its tokens, when it was admitted first and how often it was preempted."""
     seen: list[Any] = []
     items = [
-        arrival("a old", 20, 8),
-        arrival("a", 4, 20, at=5, priority=3),
+        arrival("a old", 20, 8, program="p", turn=0, is_last_turn=False),
+        arrival("a", 4, 20, at=5, priority=3, program="p", turn=1),
         arrival("look", at=16_500),
         arrival("look2", at=19_700),
     ]
 
     def look(view: ClusterView) -> None:
         r = next(e.requests["a"] for e in run.engines if "a" in e.requests)
+        if not seen:
+            r.accepted, r.drafted, r.cached = 5, 6, 2
         seen.append(
             (
                 r.output[:3],
@@ -146,8 +175,11 @@ def test_a_moved_request_keeps_what_it_has(mode: str) -> None:
                 r.token_times[:3],
                 r.admitted_ns,
                 r.preemptions,
-                r.arrival_ns,
+                (r.arrival_ns, r.program_arrival_ns),
                 r.spec.priority,
+                2 if mode == "recompute" and seen else r.cached,  # counted anew when it is admitted again
+                (r.accepted, r.drafted),
+                r.computed + r.pending == r.prompt_tokens + r.generated,
             )
         )
         seen.append(run.engines.index(r.home))
@@ -156,6 +188,7 @@ def test_a_moved_request_keeps_what_it_has(mode: str) -> None:
     run.go()
     assert len(run.of(RequestPreempted)) == 1 and len(run.of(RequestMigrated)) == 1
     assert seen[0] == seen[2] and seen[0][:2] == ([0, 1, 2], True) and seen[0][4] == 1
+    assert seen[0][5:] == ((5, 0), 3, 2, (5, 6), True)
     assert (seen[1], seen[3]) == (0, 1)
     first, *more = [x for x in run.of(RequestAdmitted) if x.request == "a"]
     assert not first.resumed and all(x.resumed for x in more)
@@ -464,11 +497,17 @@ def test_a_copy_goes_faster_when_another_is_given_up() -> None:
 
 def test_what_has_left_is_dead_and_what_came_is_alive() -> None:
     kept: list[Any] = []
-    items = [arrival("a", 4, 10), arrival("look", at=1500), arrival("look2", at=6000)]
-    look = lambda view: kept.append(next(e.requests["a"] for e in run.engines if "a" in e.requests))  # noqa: E731
+    phases: list[Phase] = []
+    items = [arrival("a", 4, 10), *(arrival(f"look{at}", at=at) for at in (1500, 4100, 6000))]
+
+    def look(view: ClusterView) -> None:
+        kept.append(next(e.requests["a"] for e in run.engines if "a" in e.requests))
+        phases.append(kept[-1].phase)
+
     run = ClusterRun(items, Acts(3500, [move("a", 0, 1)], look))
     run.go()
-    assert kept[0] is not kept[1] and (kept[0].phase, kept[0].home) == (Phase.FINISHED, None)
+    assert phases == [Phase.RUNNING, Phase.MOVING, Phase.RUNNING]
+    assert kept[0] is not kept[2] and (kept[0].phase, kept[0].home) == (Phase.FINISHED, None)
 
 
 @pytest.mark.parametrize("mode", ["blocking", "recompute"])
@@ -481,6 +520,18 @@ def test_a_program_leaves_with_its_last_turn(mode: str) -> None:
     run.go()
     assert seen == [[], [(1, 1)]]
     assert not any(e.programs for e in run.engines)
+
+
+@pytest.mark.parametrize(("name", "left"), [("a1", (2, 1)), ("a0", (1, 0))])
+def test_a_program_stays_where_a_turn_of_it_is_left_or_is_to_come(name: str, left: tuple[int, int]) -> None:
+    """Its last turn goes while the one before still runs; and one goes that is not the last."""
+    seen: list[Any] = []
+    turns = [arrival(f"a{k}", 4, 10, at=5 * k, program="p", turn=k, is_last_turn=k == 1) for k in (0, 1)]
+    items = [x for x in turns if x.spec.id <= name]
+    look = lambda view: seen.extend([(p.turns, p.live) for p in e.programs.values()] for e in run.engines)  # noqa: E731
+    run = ClusterRun([*items, arrival("look", at=6000)], Acts(3500, [move(name, 0, 1)], look))
+    run.go()
+    assert seen == [[left], [(1, 1)]]
 
 
 def test_pages_that_left_the_window_during_a_live_copy_are_free_when_it_is_there() -> None:

@@ -133,6 +133,14 @@ def test_one_that_is_given_up_leaves_its_share() -> None:
     assert ends([(0, ("a",), 0, 1000), (0, ("a",), 0, 1000)], {1: 500}) == {0: 1250}
 
 
+def test_one_that_has_ended_may_be_given_up() -> None:
+    links = Links()
+    number = links.start(0, ("a",), 0, 10, lambda now: None)
+    assert len(links.due(10)) == 1
+    links.cancel(number, 10)
+    assert links.next_ns() is None and not len(links)
+
+
 def test_thirds_are_not_rounded_on_the_way() -> None:
     """Three of 1000 take 3000, whatever else comes and goes in between at odd times."""
     assert set(ends([(0, ("a",), 0, 1000)] * 3).values()) == {3000}
