@@ -26,8 +26,9 @@ SECTIONS = {
     "clock": "ClockConfig",
     "hardware": "HardwareConfig",
     "quality": "QualityConfig",
+    "cluster": "ClusterConfig",
 }
-"""Sections of our own and their models in ``core/config.py``, which only ``show`` imports."""
+"""Sections of our own and their models in ``core/config``, which only ``show`` imports."""
 WIDTH = 100
 """Columns that ``show`` keeps to."""
 
