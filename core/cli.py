@@ -70,7 +70,7 @@ def _command(argv: Sequence[str]) -> None:
 
         print(f"servelab {__version__}")
     elif args[:1] in (["plugins"], ["show"]):
-        from servelab.core.listing import command
+        from servelab.plugins.commands.listing import command
 
         command(args)
     elif is_command(args):
@@ -98,7 +98,7 @@ def _hydra(args: Sequence[str]) -> None:
 
     from servelab.core.overrides import check_choices, normalize
     from servelab.core.searchpath import install
-    from servelab.core.sweep import sweeper
+    from servelab.plugins.sweeps import sweeper
     from servelab.core.verbosity import take_level
 
     if PRINTS & {arg.partition("=")[0] for arg in args}:

@@ -16,7 +16,7 @@ BUILT_IN = {
     "plugins": "all plugins: papers, tiers, what is disabled and why",
     "show": "one plugin or section: its settings with units, bounds and origins",
 }
-"""Commands of the core itself (``core/listing.py``)."""
+"""Commands of the core itself (``plugins/commands/listing.py``)."""
 
 Main = Callable[[Sequence[str]], None]
 

@@ -12,7 +12,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from servelab.core.api import ServeLabError
-from servelab.core.cells import Found
+from servelab.plugins.tasks._cells import Found
 from servelab.core.environment import environment
 from servelab.plugins.tasks._rows import Row, tally
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from servelab.core.api import ConfigError
-from servelab.core.cells import Cell, CellResult, Found
+from servelab.plugins.tasks._cells import Cell, CellResult, Found
 from servelab.core.errors import nearest
 
 Lookup = Callable[[float], bool | None]

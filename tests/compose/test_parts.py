@@ -14,7 +14,7 @@ from servelab.core.compose import Run, compose
 from servelab.core.config import Choice, PartOf, choice_of, validate
 from servelab.core.context import Context
 from servelab.core.errors import CapabilityError, ConfigError, PluginError, WorkloadError
-from servelab.core.listing import type_text
+from servelab.plugins.commands.listing import type_text
 from servelab.core.records import RequestFinished
 from servelab.core.registry import Registry
 from servelab.core.request import Arrival, Cancel

@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 from docs_pages.markdown import page, prose, table
 from docs_pages.plugins import IN_TREE, settings_model
 from servelab.core import config
-from servelab.core.listing import SECTIONS, default_text, type_text
+from servelab.plugins.commands.listing import SECTIONS, default_text, type_text
 from servelab.core.registry import selection
 
 INTRO = """Every setting of a run. On the command line they are written `section.field=value`, as in

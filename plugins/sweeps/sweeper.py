@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from servelab.core import __version__
 from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.interrupt import Interruptions, interrupted_by, taking
-from servelab.core.sweep.folder import (
+from servelab.plugins.sweeps.folder import (
     ERROR_FILE,
     LOCK_FILE,
     STOP_FILE,
@@ -35,12 +35,12 @@ from servelab.core.sweep.folder import (
     job_folders,
     read_state,
 )
-from servelab.core.sweep.job import Job, named, warm_up
+from servelab.plugins.sweeps.job import Job, named, warm_up
 
 log = logging.getLogger("servelab.sweep")
 
 LOST = "the process that looked after it was lost"
-TARGET = "servelab.core.sweep.sweeper.Sweeper"
+TARGET = "servelab.plugins.sweeps.sweeper.Sweeper"
 """Names it in ``configs/hydra/sweeper``."""
 
 
