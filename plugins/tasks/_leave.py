@@ -12,8 +12,8 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from servelab.core.api import ServeLabError
-from servelab.plugins.tasks._cells import Found
 from servelab.core.environment import environment
+from servelab.plugins.tasks._cells import Found
 from servelab.plugins.tasks._rows import Row, tally
 
 if TYPE_CHECKING:

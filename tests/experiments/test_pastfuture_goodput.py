@@ -9,9 +9,9 @@ import pytest
 from tests.experiments.conftest import Do
 from tests.experiments.test_pastfuture_toy import context
 
-from servelab.plugins.tasks._cells import CellResult
 from servelab.core.metrics import Timeline
 from servelab.core.records import RequestFinished, RunStarted, StepDone
+from servelab.plugins.tasks._cells import CellResult
 from servelab.plugins.tasks.pastfuture_goodput import (
     POLICIES,
     GoodputStudy,

@@ -11,11 +11,12 @@ import yaml
 from pydantic import BaseModel
 
 import servelab.core
-from servelab.core import listing, overrides
+from servelab.core import overrides
 from servelab.core.config import PLUGIN_SECTIONS, RunConfig, Section
 from servelab.core.families import KINDS
 from servelab.core.hookspecs import EVENT_OF_RECORD, Events, Registration
 from servelab.core.registry import EVENT_HOOKS, HOOKS, Registry
+from servelab.plugins.commands.show import SECTIONS
 
 REGISTRY = Registry.load()
 IN_TREE = [key for key, provider in sorted(REGISTRY.providers.items()) if provider.distribution == "servelab"]
@@ -70,8 +71,8 @@ def _sections(base: type[BaseModel] = Section) -> list[type[BaseModel]]:
 def test_every_section_of_ours_can_be_shown() -> None:
     """``servelab show SECTION`` and the reference page know each."""
     own = set(RunConfig.model_fields) - set(PLUGIN_SECTIONS) - {"seed"}
-    assert set(listing.SECTIONS) == own
-    for section, name in listing.SECTIONS.items():
+    assert set(SECTIONS) == own
+    for section, name in SECTIONS.items():
         annotation = str(RunConfig.model_fields[section].annotation)
         assert f".{name}'" in annotation or f".{name} " in annotation
 
