@@ -12,11 +12,12 @@ from typing import Any, Literal, TypeVar, get_args
 
 from servelab.core.engine.contexts import Contexts
 from servelab.core.engine.lane import Lane
-from servelab.core.engine.ledger import Ledger, Transfer
+from servelab.core.engine.ledger import Ledger
 from servelab.core.engine.moving import Moving
 from servelab.core.engine.reuse import Reuse
 from servelab.core.engine.samples import Samples
 from servelab.core.engine.state import Request, arrival_record
+from servelab.core.engine.swap import Transfer, finish_transfer, swap_in, swap_out
 from servelab.core.engine.validate import PlanCheck
 from servelab.core.engine.views import Expiring, ProgramView, StepView, renew_view, renew_views
 from servelab.core.errors import LedgerError, PluginCallError, PluginError, ServeLabError, WorkloadError
@@ -113,10 +114,10 @@ class Engine:
         self.step = 0
         self.epoch = 0
         """Changes after every call of the scheduler."""
-        self.ledger = Ledger(kvcache, kvcache_name, layout, capacity)
-        self.ledger.any_order = limits.lanes > 1
         self.reuse = Reuse(self, prefix, prefix_name) if prefix is not None else None
-        self.ledger.reuse = self.reuse
+        self.ledger = Ledger(
+            kvcache, kvcache_name, layout, capacity, reuse=self.reuse, any_order=limits.lanes > 1
+        )
         self.requests: dict[str, Request] = {}
         """Every live request."""
         self.waiting: OrderedDict[str, Request] = OrderedDict()
@@ -262,7 +263,7 @@ class Engine:
         for verdict in plan.swap_ins:
             r = verdict.request._r
             self._move(r, self.swapped, Phase.LOADING)
-            self.start_transfer(self.ledger.swap_in(r))
+            self.start_transfer(swap_in(self.ledger, r))
         return True
 
     def _preempt(self, r: Request, mode: str, reason: str) -> None:
@@ -278,7 +279,7 @@ class Engine:
             self.waiting.move_to_end(r.id, last=False)
         elif mode == "swap":
             self._move(r, source, Phase.SWAPPING)
-            self.start_transfer(self.ledger.swap_out(r))
+            self.start_transfer(swap_out(self.ledger, r))
         else:
             self._move(r, source, Phase.PAUSED)
             self.paused[r.id] = r
@@ -462,7 +463,7 @@ class Engine:
         self.break_holds()
         live = self.requests.get(transfer.request_id)
         r = live if live is not None and live.lease is transfer.lease else None
-        self.ledger.finish_transfer(transfer, r)
+        finish_transfer(self.ledger, transfer, r)
         self.emit(TransferEnded(t_ns=self.now_ns, engine=self.index, transfer=transfer.id))
         if r is None:
             return

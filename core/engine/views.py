@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from servelab.core.engine.contexts import Context, Contexts
 from servelab.core.engine.lane import position
-from servelab.core.engine.ledger import Ledger, place
+from servelab.core.engine.ledger import Ledger
+from servelab.core.engine.pages import place
 from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import CapabilityError, ViewError
 from servelab.core.events import Batch

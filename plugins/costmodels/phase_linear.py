@@ -31,7 +31,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from servelab.core.api import ConfigError, Context
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 from servelab.plugins.costmodels._least_squares import least_squares
 from servelab.plugins.costmodels._measured import (

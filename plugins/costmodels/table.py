@@ -34,7 +34,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from servelab.core.api import ConfigError, Context
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 from servelab.plugins.costmodels._curve import Curve
 from servelab.plugins.costmodels._measured import (

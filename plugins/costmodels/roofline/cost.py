@@ -38,7 +38,7 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 from servelab.core.api import ConfigError, Context
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 from servelab.core.sites import kv_share, weight_bytes
 from servelab.plugins.costmodels.roofline.decode import Decodes
