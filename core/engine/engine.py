@@ -139,8 +139,8 @@ class Engine:
         self._lanes = [Lane(self, i) for i in range(limits.lanes)]
         self.launches = 0
         self._plans = 0
-        self._stirred = True
-        """Something happened, since lanes were last asked, that an idle one has not seen."""
+        self._stirs, self._seen = 1, 0
+        """Changes so far, and those that every idle lane has been asked about."""
         self._lost: str | None = None
         self._out: list[Command] = []
         self._view = StepView(self)
@@ -190,7 +190,8 @@ class Engine:
 
         After a step of a hold that goes on nobody is asked: there is nothing that the others have not seen.
         """
-        launched, quiet = self.launches, not self._stirred
+        launched, stirs = self.launches, self._stirs
+        quiet = stirs == self._seen
         for lane in sorted(self._lanes, key=_ran_last):
             while lane.is_open and self._lost is None:
                 batch = lane.repeat()
@@ -202,9 +203,9 @@ class Engine:
                     break
             if quiet:
                 break
-        self._stirred = False
+        self._seen = stirs
         busy = [lane for lane in self._lanes if lane.flights]
-        if len(busy) == 1:
+        if len(busy) == 1 and self._stirs == stirs:
             self._fast_forward(busy[0], launched)
 
     def _fast_forward(self, lane: Lane, launched: int) -> None:
@@ -224,6 +225,7 @@ class Engine:
         changed = self._apply(plan)
         if changed or (plan.work and len(self._lanes) > 1):  # other lanes decided without knowing of this
             self.break_holds(keep=lane)
+            self._stirs += changed
         if plan.wake_at is not None:
             self._out.append(SetTimer(plan.wake_at))
         if not plan.work:
@@ -363,7 +365,7 @@ class Engine:
     def break_holds(self, keep: Lane | None = None) -> None:
         """Something happened: lanes that repeat a plan must ask again."""
         if keep is None:
-            self._stirred = True
+            self._stirs += 1
         for lane in self._lanes:
             if lane is not keep and (interrupt := lane.end_hold()) is not None:
                 self._out.append(interrupt)
@@ -452,7 +454,7 @@ class Engine:
             )
         self.break_holds(keep=lane)  # they did not count with its pages, nor with what it brings
         batch, step, start_ns, emitted, done = lane.land(event)
-        self._stirred = self._stirred or not lane.holds
+        self._stirs += not lane.holds
         self.emit(
             StepDone(
                 t_ns=event.ends_ns[-1],

@@ -285,7 +285,7 @@ class Lane:
         if self._work is not None:  # cut short only to see how far it is: the hold goes on
             self._steps_left += batch.steps - steps - event.more
         engine.ledger.settle(batch.launch)
-        emitted, done = self._commit(batch, event)
+        emitted, done, dropped = self._commit(batch, event)
         first = batch.first_step
         start_ns = max(launched_ns, self.last_end_ns)
         self.last_end_ns = ends[-1]
@@ -295,6 +295,8 @@ class Lane:
         else:
             self.flights.popleft()
         engine.ledger.landed(leases)
+        if dropped and engine.somebody_waits:  # planned ahead, it kept pages of requests that are gone
+            self._work = None
         if engine.ledger.windows:
             self._slide(batch)
         if engine.reuse is not None:
@@ -349,17 +351,20 @@ class Lane:
         batch.steps = 1
         self.flights[0] = (batch, self.last_end_ns)
 
-    def _commit(self, batch: Batch, event: LaunchDone) -> tuple[list[int], Done]:
+    def _commit(self, batch: Batch, event: LaunchDone) -> tuple[list[int], Done, bool]:
+        """Output tokens of each row, who finished, and whether a row was of a request that is gone."""
         ends = event.ends_ns
         steps = len(ends)
         reserve = self._engine.ledger.reserve
         extras, end, finished = batch.extras, ends[-1], Phase.FINISHED
         emitted: list[int] = []
         done: Done = []
+        dropped = False
         rows = zip(batch.requests, batch.leases, event.outcomes, batch.tokens, batch.samples, strict=True)
         for r, lease, out, n, sampled in rows:
             if r.lease is not lease or r.phase is finished:
                 emitted.append(0)  # preempted or ended meanwhile: its outcome is dropped
+                dropped = True
                 continue
             r.launches -= 1
             new = out.tokens
@@ -396,7 +401,7 @@ class Lane:
                 r.computed += more
             if out.finish is not None or generated >= r.max_new_tokens:
                 done.append((r, out.finish or "length"))
-        return emitted, done
+        return emitted, done, dropped
 
     def _commit_special(self, item: Tokens, r: Request, out: Outcome, end: int, batch: Batch, i: int) -> int:
         """Commit an item with layers, drafts or rewrites; returns the output tokens it brought."""
