@@ -140,6 +140,8 @@ class Engine:
         self._lanes = [Lane(self, i) for i in range(limits.lanes)]
         self.launches = 0
         self._plans = 0
+        self._stirs, self._seen = 1, 0
+        """Changes so far, and those that every idle lane has been asked about."""
         self._lost: str | None = None
         self._out: list[Command] = []
         self._view = StepView(self)
@@ -172,20 +174,59 @@ class Engine:
         return out
 
     def _schedule(self, _: Schedule) -> None:
-        for lane in self._lanes:
+        lanes = self._lanes
+        if len(lanes) > 1:
+            self._schedule_lanes()
+            return
+        (lane,) = lanes
+        while lane.is_open and self._lost is None:
+            batch = lane.repeat()
+            if batch is not None:
+                self._out.append(Launch(batch))
+            elif not (self.requests or self.contexts.kept) or not self._plan_lane(lane):
+                break
+
+    def _schedule_lanes(self) -> None:
+        """As for one. Who ran last is asked first, so that requests stay on their lane.
+
+        After a step of a hold that goes on nobody is asked: there is nothing that the others have not seen.
+        """
+        launched, stirs = self.launches, self._stirs
+        quiet = stirs == self._seen
+        for lane in sorted(self._lanes, key=_ran_last):
             while lane.is_open and self._lost is None:
                 batch = lane.repeat()
                 if batch is not None:
                     self._out.append(Launch(batch))
-                elif not (self.requests or self.contexts.kept) or not self._plan_lane(lane):
+                    continue
+                quiet = False
+                if not (self.requests or self.contexts.kept) or not self._plan_lane(lane):
                     break
+            if quiet:
+                break
+        self._seen = stirs
+        busy = [lane for lane in self._lanes if lane.flights]
+        if len(busy) == 1 and self._stirs == stirs:
+            self._fast_forward(busy[0], launched)
+
+    def _fast_forward(self, lane: Lane, launched: int) -> None:
+        """It runs alone: what other lanes do comes after an event, which cuts a launch of several steps."""
+        batch, _ = lane.flights[-1]
+        if batch.launch <= launched:
+            return
+        lane.lengthen(batch)
+        for command in self._out:  # of a plan made at this instant
+            if isinstance(command, Emit) and isinstance(command.record, Planned):
+                if command.record.step == batch.first_step and command.record.work:
+                    command.record.held = batch.steps
 
     def _plan_lane(self, lane: Lane) -> bool:
         """Ask, validate, apply, launch. False when there is nothing (more) to do now."""
         plan = self._decide(lane)
         changed = self._apply(plan)
-        if changed:  # other lanes may be repeating work of requests that are gone now
+        if changed or (plan.work and len(self._lanes) > 1):  # other lanes decided without knowing of this
             self.break_holds(keep=lane)
+            self._stirs += changed
         if plan.wake_at is not None:
             self._out.append(SetTimer(plan.wake_at))
         if not plan.work:
@@ -324,6 +365,8 @@ class Engine:
 
     def break_holds(self, keep: Lane | None = None) -> None:
         """Something happened: lanes that repeat a plan must ask again."""
+        if keep is None:
+            self._stirs += 1
         for lane in self._lanes:
             if lane is not keep and (interrupt := lane.end_hold()) is not None:
                 self._out.append(interrupt)
@@ -410,8 +453,9 @@ class Engine:
                 why="launches of a lane end in the order they were started",
                 do="mend the driver or executor",
             )
-        self.break_holds(keep=lane)
+        self.break_holds(keep=lane)  # they did not count with its pages, nor with what it brings
         batch, step, start_ns, emitted, done = lane.land(event)
+        self._stirs += not lane.holds
         self.emit(
             StepDone(
                 t_ns=event.ends_ns[-1],
@@ -682,6 +726,10 @@ class Engine:
                 f"on and {self.ended} ended",
                 why="every request gets exactly one terminal event",
             )
+
+
+def _ran_last(lane: Lane) -> tuple[int, int]:
+    return -lane.last_end_ns, lane.index
 
 
 def _verdicts(items: Sequence[object]) -> list[tuple[str, str]]:
