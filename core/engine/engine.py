@@ -263,7 +263,7 @@ class Engine:
         if self.full_checks:
             renew_views(self)
             view = Expiring(view, self)
-        return self.call(self._plan, view, f"plan(), step {self.step}, lane {lane.index}")
+        return self.call(self._plan, view, "plan(), step {}, lane {}", self.step, lane.index)
 
     def show(self, r: Request) -> RequestView:
         """The view a scheduler may be given of one request, for one call."""
@@ -271,8 +271,8 @@ class Engine:
             renew_view(self, r)
         return r.seen
 
-    def call(self, method: Callable[[Any], T], argument: Any, where: str) -> T:
-        """Call the scheduler; views it is given expire when it returns."""
+    def call(self, method: Callable[[Any], T], argument: Any, where: str, *details: object) -> T:
+        """Call the scheduler; views it is given expire when it returns. ``where`` is a format, for errors."""
         try:
             return method(argument)
         except ServeLabError:
@@ -280,7 +280,7 @@ class Engine:
         except Exception as exc:
             raise PluginCallError(
                 f"scheduler {self.scheduler_name!r} raised {type(exc).__name__}: {exc}",
-                where=f"{where}, t={self.now_ns} ns",
+                where=f"{where.format(*details)}, t={self.now_ns} ns",
                 why="the exception is chained below (SERVELAB_TRACEBACK=1 shows it)",
                 do="mend the plugin",
             ) from exc
@@ -644,7 +644,7 @@ class Engine:
 
     def teach(self, record: Record) -> None:
         if self._learn is not None:
-            self.call(self._learn, record, f"on_event(), record {record.ev!r}")
+            self.call(self._learn, record, "on_event(), record {!r}", record.ev)
 
     def _log_plan(self, lane: Lane, plan: StepPlan, step: int, held: int) -> None:
         if not self.plan_log:
