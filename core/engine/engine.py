@@ -216,9 +216,9 @@ class Engine:
             return
         lane.lengthen(batch)
         for command in self._out:  # of a plan made at this instant
-            if isinstance(command, Emit) and isinstance(command.record, Planned):
-                if command.record.step == batch.first_step and command.record.work:
-                    command.record.held = batch.steps
+            record = command.record if isinstance(command, Emit) else None
+            if isinstance(record, Planned) and record.step == batch.first_step and record.work:
+                record.held = batch.steps
 
     def _plan_lane(self, lane: Lane) -> bool:
         """Ask, validate, apply, launch. False when there is nothing (more) to do now."""
