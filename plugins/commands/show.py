@@ -25,9 +25,9 @@ SECTIONS = {
     "slo": "SLOConfig",
     "model": "ModelConfig",
     "clock": "ClockConfig",
+    "cluster": "ClusterConfig",
     "hardware": "HardwareConfig",
     "quality": "QualityConfig",
-    "cluster": "ClusterConfig",
 }
 """Sections of our own and their models in ``core/config``, which only ``show`` imports."""
 WIDTH = 100
