@@ -63,6 +63,8 @@ class Ledger:
             for pool, pages in zip(self.pools, capacity.device_pages, strict=True)
         )
         """Device pages per pool that admissions leave free."""
+        self.kept_free = self.watermark if any(self.watermark) else None
+        """Likewise; None: none of any."""
         self._scratch = getattr(kvcache, "scratch", None)
         self._any_order = any_order
         self.transfers = 0
@@ -87,7 +89,7 @@ class Ledger:
         """Free pages per pool, promises deducted, those that a prefix store would give up included."""
         if self.reuse is not None and tier == "device":
             return tuple(pages.left() for pages in self.device)
-        return tuple(t.free - t.promised for t in (self.device if tier == "device" else self.host))
+        return tuple([t.free - t.promised for t in (self.device if tier == "device" else self.host)])
 
     def total(self, tier: str = "device") -> tuple[int, ...]:
         """Pages per pool that are not withdrawn."""
@@ -212,12 +214,11 @@ class Ledger:
         if n <= r.slack:
             return
         needs = self.missing(r, n)
-        for i, need in enumerate(needs):
-            tier = self.device[i]
+        for need, tier in zip(needs, self.device, strict=True):
             if need > tier.free - tier.promised and need > (left := tier.left()):
                 raise LedgerError(
                     f"request {r.id} cannot get {need} pages",
-                    where=f"pool {self.pools[i].id!r}, kvcache {self.chooser.name!r}",
+                    where=f"pool {tier.pool_id!r}, kvcache {self.chooser.name!r}",
                     why=f"{left} pages are free",
                     do="preempt first, or plan fewer tokens",
                 )

@@ -116,13 +116,12 @@ class Pages:
         """Hold ``n`` free pages that the kvcache chooses, for a request or for nobody."""
         if n > self.free and self.reuse is not None:
             self._evict(self.reuse, n - self.free)
-        name = self._chooser.name
+        chooser = self._chooser
         try:
-            choose = self._chooser.kvcache.choose
-            pages = list(choose(self.pool, self.tier, n, r.view if r is not None else None))
+            pages = list(chooser.kvcache.choose(self.pool, self.tier, n, r.view if r is not None else None))
         except Exception as exc:
-            raise self._chooser.fault(exc, "choose") from exc
-        refs = self.refs
+            raise chooser.fault(exc, "choose") from exc
+        name, refs, reading = chooser.name, self.refs, self.reading
         if len(pages) != n:
             raise LedgerError(
                 f"kvcache {name!r} chose {len(pages)} pages, asked for {n}",
@@ -131,7 +130,7 @@ class Pages:
                 do="choose() must return exactly n free pages",
             )
         for page in pages:
-            if not 0 <= page < len(refs) or refs[page] != 0 or page in self.reading:
+            if not 0 <= page < len(refs) or refs[page] or page in reading:
                 state = "outside the pool"
                 if 0 <= page < len(refs):
                     state = f"held ({refs[page]} references)" if refs[page] else "still read in flight"
@@ -166,12 +165,12 @@ class Pages:
         refs = self.refs
         freed = []
         for page in pages:
-            count = refs[page]
-            if count == 1:
+            count = refs[page] - 1
+            if not count:
                 freed.append(page)
-            elif count < 1:
+            elif count < 0:
                 raise LedgerError(f"page {page} of {self.tier} pool {self.pool_id!r} released twice")
-            refs[page] = count - 1
+            refs[page] = count
         if self.reading:
             freed = [page for page in freed if page not in self.reading]
         if freed:

@@ -117,7 +117,7 @@ class KVBudget:
         self._ledger = ledger
         self._left = list(ledger.free())
         self._withdraw = ledger.withdrawing()
-        self._keep = ledger.watermark if any(ledger.watermark) else None
+        self._keep = ledger.kept_free
         self._scratches = ledger.scratches()
         self._busy = busy
         """Somebody runs: the watermark holds. Else nothing would ever free the pages it waits for."""

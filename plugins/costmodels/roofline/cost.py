@@ -186,7 +186,10 @@ class RooflineCost:
         """Joules of each step beyond an idle device's; see ``energy``. As fast as ``price``."""
         assert self.power is not None, "asked only where idle_watts is known"
         if _is_plain(batch):
-            found = self._joules(sum(batch.tokens), sum(batch.samples), *_split(batch), 1)
+            chunks, decodes = _split(batch)
+            if not chunks:
+                return self._joules(len(decodes), sum(batch.samples), [], decodes, steps)
+            found = self._joules(sum(batch.tokens), sum(batch.samples), chunks, decodes, 1)
         else:
             lanes = self.breakdown(batch).lanes
             found = [self.power.joules(lanes["compute"], lanes["memory"])]
