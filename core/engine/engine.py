@@ -190,9 +190,10 @@ class Engine:
 
         After a step of a hold that goes on nobody is asked: there is nothing that the others have not seen.
         """
+        lanes = sorted(self._lanes, key=_ran_last)
         launched, stirs = self.launches, self._stirs
-        quiet = stirs == self._seen
-        for lane in sorted(self._lanes, key=_ran_last):
+        quiet = stirs == self._seen and lanes[0].holds and lanes[0].is_open
+        for lane in lanes:
             while lane.is_open and self._lost is None:
                 batch = lane.repeat()
                 if batch is not None:
@@ -214,10 +215,10 @@ class Engine:
         if batch.launch <= launched:
             return
         lane.lengthen(batch)
-        for command in self._out:  # of a plan made at this instant
-            if isinstance(command, Emit) and isinstance(command.record, Planned):
-                if command.record.step == batch.first_step and command.record.work:
-                    command.record.held = batch.steps
+        for command in self._out:
+            record = command.record if isinstance(command, Emit) else None
+            if isinstance(record, Planned) and record.work and record.step == batch.first_step:
+                record.held = batch.steps
 
     def _plan_lane(self, lane: Lane) -> bool:
         """Ask, validate, apply, launch. False when there is nothing (more) to do now."""
