@@ -12,11 +12,12 @@ from typing import Any, Literal, TypeVar, get_args
 
 from servelab.core.engine.contexts import Contexts
 from servelab.core.engine.lane import Lane
-from servelab.core.engine.ledger import Ledger, Transfer
+from servelab.core.engine.ledger import Ledger
 from servelab.core.engine.moving import Moving
 from servelab.core.engine.reuse import Reuse
 from servelab.core.engine.samples import Samples
 from servelab.core.engine.state import Request, arrival_record
+from servelab.core.engine.swap import Transfer, finish_transfer, swap_in, swap_out
 from servelab.core.engine.validate import PlanCheck
 from servelab.core.engine.views import Expiring, ProgramView, StepView, renew_view, renew_views
 from servelab.core.errors import LedgerError, PluginCallError, PluginError, ServeLabError, WorkloadError
@@ -113,10 +114,10 @@ class Engine:
         self.step = 0
         self.epoch = 0
         """Changes after every call of the scheduler."""
-        self.ledger = Ledger(kvcache, kvcache_name, layout, capacity)
-        self.ledger.any_order = limits.lanes > 1
         self.reuse = Reuse(self, prefix, prefix_name) if prefix is not None else None
-        self.ledger.reuse = self.reuse
+        self.ledger = Ledger(
+            kvcache, kvcache_name, layout, capacity, reuse=self.reuse, any_order=limits.lanes > 1
+        )
         self.requests: dict[str, Request] = {}
         """Every live request."""
         self.waiting: OrderedDict[str, Request] = OrderedDict()
@@ -215,9 +216,9 @@ class Engine:
         if batch.launch <= launched:
             return
         lane.lengthen(batch)
-        for command in self._out:
+        for command in self._out:  # of a plan made at this instant
             record = command.record if isinstance(command, Emit) else None
-            if isinstance(record, Planned) and record.work and record.step == batch.first_step:
+            if isinstance(record, Planned) and record.step == batch.first_step and record.work:
                 record.held = batch.steps
 
     def _plan_lane(self, lane: Lane) -> bool:
@@ -263,7 +264,7 @@ class Engine:
         if self.full_checks:
             renew_views(self)
             view = Expiring(view, self)
-        return self.call(self._plan, view, f"plan(), step {self.step}, lane {lane.index}")
+        return self.call(self._plan, view, "plan(), step {}, lane {}", self.step, lane.index)
 
     def show(self, r: Request) -> RequestView:
         """The view a scheduler may be given of one request, for one call."""
@@ -271,8 +272,8 @@ class Engine:
             renew_view(self, r)
         return r.seen
 
-    def call(self, method: Callable[[Any], T], argument: Any, where: str) -> T:
-        """Call the scheduler; views it is given expire when it returns."""
+    def call(self, method: Callable[[Any], T], argument: Any, where: str, *details: object) -> T:
+        """Call the scheduler; views it is given expire when it returns. ``where`` is a format, for errors."""
         try:
             return method(argument)
         except ServeLabError:
@@ -280,7 +281,7 @@ class Engine:
         except Exception as exc:
             raise PluginCallError(
                 f"scheduler {self.scheduler_name!r} raised {type(exc).__name__}: {exc}",
-                where=f"{where}, t={self.now_ns} ns",
+                where=f"{where.format(*details)}, t={self.now_ns} ns",
                 why="the exception is chained below (SERVELAB_TRACEBACK=1 shows it)",
                 do="mend the plugin",
             ) from exc
@@ -304,7 +305,7 @@ class Engine:
         for verdict in plan.swap_ins:
             r = verdict.request._r
             self._move(r, self.swapped, Phase.LOADING)
-            self.start_transfer(self.ledger.swap_in(r))
+            self.start_transfer(swap_in(self.ledger, r))
         return True
 
     def _preempt(self, r: Request, mode: str, reason: str) -> None:
@@ -320,7 +321,7 @@ class Engine:
             self.waiting.move_to_end(r.id, last=False)
         elif mode == "swap":
             self._move(r, source, Phase.SWAPPING)
-            self.start_transfer(self.ledger.swap_out(r))
+            self.start_transfer(swap_out(self.ledger, r))
         else:
             self._move(r, source, Phase.PAUSED)
             self.paused[r.id] = r
@@ -507,7 +508,7 @@ class Engine:
         self.break_holds()
         live = self.requests.get(transfer.request_id)
         r = live if live is not None and live.lease is transfer.lease else None
-        self.ledger.finish_transfer(transfer, r)
+        finish_transfer(self.ledger, transfer, r)
         self.emit(TransferEnded(t_ns=self.now_ns, engine=self.index, transfer=transfer.id))
         if r is None:
             return
@@ -644,7 +645,7 @@ class Engine:
 
     def teach(self, record: Record) -> None:
         if self._learn is not None:
-            self.call(self._learn, record, f"on_event(), record {record.ev!r}")
+            self.call(self._learn, record, "on_event(), record {!r}", record.ev)
 
     def _log_plan(self, lane: Lane, plan: StepPlan, step: int, held: int) -> None:
         if not self.plan_log:
