@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Iterable
 from random import Random
 
 
@@ -35,23 +36,30 @@ class PastLengths:
         lengths = self._sorted
         return min(lengths[int(self._random() * len(lengths))], cap)
 
-    def draw_longer(self, produced: int, cap: int, n: int) -> list[int]:
-        """``n`` draws of the output length of a request that has produced some of it.
+    def draw_longer(self, requests: Iterable[tuple[int, int]], n: int) -> list[list[int]]:
+        """``n`` draws each of the output length of requests that have produced some of it.
 
         Interpolates between neighbours of [produced] + {h > produced} + [cap, if larger than the last].
+
+        Args:
+            requests: output tokens produced, and the cap, of each.
+            n: draws of each.
         """
-        lengths, random = self._sorted, self._random
-        first = bisect_right(lengths, produced)
-        longer = len(lengths) - first
-        gaps = longer + (cap > (lengths[-1] if longer else produced))
-        drawn = []
-        for _ in range(n):
-            u = random() * gaps
-            k = int(u)
-            left = lengths[first + k - 1] if k else produced
-            right = lengths[first + k] if k < longer else cap
-            length = round(left + (right - left) * (u - k))
-            drawn.append(length if length < cap else cap)
+        lengths, random, drawn = self._sorted, self._random, []
+        size, last, times = len(lengths), lengths[-1], range(n)
+        for produced, cap in requests:
+            first = bisect_right(lengths, produced)
+            longer = size - first
+            gaps = longer + (cap > (last if longer else produced))
+            own = []
+            for _ in times:
+                u = random() * gaps
+                k = int(u)
+                left = lengths[first + k - 1] if k else produced
+                right = lengths[first + k] if k < longer else cap
+                length = round(left + (right - left) * (u - k))
+                own.append(length if length < cap else cap)
+            drawn.append(own)
         return drawn
 
     def describe(self) -> str:
