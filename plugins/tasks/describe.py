@@ -19,12 +19,12 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from servelab.core.api import Context, ServeLabError
+from servelab.core.api import Context
+from servelab.core.run_folder import write_file
 from servelab.plugins.tasks._traffic import QUANTILES, Traffic
 
 if TYPE_CHECKING:
@@ -69,11 +69,11 @@ class Describe:
                 "measured": figures,
                 "described": said,
             }
-            _write(self._folder / JSON_FILE, json.dumps(about, indent=2, allow_nan=False) + "\n")
+            write_file(self._folder / JSON_FILE, json.dumps(about, indent=2, allow_nan=False) + "\n")
             if self._config.plot:
                 from servelab.plugins.tasks._traffic_plot import draw
 
-                _write(self._folder / PLOT_FILE, draw(traffic, str(title)))
+                write_file(self._folder / PLOT_FILE, draw(traffic, str(title)))
             lines += ["", f"artefacts: {self._folder}"]
         _print("\n".join(lines))
         rate = figures["requests_per_s"]
@@ -197,16 +197,3 @@ def _print(text: str) -> None:
     with suppress(BrokenPipeError):  # nobody reads any more, as in `... | head`; the files are written
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError as exc:
-        raise ServeLabError(
-            f"{path.name} cannot be written",
-            where=str(path),
-            why=exc.strerror or str(exc),
-            do="free space, or choose another run folder (hydra.run.dir=...)",
-        ) from exc

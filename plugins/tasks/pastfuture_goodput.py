@@ -51,9 +51,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from servelab.core.api import Context, hookimpl
-from servelab.core.cells import Cell, CellResult, Found
 from servelab.core.metrics import Timeline
 from servelab.core.records import RequestFinished, RunStarted, StepDone
+from servelab.plugins.tasks._cells import Cell, CellResult, Found
 from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig, values
 from servelab.plugins.tasks._rows import Row, at_least, at_most, below, mean_and_spread, measured, within
 

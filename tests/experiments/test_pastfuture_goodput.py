@@ -9,10 +9,10 @@ import pytest
 from tests.experiments.conftest import Do
 from tests.experiments.test_pastfuture_toy import context
 
-from servelab.core.cells import CellResult
 from servelab.core.metrics import Timeline
 from servelab.core.records import RequestFinished, RunStarted, StepDone
 from servelab.plugins.tasks import pastfuture_goodput
+from servelab.plugins.tasks._cells import CellResult
 from servelab.plugins.tasks.pastfuture_goodput import (
     D1,
     LAWS,
