@@ -9,13 +9,19 @@ from random import Random
 
 
 class PastLengths:
-    """The last ``window`` output lengths; at first ``window / 2`` copies of ``initial``, at least one.
+    """The last ``window`` output lengths; at first some copies of ``initial``.
+
+    Args:
+        window: lengths remembered.
+        initial: the length to begin with.
+        rng: the only source of chance.
+        copies: of it; None: half of the window, at least one.
 
     Each draw takes one number of ``rng.random()``. Draws are cut at the request's own output cap.
     """
 
-    def __init__(self, window: int, initial: int, rng: Random) -> None:
-        copies = max(1, window // 2)
+    def __init__(self, window: int, initial: int, rng: Random, copies: int | None = None) -> None:
+        copies = max(1, window // 2) if copies is None else copies
         self._recent = deque([initial] * copies, maxlen=window)
         self._sorted = [initial] * copies
         self._random = rng.random

@@ -43,8 +43,9 @@ Tier: prototype: its toy study is reproduced (``pastfuture_toy``), of its goodpu
 from __future__ import annotations
 
 from operator import sub
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from servelab.core.api import Context, Record, RequestFinished, RequestView
 from servelab.plugins.schedulers._future_peak import FuturePeak
@@ -75,10 +76,22 @@ class PastFutureConfig(ComposerConfig):
     initial_length: int | None = Field(
         None,
         ge=1,
-        description="output tokens of each of the W/2 entries the window begins with; None: the longest "
-        "output the model allows, so that a cold start is conservative (artifact server: its longest output; "
-        "toy study: 512)",
+        description="output tokens of each entry that the window begins with; None: the longest output the "
+        "model allows, so that a cold start is conservative (artifact server: its longest output; toy study: "
+        "512)",
     )
+    initial_copies: int | None = Field(
+        None,
+        ge=1,
+        description="how many entries the window begins with, at most W: admission stays conservative until "
+        "about as many requests have finished; None: W/2 (artifact)",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.initial_copies is not None and self.initial_copies > self.window:
+            raise ValueError(f"initial_copies={self.initial_copies} do not fit in window={self.window}")
+        return self
 
 
 class PastFuture(LightLLM):
@@ -88,7 +101,7 @@ class PastFuture(LightLLM):
         super().__init__(config, ctx)
         self.config = config
         longest = config.initial_length or ctx.limits.max_model_len - 1
-        self.past = PastLengths(config.window, longest, ctx.rng)
+        self.past = PastLengths(config.window, longest, ctx.rng, config.initial_copies)
 
     def on_event(self, record: Record) -> None:
         if isinstance(record, RequestFinished) and record.outcome == "completed":

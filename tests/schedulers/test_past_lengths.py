@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from fractions import Fraction
+from pathlib import Path
 from random import Random
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from servelab.plugins.schedulers._past_lengths import PastLengths
+from servelab.plugins.schedulers.pastfuture import PastFutureConfig
 
 
 class Given(Random):
@@ -50,6 +54,35 @@ def test_it_begins_with_half_a_window_of_the_initial_length() -> None:
     made.record(6)
     rng.play(grid(10))
     assert [made.draw(99) for _ in range(10)] == [1, 2, 3, 4, 5, 6, 7, 7, 7, 7]
+
+
+def test_it_begins_with_as_many_copies_as_stated() -> None:
+    rng = Given()
+    made = PastLengths(10, 7, rng, copies=2)
+    for length in (1, 2):
+        made.record(length)
+    rng.play(grid(4))
+    assert [made.draw(99) for _ in range(4)] == [1, 2, 7, 7]
+    for length in range(3, 10):
+        made.record(length)
+    rng.play(grid(10))
+    assert [made.draw(99) for _ in range(10)] == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9], (
+        "it grows to the whole window"
+    )
+
+
+def test_from_the_command_line_the_window_is_the_papers_and_begins_with_two_entries() -> None:
+    file = Path(__file__).parents[2] / "configs" / "scheduler" / "pastfuture.yaml"
+    stated = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert stated.pop("name") == "pastfuture"
+    config = PastFutureConfig(**stated)
+    assert (config.window, config.initial_copies) == (1000, 2)
+    assert (PastFutureConfig().window, PastFutureConfig().initial_copies) == (1000, None)
+
+
+def test_copies_beyond_the_window_are_refused() -> None:
+    with pytest.raises(ValidationError, match="initial_copies=11 do not fit in window=10"):
+        PastFutureConfig(window=10, initial_copies=11)
 
 
 def test_the_oldest_goes_first() -> None:
