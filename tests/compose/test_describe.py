@@ -149,7 +149,7 @@ def test_the_table_says_what_it_is(describe: Describe, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert "BurstGPT-like" in said and "2,000" in said
     assert "where the generator's constants are from" in said
-    assert "requests longer than the model's 512 tokens are cut" in said
+    assert "longer than the model's 512 tokens and cut: " in said
     describe({"name": "mooncake", "path": str(TRACES / "mooncake.jsonl"), "prompt_scale": 0.25}, plot=False)
     assert "a cache would reuse" in capsys.readouterr().out
     describe(
