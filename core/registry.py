@@ -17,7 +17,7 @@ from typing import Any, NoReturn, cast
 import pluggy
 
 from servelab.core import __version__
-from servelab.core.commands import BUILT_IN, Command, Main, check_command, check_table
+from servelab.core.commands import Command, Main, check_command, check_table
 from servelab.core.errors import (
     INSTALL,
     ApiVersionError,
@@ -276,7 +276,7 @@ class Registry:
             for broken in self.broken:
                 if (broken.kind, broken.name) == ("command", name):
                     raise _refusal(broken)
-            raise self._nobody("command", name, [*BUILT_IN, *self.commands])
+            raise self._nobody("command", name, self.commands)
         command, where = self.commands[name], f"command {name!r} of {self.command_providers[name]}"
         try:
             main = import_target(command.target)

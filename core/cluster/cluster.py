@@ -59,6 +59,10 @@ if TYPE_CHECKING:
     from servelab.core.families.executor import Executor
 
 
+MOST_IN_VAIN = 1000
+"""Answers ``Hold`` about one request while nothing but the router could change anything."""
+
+
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A request held at the router."""
@@ -68,6 +72,8 @@ class Waiting:
     until_ns: int
     asked: int
     """How many reports there had been, or what time it was, when the router was asked last."""
+    in_vain: int = 0
+    """How often it was asked in a row while nothing else could happen."""
 
 
 class Cluster:
@@ -229,9 +235,8 @@ class Cluster:
         for request, index in prefilled:
             self._hand_over(request, index, now)
         self.moves.settle(now)
-        for id, one in list(self.held.items()):
+        for one in list(self.held.values()):
             if one.until_ns <= now or self._reports > one.asked:
-                del self.held[id]  # goes to the end of the queue if it is held again
                 self._place(one, "hold_end", now)
         if self._rebalance is not None:
             self._act(now)
@@ -288,6 +293,7 @@ class Cluster:
         answer = self._ask(spec, moment, now)
         if type(answer) is Dispatch:
             self._check_dispatch(answer, spec, now)
+            self.held.pop(spec.id, None)
             if answer.decide_decode_late or answer.decode not in (None, answer.prefill):
                 self._pairs[spec.id] = answer
             self._dispatch(one, answer.prefill, new, now)
@@ -298,13 +304,23 @@ class Cluster:
             if new:
                 self._tell_arrival(one)
                 self._driver.tell(RequestHeld(t_ns=now, engine=ROUTER, request=spec.id, until_ns=until))
+            one.in_vain = one.in_vain + 1 if not (new or self._restless or self._driver.going_on) else 0
+            if one.in_vain > MOST_IN_VAIN:
+                raise StallError(
+                    f"request {spec.id} is held at the router for ever",
+                    where=f"router {self.name!r}, t={now} ns",
+                    why=f"all instances are idle, nothing is to come, and it said Hold {MOST_IN_VAIN} times",
+                    do="dispatch or reject it",
+                )
             # what is reported at this instant, the router has seen or could have seen
             one.until_ns, one.asked = until, self._reports if self._interval else now
+            self.held.pop(spec.id, None)  # held again, it is the last in the queue
             self.held[spec.id] = one
             self._driver.wake_cluster(until)
         elif type(answer) is Reject:
             if new:
                 self._tell_arrival(one)
+            self.held.pop(spec.id, None)
             self._finish(one, "rejected", answer.reason, now)
         else:
             given = f"answered {answer!r:.60} for request {spec.id}"
@@ -407,10 +423,15 @@ class Cluster:
             return
         assert self._rebalance is not None
         self._rebalanced = self._reports if self._interval else max(now, self._reports)
-        for action in self._call(self._rebalance, now, self.view):
+        wanted = self._call(self._rebalance, now, self.view)
+        if not isinstance(wanted, list | tuple):
+            raise self._broken(f"answered {wanted!r:.60} to rebalance()", now, "a list of actions")
+        for action in wanted:
             self._carry_out(action, now)
         self._timer = None if self._wake_at is None else self._driver._guard(self._who, self._wake_at)
-        if self._timer is not None and self._timer > now:
+        if self._timer is not None:
+            if type(self._timer) is not int or self._timer <= now:
+                raise self._broken(f"wants to be woken at {self._timer!r}", now, "a time to come, or None")
             self._driver.wake_cluster(self._timer)
 
     def _carry_out(self, action: Action, now: int) -> None:

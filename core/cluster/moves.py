@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from servelab.core.engine.state import Lease, Request
+from servelab.core.families.router import Mode
 from servelab.core.records import ActionDropped, RequestMigrated
 from servelab.core.request import Phase
 
@@ -24,7 +25,6 @@ LIVE_STAGES = 3
 """Copies beside which a request runs on, at most (Llumnix, main branch)."""
 LAST_PAGES = 16
 """With fewer pages than this left to copy it is stopped (Llumnix, main branch)."""
-Mode = Literal["live", "blocking", "recompute", "pull"]
 
 
 @dataclass(slots=True, eq=False)

@@ -174,11 +174,14 @@ class Driver:
     @property
     def _over(self) -> bool:
         """Nothing is left but timers, and they have nobody to wake."""
+        return not (self.going_on or (self._cluster is not None and self._cluster.busy))
+
+    @property
+    def going_on(self) -> bool:
+        """Whether an engine has something to do, or a request is to come."""
         if self._upcoming is not None or self._events:
-            return False
-        if self._cluster is not None and self._cluster.busy:
-            return False
-        return not any(engine.requests or engine.in_flight for engine in self.engines)
+            return True
+        return any(engine.requests or engine.in_flight for engine in self.engines)
 
     def _check_stall(self) -> None:
         """Nothing will ever happen again: every request must have ended."""
@@ -270,7 +273,7 @@ class Driver:
 
     def _deliver(self, index: int, event: Event, now: int) -> None:
         """Hand an event to an engine, after the steps of held launches that came before it."""
-        self._cut(index, now, before=isinstance(event, InstanceLost | LaunchDone))
+        self._cut(index, now, before=event.ORDER <= LaunchDone.ORDER)
         self._touched.add(index)
         self._do(index, self.engines[index].handle(event, now), now)
         if isinstance(event, InstanceLost):

@@ -61,6 +61,11 @@ class Lane:
             return True
         return len(flights) < self._engine.limits.max_in_flight and flights[-1][0].steps == 1
 
+    @property
+    def holds(self) -> bool:
+        """Whether it repeats a plan."""
+        return self._work is not None
+
     # ------------------------------------------------------------------ holds
 
     def hold(self, work: list[Tokens | Background], hold: Hold) -> None:
@@ -79,13 +84,26 @@ class Lane:
     def shorten(self) -> None:
         """Of the held launch in flight only the first step will run: as if it had been launched so."""
         batch, _ = self.flights[0]
+        self._unnumber(batch, 1)
         unused, batch.steps = batch.steps - 1, 1
-        if self._engine.limits.lanes == 1:
-            self._engine.step -= unused
         if self._work is not None:  # the hold goes on
             self._steps_left += unused
         self._engine.ledger.settle(batch.launch)
         self._engine.ledger.landed(())
+
+    def _unnumber(self, batch: Batch, ran: int) -> None:
+        """Cut short: give back the numbers of steps that will not run, if no later ones are given."""
+        if self._engine.step == batch.first_step + batch.steps:
+            self._engine.step = batch.first_step + ran
+
+    def lengthen(self, batch: Batch) -> None:
+        """Let a held launch of one step run as many as it can. Nothing else may run beside it."""
+        if self._work is None or self._engine.limits.max_in_flight > 1:
+            return  # planning ahead, the next step is queued before this one ends
+        more = self._steps_ahead(batch, self._steps_left + 1) - 1
+        batch.steps += more
+        self._steps_left -= more
+        self._engine.step += more
 
     def repeat(self) -> Batch | None:
         """The next launch of a held plan; None if there is none or it cannot go on."""
@@ -187,13 +205,11 @@ class Lane:
         if batch.copies and engine.somebody_waits:
             # budgets counted a copy for the last owner too, who keeps the page: there is room to ask about
             self._work = None
+        engine.step += 1
         if self._work is not None:
-            if (
-                engine.limits.max_in_flight == 1
-            ):  # planning ahead, the next step is queued before this one ends
-                batch.steps = self._steps_ahead(batch, self._steps_left)
-            self._steps_left -= batch.steps
-        engine.step += batch.steps
+            self._steps_left -= 1
+            if engine.limits.lanes == 1:  # with more, the others must be asked first: see fast_forward
+                self.lengthen(batch)
         self.flights.append((batch, engine.now_ns))
         return batch
 
@@ -265,25 +281,30 @@ class Lane:
                 why=f"it had {len(batch.requests)} requests and at most {batch.steps} steps",
                 do="mend the executor",
             )
-        if engine.limits.lanes == 1:  # interrupted: give back the numbers of steps that will not run
-            engine.step -= batch.steps - steps - event.more
+        self._unnumber(batch, steps + event.more)
         if self._work is not None:  # cut short only to see how far it is: the hold goes on
             self._steps_left += batch.steps - steps - event.more
         engine.ledger.settle(batch.launch)
-        emitted, done = self._commit(batch, event)
+        emitted, done, dropped = self._commit(batch, event)
         first = batch.first_step
         start_ns = max(launched_ns, self.last_end_ns)
         self.last_end_ns = ends[-1]
-        if event.more:
-            self._go_on(batch, steps, done)
-            engine.ledger.landed(())  # a resize may want what it was promised and did not use
+        leases = batch.leases
+        if event.more:  # between two steps nothing is in flight, as when stepping
+            leases = [lease for lease in leases if not lease.released]
         else:
             self.flights.popleft()
-            engine.ledger.landed(batch.leases)
+        engine.ledger.landed(leases)
+        if dropped and engine.somebody_waits:  # planned ahead, it kept pages of requests that are gone
+            self._work = None
         if engine.ledger.windows:
             self._slide(batch)
         if engine.reuse is not None:
             self._publish(batch)
+        if event.more:
+            self._go_on(batch, steps, done)
+            for lease in leases:
+                lease.in_flight += 1
         return batch, first, start_ns, emitted, done
 
     def _slide(self, batch: Batch) -> None:
@@ -330,17 +351,20 @@ class Lane:
         batch.steps = 1
         self.flights[0] = (batch, self.last_end_ns)
 
-    def _commit(self, batch: Batch, event: LaunchDone) -> tuple[list[int], Done]:
+    def _commit(self, batch: Batch, event: LaunchDone) -> tuple[list[int], Done, bool]:
+        """Output tokens of each row, who finished, and whether a row was of a request that is gone."""
         ends = event.ends_ns
         steps = len(ends)
         reserve = self._engine.ledger.reserve
         extras, end, finished = batch.extras, ends[-1], Phase.FINISHED
         emitted: list[int] = []
         done: Done = []
+        dropped = False
         rows = zip(batch.requests, batch.leases, event.outcomes, batch.tokens, batch.samples, strict=True)
         for r, lease, out, n, sampled in rows:
             if r.lease is not lease or r.phase is finished:
                 emitted.append(0)  # preempted or ended meanwhile: its outcome is dropped
+                dropped = True
                 continue
             r.launches -= 1
             new = out.tokens
@@ -377,7 +401,7 @@ class Lane:
                 r.computed += more
             if out.finish is not None or generated >= r.max_new_tokens:
                 done.append((r, out.finish or "length"))
-        return emitted, done
+        return emitted, done, dropped
 
     def _commit_special(self, item: Tokens, r: Request, out: Outcome, end: int, batch: Batch, i: int) -> int:
         """Commit an item with layers, drafts or rewrites; returns the output tokens it brought."""

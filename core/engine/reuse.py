@@ -201,7 +201,7 @@ class Reuse:
         except ServeLabError:
             raise
         except Exception as exc:
-            self._engine.ledger.broken = True
+            self._engine.ledger.chooser.broken = True
             raise PluginCallError(
                 f"prefix store {self.name!r} raised {type(exc).__name__}: {exc}",
                 where=f"{method.__name__}(), t={self._engine.now_ns} ns",

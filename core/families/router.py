@@ -10,6 +10,9 @@ any work; live migration and pull; role flips; shares of one device; elastic sca
 parallelism; lending KV memory; models as a dimension, with cascades and help for one step; planning a fleet
 offline.
 
+Carried out so far: ``Dispatch`` to one instance, or to a pair for prefill and decode; ``Migrate``,
+``SetRole``, ``ScaleUp``, ``Drain``. The rest is refused by name.
+
 Capabilities: ``router.places`` (its choice of instance is the technique, nobody else may decide it),
 ``router.disaggregates`` (prefill and decode on different instances), ``router.migrates``, ``router.roles``,
 ``router.shares``, ``router.scales``, ``router.lends``, ``router.replicates`` (copies KV between instances),
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 if TYPE_CHECKING:
     from servelab.core.facts import HardwareFacts, ModelFacts
@@ -32,6 +35,10 @@ if TYPE_CHECKING:
 
 Role = Literal["mixed", "prefill", "decode", "encode", "attention", "cache"]
 Moment = Literal["arrival", "prefill_end", "stage_ready", "hold_end"]
+"""When ``route`` is called: at arrival; when a prompt is computed whose decode instance was left open; when a
+stage of a workflow is ready (not yet); when the time of a held request has come, or a report."""
+Mode = Literal["live", "blocking", "recompute", "pull"]
+_ROLES, _MODES = get_args(Role), get_args(Mode)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +79,9 @@ class InstanceRow:
     preemptions: int = 0
     """Since the report before."""
     dispatched: int = 0
-    """Requests ever sent to it."""
+    """Requests ever sent to it, those that moved there included."""
     assigned_ns: int = 0
-    """Work ever sent to it, as predicted."""
+    """Work ever dispatched to it, as predicted: prompts, each with the device to itself."""
     expert_tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Layer -> tokens per expert since the report before."""
     candidates: tuple[tuple[str, int, int, int], ...] = ()
@@ -96,7 +103,7 @@ class ClusterView(Protocol):
 
     def row(self, instance: int) -> InstanceRow: ...
     def cached_tokens(self, instance: int, request: RequestSpec) -> int:
-        """Prefix the instance is believed to hold; from store events, as old as they are."""
+        """Prefix that the instance holds now. Periodic reports do not tell it: with them it is refused."""
         ...
 
     def home(self, session: str) -> int | None:
@@ -112,7 +119,7 @@ class ClusterView(Protocol):
         ...
 
     def transfer_ns(self, nbytes: int, source: int, target: int) -> int:
-        """Predicted, with what is in flight on the path."""
+        """Predicted, with what is in flight on the path; needs a stated network."""
         ...
 
     def kv_bytes(self, tokens: int) -> int: ...
@@ -163,9 +170,11 @@ class Migrate:
     request: str
     source: int
     target: int
-    mode: Literal["live", "blocking", "recompute", "pull"] = "live"
+    mode: Mode = "live"
 
     def __post_init__(self) -> None:
+        if self.mode not in _MODES:
+            raise ValueError(f"{self.mode!r} is no way to migrate: {', '.join(_MODES)}")
         if self.source == self.target:
             raise ValueError(f"{self.request} would migrate from {self.source} to itself")
 
@@ -174,6 +183,9 @@ class Migrate:
 class SetRole:
     instance: int
     role: Role
+
+    def __post_init__(self) -> None:
+        _check_role(self.role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +203,16 @@ class SetShare:
 
 @dataclass(frozen=True, slots=True)
 class ScaleUp:
+    """So many instances more; ``profile`` names their device, "" that of the others."""
+
     profile: str
     n: int = 1
     role: Role = "mixed"
+
+    def __post_init__(self) -> None:
+        _check_role(self.role)
+        if self.n < 1:
+            raise ValueError(f"{self.n} instances cannot be started")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +254,11 @@ class Resize:
     ep: int
 
 
+def _check_role(role: Role) -> None:
+    if role not in _ROLES:
+        raise ValueError(f"{role!r} is no role of an instance: {', '.join(_ROLES)}")
+
+
 Action = Migrate | SetRole | SetShare | ScaleUp | Drain | LendKV | ReplicateKV | PlaceExperts | Resize
 
 
@@ -263,16 +287,17 @@ class Router(Protocol):
     """The one required method. Called on the cluster's clock; pure in the view, its own state and its
     generator.
 
-    The protocols below add methods; the core calls them where the plugin's spec names the capability.
+    The protocols below add methods. The core calls those that a router has, and its spec must name the
+    capability of what they do: ``RouterSuite`` compares. Capabilities that nothing serves yet are refused.
     """
 
     def route(self, request: RequestSpec, moment: Moment, view: ClusterView) -> Route:
-        """At ``prefill_end`` the answer's ``decode`` counts, ``prefill`` is where the request is."""
+        """Where a request goes. At ``prefill_end`` the answer's ``decode`` counts, None: where it is."""
         ...
 
 
 class JudgingRouter(Router, Protocol):
-    """With ``router.models``: cascades and learning from answers."""
+    """With ``router.models`` (not served yet): cascades and learning from answers."""
 
     def judge(
         self, request: RequestSpec, model: str, output_ids: Sequence[int], view: ClusterView
@@ -289,11 +314,20 @@ class RebalancingRouter(Router, Protocol):
     """With any of ``migrates``, ``roles``, ``shares``, ``scales``, ``lends``, ``replicates``, ``experts``."""
 
     def rebalance(self, view: ClusterView) -> Sequence[Action]:
-        """After reports and timers. Applied in order; an action whose target vanished is dropped."""
+        """What to change, after reports and at ``wake_at``; at most once per instant.
+
+        With reports at once that is whenever something happened to an instance: an arrival, the end of a
+        step, also within a held launch, or of a request. Otherwise it is after each periodic report. It
+        is the end of the instant: arrivals are placed, those held were asked for again, and nothing is
+        planned yet. Actions are carried out in order; one whose target has gone is dropped (record
+        ``action_dropped``), and the request goes on where it is.
+        """
         ...
 
     def wake_at(self) -> int | None:
-        """When ``rebalance`` wants to be called next, if no report comes before."""
+        """When ``rebalance`` wants to be called if no report comes before: a time to come. None: never.
+        Asked after each call of ``rebalance``.
+        """
         ...
 
 
@@ -301,16 +335,16 @@ class ObservingRouter(Router, Protocol):
     """A router that learns from what instances report; no capability needed."""
 
     def observe(self, instance: int, record: Record) -> None:
-        """Every record of every instance, when its report arrives."""
+        """Records of every instance in order, when its report arrives: all but ``planned`` and ``tokens``."""
         ...
 
     def observe_store(self, instance: int, event: StoreEvent) -> None:
-        """What an instance's prefix store gained or lost; needs its ``prefix.events``."""
+        """What an instance's prefix store gained or lost; needs its ``prefix.events`` (not called yet)."""
         ...
 
 
 class PlanningRouter(Router, Protocol):
-    """With ``router.plans``."""
+    """With ``router.plans`` (not served yet)."""
 
     def plan_cluster(
         self,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
+from operator import itemgetter
+
+_b = itemgetter(1)
 
 
 class FuturePeak:
@@ -20,18 +23,19 @@ class FuturePeak:
     __slots__ = ("_sorted",)
 
     def __init__(self, demands: Iterable[tuple[int, int]] = ()) -> None:
-        self._sorted = sorted((-b, a) for a, b in demands)
+        self._sorted = sorted(demands, key=_b)
+        """By b, smallest first."""
 
     def add(self, a: int, b: int) -> None:
         """One more request. O(n)."""
-        insort(self._sorted, (-b, a))
+        insort(self._sorted, (a, b), key=_b)
 
     def peak(self) -> int:
         """M*, 0 without requests. O(n)."""
         held = top = 0
-        for alive, (minus_b, a) in enumerate(self._sorted, 1):
+        for alive, (a, b) in enumerate(reversed(self._sorted), 1):
             held += a
-            demand = held - alive * minus_b
+            demand = held + alive * b
             if demand > top:
                 top = demand
         return top

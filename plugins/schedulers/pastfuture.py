@@ -42,6 +42,8 @@ Tier: prototype: its toy study is reproduced (``pastfuture_toy``), of its goodpu
 
 from __future__ import annotations
 
+from operator import sub
+
 from pydantic import Field
 
 from servelab.core.api import Context, Record, RequestFinished, RequestView
@@ -95,15 +97,19 @@ class PastFuture(LightLLM):
     def admission(self, running: list[RequestView], room: Room) -> Judge:
         config, past, partial = self.config, self.past, room.page_tokens - 1
         n = min(config.scenarios, config.scenario_budget // len(running) + 1) if running else 1
-        demands: list[list[tuple[int, int]]] = [[] for _ in range(n)]
+        # one entry per running request and per sample of it to come: a, d, and its length in each scenario
+        held: list[int] = []
+        produced: list[int] = []
+        lengths: list[list[int]] = []
         for request in running:
-            produced = request.generated_tokens
-            a = request.prompt_tokens + produced + partial
+            d = request.generated_tokens
+            a = request.prompt_tokens + d + partial
             for _ in range(1 + request.forks):
-                lengths = past.draw_longer(produced, request.max_new_tokens, n)
-                for scenario, length in zip(demands, lengths, strict=True):
-                    scenario.append((a, length - produced))
-        futures = [FuturePeak(scenario) for scenario in demands]
+                held.append(a)
+                produced.append(d)
+                lengths.append(past.draw_longer(d, request.max_new_tokens, n))
+        scenarios = zip(*lengths, strict=True) if lengths else [()] * n
+        futures = [FuturePeak(zip(held, map(sub, drawn, produced), strict=True)) for drawn in scenarios]
         bound = room.capacity * (1 - config.reserve) - room.kept
 
         def judge(request: RequestView) -> str | None:

@@ -8,8 +8,9 @@ import logging
 import sys
 from pathlib import Path
 
-from servelab.core.api import ServeLabError
+from servelab.core.run_folder import write_file
 from servelab.plugins.sweeps import plots, table
+from servelab.plugins.sweeps.folder import AGAIN
 from servelab.plugins.sweeps.results import METRICS, figure, read_results
 from servelab.plugins.sweeps.rows import Sweep, read_sweep
 
@@ -48,15 +49,7 @@ def write(sweep: Sweep) -> None:
     }
     for name, content in contents.items():
         path = sweep.folder / name
-        try:
-            path.write_text(content, encoding="utf-8")
-        except OSError as error:
-            raise ServeLabError(
-                f"{name} cannot be written",
-                where=str(path),
-                why=error.strerror or str(error),
-                do="free space; `servelab sweep FOLDER` makes the comparison again",
-            ) from error
+        write_file(path, content, AGAIN)
 
 
 def summary(folder: Path) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from servelab.core.api import ServeLabError
+from servelab.core.run_folder import unwritable
+from servelab.plugins.sweeps.folder import AGAIN
 from servelab.plugins.sweeps.results import METRICS, Metric
 from servelab.plugins.sweeps.rows import Row, Sweep
 
@@ -245,10 +246,5 @@ def _save(figure: Any, path: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=DPI)
     except OSError as error:
-        raise ServeLabError(
-            f"{path.name} cannot be written",
-            where=str(path),
-            why=error.strerror or str(error),
-            do="free space; `servelab sweep FOLDER` makes the comparison again",
-        ) from error
+        raise unwritable(path, error, AGAIN) from error
     return path

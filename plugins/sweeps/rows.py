@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from servelab.core.api import ConfigError
-from servelab.core.sweep.folder import JobState, bare, dict_of, differing, job_folders
+from servelab.plugins.sweeps.folder import JobState, bare, dict_of, differing, job_folders
 from servelab.plugins.sweeps.results import METRICS, Metric, ending, figure, read_results, stamps
 
 SAME = ("seed", "workload", "slo", "model", "clock", "cost", "hardware", "task")

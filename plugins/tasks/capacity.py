@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, model_validator
 
 from servelab.core.api import ConfigError, Context
-from servelab.core.cells import Cell, Found
+from servelab.plugins.tasks._cells import Cell, Found
 from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig
 from servelab.plugins.tasks._rows import Row, measured
 from servelab.plugins.tasks._search import Criteria, Range, Search

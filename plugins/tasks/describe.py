@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from servelab.core.api import Context, ServeLabError
+from servelab.core.api import Context
+from servelab.core.run_folder import write_file
 from servelab.plugins.tasks._traffic import QUANTILES, Traffic
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Describe:
                 "measured": figures,
                 "described": said,
             }
-            _write(self._folder / JSON_FILE, json.dumps(about, indent=2, allow_nan=False) + "\n")
+            write_file(self._folder / JSON_FILE, json.dumps(about, indent=2, allow_nan=False) + "\n")
             lines.append("")
             if self._config.plot:
                 lines += self._picture(self._folder / PLOT_FILE, traffic, str(title))
@@ -87,7 +88,7 @@ class Describe:
             picture = draw(traffic, title)
         except ImportError as exc:
             return [f"{path.name}: left out, matplotlib is not installed (pip install matplotlib): {exc}"]
-        _write(path, picture)
+        write_file(path, picture)
         return []
 
 
@@ -208,16 +209,3 @@ def _print(text: str) -> None:
     with suppress(BrokenPipeError):  # nobody reads any more, as in `... | head`; the files are written
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError as exc:
-        raise ServeLabError(
-            f"{path.name} cannot be written",
-            where=str(path),
-            why=exc.strerror or str(exc),
-            do="free space, or choose another run folder (hydra.run.dir=...)",
-        ) from exc

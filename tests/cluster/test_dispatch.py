@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servelab.core.cluster.rows import constant_fields
-from servelab.core.errors import CapabilityError, PluginCallError, PluginError, ViewError, WorkloadError
-from servelab.core.families.router import ClusterView, Dispatch, Hold, InstanceRow, Reject
+from servelab.core.errors import (
+    CapabilityError,
+    PluginCallError,
+    PluginError,
+    StallError,
+    ViewError,
+    WorkloadError,
+)
+from servelab.core.families.router import ClusterView, Dispatch, Hold, InstanceRow, Reject, ScaleUp
 from servelab.core.metrics import Timeline, summarize
 from servelab.core.metrics.phases import Phases
 from servelab.core.records import (
@@ -26,7 +33,7 @@ from servelab.core.records import (
 )
 from servelab.core.request import Arrival, Cancel, RequestSpec
 from servelab.core.testing.cluster import ClusterRun, To
-from servelab.core.testing.fakes import ToyCost, arrival, raises_in, step_by_step
+from servelab.core.testing.fakes import ToyCost, arrival, raises_in, step_by_step, toy_limits
 
 # a step of the toys takes 1000 ns and 10 per token
 
@@ -119,6 +126,28 @@ def test_with_periodic_reports_the_next_one_counts() -> None:
     assert run.ends()["b"][1] == "completed"
 
 
+def test_one_that_is_never_placed_ends_the_run() -> None:
+    """Asked again and again while nothing else can happen; not before, however often."""
+    items = [arrival("a"), arrival("b", output=3000, cap=3000), arrival("c", at=9_000_000)]
+    router = To(lambda request, view: Hold(view.now_ns + 700) if request.id == "a" else 0)
+    run = ClusterRun(items, router, limits=toy_limits(tokens=512, model_len=4000), pages=1024)
+    error = raises_in(run.driver.run)
+    assert isinstance(error, StallError) and "request a" in error.what and "'toy'" in error.where
+    assert router.asked[-1][2] > 9_000_000 and set(run.ends()) == {"a", "b", "c"}
+    assert [run.ends()[name][1] for name in "abc"] == ["unfinished", "completed", "completed"]
+
+
+def test_whoever_waits_for_an_instance_that_starts_may_ask_for_long() -> None:
+    class Scales(To):
+        def rebalance(self, view: ClusterView) -> list[ScaleUp]:
+            return [ScaleUp("")] if view.now_ns < 100 else []
+
+    router = Scales(lambda request, view: 1 if 1 in view.instances() else Hold(view.now_ns + 100))
+    cluster = {"max_instances": 2, "start_ns": 400_000}
+    run = ClusterRun([arrival("a", at=50)], router, 1, cluster=cluster).go()
+    assert run.where() == {"a": 1} and len(router.asked) > 2000
+
+
 def test_a_client_may_give_up_while_its_request_is_held() -> None:
     run = ClusterRun([arrival("a", at=3), Cancel(50, "a")], hold_until(100)).go()
     assert run.ends() == {"a": (ROUTER, "cancelled", 50)} and run.driver.now_ns == 50
@@ -135,6 +164,15 @@ def test_a_run_that_fails_ends_held_requests() -> None:
     error = raises_in(run.driver.run)
     assert isinstance(error, PluginCallError) and error.what == "the router 'toy' raised ValueError: oops"
     assert run.ends() == {"a": (ROUTER, "unfinished", 9)}
+
+
+@pytest.mark.parametrize("answer", [None, 7, Hold(0)])
+def test_so_does_one_that_fails_because_of_them(answer: Any) -> None:
+    """The answer about a held request is wrong: it ends too, and those held behind it."""
+    router = To(lambda request, view: answer if view.now_ns else Hold(500))
+    run = ClusterRun([arrival("a"), arrival("b")], router)
+    assert isinstance(raises_in(run.driver.run), PluginError)
+    assert run.ends() == {name: (ROUTER, "unfinished", 500) for name in "ab"}
 
 
 @pytest.mark.parametrize(

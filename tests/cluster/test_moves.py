@@ -484,6 +484,58 @@ def test_other_actions_are_refused_and_not_ignored(action: Any) -> None:
     assert type(action).__name__ in str(error) or "nonsense" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (None, "answered None to rebalance()"),
+        ((x for x in ()), "a list of actions"),
+        ([None], "wants None"),
+    ],
+)
+def test_what_is_no_list_of_actions_is_refused(answer: Any, told: str) -> None:
+    class Odd(To):
+        def rebalance(self, view: ClusterView) -> Any:
+            return answer
+
+    error = raises_in(ClusterRun([arrival("a", 4, 9)], Odd(lambda request, view: 0)).driver.run)
+    assert isinstance(error, PluginError) and told in str(error)
+
+
+@pytest.mark.parametrize("at", [0, 3000, 3500.0, "soon"])
+def test_a_time_to_wake_at_is_to_come(at: Any) -> None:
+    class Wakes(Acts):
+        def wake_at(self) -> Any:
+            return at if self.seen and self.seen[-1][0] >= 3000 else 3000
+
+    error = raises_in(ClusterRun([arrival("a", 4, 9)], Wakes()).driver.run)
+    assert isinstance(error, PluginError) and f"{at!r}" in error.what and "t=3000 ns" in error.where
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Migrate(request="a", source=0, target=1, mode="fast"), "live, blocking"),  # type: ignore[arg-type]
+        (lambda: SetRole(0, "worker"), "mixed, prefill"),  # type: ignore[arg-type]
+        (lambda: ScaleUp("", 1, "worker"), "mixed, prefill"),  # type: ignore[arg-type]
+        (lambda: ScaleUp("", 0), "0 instances"),
+    ],
+)
+def test_actions_that_mean_nothing_cannot_be_made(make: Callable[[], Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+@pytest.mark.parametrize("report_ns", [0, 2500])
+def test_a_router_acts_once_per_report_and_when_it_asked_to(report_ns: int) -> None:
+    """At the first instant, at the end of every step or at every report, at 1700; of three arrivals, once."""
+    router = Acts((1700, []))
+    items = [arrival(name, 4, 3, at=200) for name in "abc"]
+    run = ClusterRun(items, router, report_ns=report_ns).go()
+    ends = sorted({x.t_ns for x in run.steps()})
+    reports = [200, 1700, *ends] if not report_ns else [200, 1700, *range(2500, ends[-1], 2500)]
+    assert [at for at, _ in router.seen] == sorted(reports)
+
+
 def test_moves_without_a_stated_network_are_refused() -> None:
     for router in (Acts((100, [Migrate(request="a", source=0, target=1)])), To(pair)):
         run = ClusterRun([arrival("a", 4, 9)], router, cluster={"network_bytes_per_s": None})

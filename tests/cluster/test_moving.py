@@ -71,6 +71,14 @@ def test_copies_out_of_or_into_one_instance_share_its_link(
     assert copying(run) == dict.fromkeys(names, 100 + 32)
 
 
+def test_what_the_way_out_holds_back_another_copy_uses_on_the_way_in() -> None:
+    """Three leave 0 at a third each; one of them and e arrive at 1, where e has two thirds."""
+    moves = [move("a", 0, 1), move("a2", 0, 2), move("a3", 0, 3), move("e", 4, 1)]
+    names = ("a", "a2", "a3", "e", "e2", "e3")
+    run = ClusterRun([arrival(name, 4, 10) for name in names], Acts(3500, moves), 5).go()
+    assert copying(run) == {"a": 148, "a2": 148, "a3": 148, "e": 124}
+
+
 def test_a_predicted_copy_shares_with_those_in_flight() -> None:
     """By hand: from 4070 + 100 alone, from 4200 two share; the first ends at 7340, the new one at 7370."""
     seen: list[int] = []

@@ -439,7 +439,7 @@ def test_promised_pages_that_were_not_used_leave_a_shrinking_pool_when_the_launc
     r.arrive("a", 4, 50)
     r.finish()
     assert r.free() == (2,)
-    r.engine.ledger.resize(0, -5)
+    r.engine.ledger.device[0].resize(-5)
     assert (r.free(), r.engine.ledger.total()) == ((0,), (6,))
     r.send(Abort("a"))
     r.finish(steps=2)

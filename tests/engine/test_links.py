@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from fractions import Fraction
 from random import Random
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servelab.core.engine.links import Links
+from servelab.core.engine.links import Links, fair_rates
 from servelab.core.events import InstanceLost
 from servelab.core.plan import StepPlan
 from servelab.core.records import RequestFinished, TransferEnded, TransferStarted
@@ -80,6 +83,52 @@ def test_the_fullest_link_of_a_path_decides() -> None:
     assert ends([(0, paths[0], 0, 600), (0, paths[2], 0, 600)]) == {0: 600, 1: 600}
 
 
+def test_what_another_link_holds_back_the_others_use() -> None:
+    """One over a and b, two more on a: a third each. That leaves two thirds of b for the last."""
+    found = ends([(0, ("a", "b"), 0, 600), (0, ("a",), 0, 600), (0, ("a",), 0, 600), (0, ("b",), 0, 600)])
+    assert found == {0: 1800, 1: 1800, 2: 1800, 3: 900}
+
+
+@pytest.mark.parametrize(
+    ("paths", "rates"),
+    [
+        (["a"], "1"),
+        (["a", "a", "a"], "1/3 1/3 1/3"),
+        (["abc", "a", "b", "c"], "1/2 1/2 1/2 1/2"),
+        (["a", "ab", "b", "c", "bd"], "2/3 1/3 1/3 1 1/3"),
+        (["abc", "a", "b", "b", "c", "c", "c"], "1/4 3/4 3/8 3/8 1/4 1/4 1/4"),
+        (["a", "a", "a", "ab", "bc", "c"], "1/4 1/4 1/4 1/4 1/2 1/2"),
+        (["a", "a", "a", "ab", "bc", "c", "c"], "1/4 1/4 1/4 1/4 1/3 1/3 1/3"),
+    ],
+    ids=[
+        "alone",
+        "one link",
+        "a long one and its neighbours",
+        "five sessions",
+        "parking lot",
+        "two",
+        "three",
+    ],
+)
+def test_fair_rates_by_hand(paths: list[str], rates: str) -> None:
+    """As in textbooks, all links alike: one letter is one link."""
+    assert fair_rates(paths) == [Fraction(x) for x in rates.split()]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.sampled_from("abcde"), min_size=1, max_size=4, unique=True), max_size=10))
+def test_no_rate_can_be_raised_without_lowering_one_that_is_no_higher(paths: list[list[str]]) -> None:
+    """That is: everyone has a full link on its path where nobody is faster. No link carries more than 1."""
+    rates = fair_rates(paths)
+    through: dict[str, list[Fraction]] = defaultdict(list)
+    for rate, path in zip(rates, paths, strict=True):
+        for link in path:
+            through[link].append(rate)
+    assert all(sum(there) <= 1 for there in through.values())
+    for rate, path in zip(rates, paths, strict=True):
+        assert any(sum(through[link]) == 1 and max(through[link]) == rate for link in path)
+
+
 def test_one_that_is_given_up_leaves_its_share() -> None:
     assert ends([(0, ("a",), 0, 1000), (0, ("a",), 0, 1000)], {1: 500}) == {0: 1250}
 
@@ -93,10 +142,10 @@ def test_thirds_are_not_rounded_on_the_way() -> None:
 
 @st.composite
 def many(draw: st.DrawFn) -> list[Transfer]:
-    names = draw(st.sampled_from([("a",), ("a", "b"), ("a", "b", "c")]))
+    names = draw(st.sampled_from(["a", "ab", "abc", "abcdef"]))
     out = []
     for _ in range(draw(st.integers(1, 8))):
-        path = draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
+        path = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
         out.append(
             (draw(st.integers(0, 50)), tuple(path), draw(st.integers(0, 20)), draw(st.integers(0, 99)))
         )
@@ -118,6 +167,29 @@ def test_properties(transfers: list[Transfer], rng: Random) -> None:
     rng.shuffle(order)
     again = ends([transfers[i] for i in order])
     assert [again[order.index(i)] for i in range(len(order))] == [found[i] for i in range(len(order))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(many())
+def test_ends_are_those_of_all_rates_counted_anew_at_every_event(transfers: list[Transfer]) -> None:
+    """Without the short cuts: whoever is not connected, or alone, is not looked at again."""
+    left = {i: Fraction(work) for i, (*_, work) in enumerate(transfers)}
+    joins = {i: start + latency for i, (start, _, latency, _) in enumerate(transfers)}
+    found: dict[int, int] = {}
+    now = 0
+    while left:
+        there = [i for i in left if joins[i] <= now]
+        rates = dict(zip(there, fair_rates([transfers[i][1] for i in there]), strict=True))
+        times = [now + max(0, -(-left[i] // rates[i])) for i in there]
+        times += [joins[i] for i in left if joins[i] > now]
+        later = min(times)
+        for i in there:
+            left[i] -= rates[i] * (later - now)
+        now = later
+        for i in [i for i in there if left[i] <= 0]:
+            del left[i]
+            found[i] = now
+    assert ends(transfers) == found
 
 
 @settings(max_examples=200, deadline=None)

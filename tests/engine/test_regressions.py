@@ -228,7 +228,7 @@ def test_preempted_pages_that_will_be_withdrawn_are_not_free() -> None:
     rig.arrive("w", 8, 50)
     play(rig, work("a", 8))
     rig.finish()
-    rig.engine.ledger.resize(0, -2)
+    rig.engine.ledger.device[0].resize(-2)
 
     def plan(view: StepView) -> StepPlan:
         out = StepPlan([Tokens(find(view, "w"), 8)])
@@ -257,7 +257,7 @@ def test_the_budget_view_does_not_count_pages_that_will_be_withdrawn() -> None:
     rig.arrive("b", 4, 50)
     play(rig, lambda v: StepPlan([Tokens(find(v, "a"), 4), Tokens(find(v, "b"), 4)]))
     rig.finish()
-    rig.engine.ledger.resize(0, -1)
+    rig.engine.ledger.device[0].resize(-1)
     play(rig, look)
     assert seen == [(1,)]
 
@@ -327,9 +327,9 @@ def test_drafts_in_flight_are_no_corruption() -> None:
 @pytest.mark.parametrize(
     "plant",
     [
-        lambda book, r: setattr(book._device[0], "promised", 1),
+        lambda book, r: setattr(book.device[0], "promised", 1),
         lambda book, r: setattr(r.lease, "in_flight", -1),
-        lambda book, r: setattr(book._device[0], "withdraw", 99),
+        lambda book, r: setattr(book.device[0], "withdraw", 99),
         lambda book, r: setattr(r.lease, "released", True),
     ],
     ids=[

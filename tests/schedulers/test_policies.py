@@ -52,6 +52,20 @@ def test_aggressive_fills_up_to_the_watermark(prompts: list[int], pages: int) ->
     assert admitted == max(1, sum(total <= 0.25 * pages for total in sums))
 
 
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(64, 300))
+@settings(max_examples=50, deadline=None)
+def test_aggressive_starts_nobody_beyond_what_the_server_keeps(prompts: list[int], pages: int) -> None:
+    """The artifact's server: used < 0.5 of the memory before, and no more than all of it after."""
+    admitted = first_pass(
+        "aggressive", queue(*((p, 2) for p in prompts)), pages=pages, watermark=1.0, start_below=0.5
+    )
+    expected = used = 0
+    while expected < len(prompts) and used < 0.5 * pages and used + prompts[expected] <= pages:
+        used += prompts[expected]
+        expected += 1
+    assert admitted == expected
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.sampled_from([0.5, 1.0, 1.5]))
 @settings(max_examples=50, deadline=None)
 def test_conservative_promises_up_to_the_overcommit(prompts: list[int], overcommit: float) -> None:

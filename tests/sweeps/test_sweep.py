@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from tests.sweeps.folders import leave
 
 from servelab.core.errors import ConfigError
-from servelab.core.sweep import sweeper
-from servelab.core.sweep.folder import STOP_FILE, job_folders
+from servelab.plugins.sweeps import sweeper
+from servelab.plugins.sweeps.folder import STOP_FILE, job_folders
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 SWEEP = ("-m", "+experiment=scripted", "workload.num_requests=4,0", "scheduler=vllm_v1,conservative")

@@ -122,10 +122,10 @@ class Group:
     def samples(self, metric: str) -> list[tuple[int, float]]:
         """(arrival, value), ns, of the requests that have the metric, by arrival."""
         if metric == "ttft":
-            return [(f.arrival_ns, f.ttft_ns) for f in self.facts if f.ttft_ns is not None]
+            return [(f.arrival_ns, ttft) for f in self.facts if (ttft := f.ttft_ns) is not None]
         if metric == "tpot":
             return [(f.arrival_ns, f.tpot_ns) for f in self.facts if f.output_tokens > 1]
-        return [(f.arrival_ns, f.e2el_ns) for f in self.facts if f.e2el_ns is not None]
+        return [(f.arrival_ns, e2el) for f in self.facts if (e2el := f.e2el_ns) is not None]
 
 
 def by_class(timeline: Timeline) -> list[Group]:
