@@ -69,10 +69,6 @@ def _command(argv: Sequence[str]) -> None:
         from servelab.core import __version__
 
         print(f"servelab {__version__}")
-    elif args[:1] in (["plugins"], ["show"]):
-        from servelab.core.listing import command
-
-        command(args)
     elif is_command(args):
         run_command(args)
     elif {"--help", "-h"} & set(args):
@@ -96,9 +92,9 @@ def _flush_stdout() -> None:
 def _hydra(args: Sequence[str]) -> None:
     import hydra
 
+    from servelab.core import sweeper
     from servelab.core.overrides import check_choices, normalize
     from servelab.core.searchpath import install
-    from servelab.core.sweep import sweeper
     from servelab.core.verbosity import take_level
 
     if PRINTS & {arg.partition("=")[0] for arg in args}:

@@ -12,12 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-BUILT_IN = {
-    "plugins": "all plugins: papers, tiers, what is disabled and why",
-    "show": "one plugin or section: its settings with units, bounds and origins",
-}
-"""Commands of the core itself (``core/listing.py``)."""
-
 Main = Callable[[Sequence[str]], None]
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -54,8 +48,6 @@ def check_command(name: object, entry: object) -> Command:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise TypeError(f"the name {name!r} is not lower-case letters, digits, '-' and '_'")
-    if name in BUILT_IN:
-        raise TypeError(f"{name!r} is a command of the core")
     if not isinstance(entry, tuple) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
         raise TypeError(f"{name!r} stands for {entry!r}, not for ('module:function', 'summary')")
     target, summary = cast("tuple[str, str]", entry)

@@ -14,7 +14,7 @@ from servelab.core.bus import Bus
 from servelab.core.capabilities import Selected, check_capabilities, select
 from servelab.core.cluster.cluster import Cluster
 from servelab.core.config import DTYPE_BYTES, Choice, Part, RunConfig, across, refusal
-from servelab.core.context import BuildPart, Context, Oracle, seeded
+from servelab.core.context import Context, seeded
 from servelab.core.engine.engine import Engine
 from servelab.core.errors import CapabilityError, ConfigError, PluginError, ServeLabError
 from servelab.core.facts import Limits, ModelFacts
@@ -546,31 +546,6 @@ def checked_part(kind: str, choice: Choice) -> Part:
         why="the run's capabilities are checked with the parts that settings declare",
         do=f'declare the setting as Annotated[Choice, PartOf("{kind}")], and give its value to part()',
     )
-
-
-def parts_like(context: Context, registry: Registry, oracle: Oracle | None) -> BuildPart:
-    """``Context.part`` for a plugin that is built alone: contexts of parts are like its own.
-
-    Args:
-        context: of the plugin.
-        registry: where its parts are.
-        oracle: for parts that declare one.
-    """
-
-    def part(kind: str, choice: Choice, key: str = "", place: tuple[str, ...] = ()) -> Any:
-        place = (*place, key) if key else place
-        spec = registry.spec(kind, checked_part(kind, choice).name)
-        inner = replace(
-            context,
-            kind=kind,
-            name=choice.name,
-            rng=seeded(context.seed, kind, "/".join([*place, choice.name])),
-            oracle=oracle if spec.oracle else None,
-            part=lambda kind, choice, key="": part(kind, choice, key, place),
-        )
-        return assemble(choice, inner, registry)
-
-    return part
 
 
 def members(protocol: str) -> list[str]:

@@ -15,8 +15,8 @@ from servelab.core.plan import Background, Outcome, Tokens
 from servelab.core.request import RequestSpec
 
 if TYPE_CHECKING:
-    from servelab.core.engine.ledger import Transfer
     from servelab.core.engine.state import Lease, Request
+    from servelab.core.engine.swap import Transfer
     from servelab.core.records import Record
 
 # ---------------------------------------------------------------- events

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -37,3 +38,9 @@ class Diagnose(Protocol):
             online: whether the network may be asked.
         """
         ...
+
+
+def shown(path: Path) -> str:
+    """A path as its owner would write it."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

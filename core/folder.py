@@ -10,7 +10,7 @@ from typing import Any
 
 from servelab.core.config import RunConfig
 from servelab.core.environment import environment
-from servelab.core.errors import ConfigError, ServeLabError
+from servelab.core.run_folder import check_unused, write_file
 
 CONFIG_FILE = "resolved_config.yaml"
 ENV_FILE = "env.json"
@@ -39,25 +39,9 @@ def begin(folder: Path, config: RunConfig, overrides: Sequence[str]) -> None:
         ServeLabError: a file cannot be written.
     """
     texts = {CONFIG_FILE: config_text(config), ENV_FILE: env_text(overrides)}
-    if found := [name for name in texts if (folder / name).exists()]:
-        raise ConfigError(
-            "a run will not write over another run",
-            where=str(folder),
-            why=f"the folder already holds {', '.join(found)}",
-            do="choose another folder (hydra.run.dir=..., hydra.sweep.dir=... for a sweep), leave that "
-            "setting out for a fresh one, or remove the old files",
-        )
+    check_unused(folder, "a run", texts)
     for name, text in texts.items():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ServeLabError(
-                f"{name} cannot be written",
-                where=str(folder),
-                why=error.strerror or str(error),
-                do="free space, or choose a run folder that can be written (hydra.run.dir=...)",
-            ) from error
+        write_file(folder / name, text)
 
 
 def config_text(config: RunConfig) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from servelab.core.commands import BUILT_IN
 from servelab.core.overrides import TECHNIQUES
 from servelab.core.registry import Registry, config_packages
 
@@ -29,7 +28,7 @@ servelab: write an LLM-serving technique once as a plugin; run it on a real engi
   python run.py -v ... | -vv ... | -q ...          log what is composed | of all libraries | warnings only
   python run.py plugins [KIND] [--json]            all plugins: papers, tiers, what is disabled and why
   python run.py show KIND NAME                     the settings of one plugin
-  python run.py show engine                        of a section, such as engine, slo, model, cluster
+  python run.py show engine                        of a section: engine, slo, model, clock, cluster, ...
   python run.py COMMAND --help                     what one of the commands below takes
   python run.py -p no:PACKAGE ...                  leave an installed package out
   python run.py ... --cfg job                      show the composed configuration and stop
@@ -59,9 +58,9 @@ def show_help() -> None:
 
 
 def list_commands() -> dict[str, str]:
-    """Subcommand -> summary: those of the core, then declared ones."""
+    """Subcommand -> summary."""
     declared = Registry.load().commands
-    return BUILT_IN | {name: declared[name].summary for name in sorted(declared)}
+    return {name: declared[name].summary for name in sorted(declared)}
 
 
 def choices() -> dict[str, set[str]]:

@@ -82,7 +82,7 @@ def encode_list(old: Sequence[Item], new: Sequence[Item]) -> dict[str, Any] | li
     if old == new:
         return None
     had = set(old)
-    if len(had) != len(old):
+    if len(had) != len(old) or had.isdisjoint(new):
         return list(new)
     gone = _dropped(old, new)
     if gone is not None and len(gone) < len(old):  # most often: a few have left, others come at the end
@@ -208,8 +208,9 @@ class Encoder:
             line["engine"] = r.engine
         line |= {"lane": r.lane, "step": r.step}
         key = (r.ev, r.engine, r.lane)
-        self._code_requests(line, key, [name for name, _ in r.work])
-        tokens = encode_counts([n for _, n in r.work], 1)
+        names, counts = zip(*r.work, strict=True) if r.work else ((), ())
+        self._code_requests(line, key, list(names))
+        tokens = encode_counts(counts, 1)
         if tokens:
             line["tokens"] = tokens
         before = self._deferred.get(key, [])

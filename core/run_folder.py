@@ -1,17 +1,17 @@
-"""The folder of a run, as commands read it: its logs and results. Standard library only.
+"""The folder of a run: how files get there, and its logs and results as commands read them.
 
-A run may have been killed, may be going on, or may have been told to leave files out; what is there is read,
-and what is missing is said.
+Standard library only. A run may have been killed, may be going on, or may have been told to leave files out;
+what is there is read, and what is missing is said.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from servelab.core.errors import LogError, ServeLabError
+from servelab.core.errors import ConfigError, LogError, ServeLabError
 from servelab.core.logs import EVENTS_FILE, PLANS_FILE, read_log
 from servelab.core.records import Planned, Record, RunStarted
 
@@ -24,6 +24,55 @@ BASES = ("outputs", "multirun")
 """Where Hydra puts runs and sweeps, in the folder a command is started in."""
 SHOWN = 12
 """Jobs that a message names at most."""
+
+
+WRITABLE = "free space, or choose another run folder (hydra.run.dir=...)"
+"""What to do where a file cannot be written."""
+
+
+def check_unused(folder: Path, who: str, names: Iterable[str] = FILES) -> None:
+    """Refuse a folder that holds a run already.
+
+    Args:
+        who: would write there.
+        names: of the files that must not be there.
+
+    Raises:
+        ConfigError: one of them is.
+    """
+    if found := [name for name in names if (folder / name).exists()]:
+        raise in_use(folder, who, found)
+
+
+def in_use(folder: Path, who: str, found: Iterable[str]) -> ConfigError:
+    """The refusal itself."""
+    return ConfigError(
+        f"{who} will not write over another run",
+        where=str(folder),
+        why=f"the folder already holds {', '.join(found)}",
+        do="choose another folder (hydra.run.dir=..., hydra.sweep.dir=... for a sweep), leave that setting "
+        "out for a fresh one, or remove the old files",
+    )
+
+
+def write_file(path: Path, content: str | bytes, do: str = WRITABLE) -> None:
+    """Write a file, and make the folder it is in.
+
+    Raises:
+        ServeLabError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise unwritable(path, error, do) from error
+
+
+def unwritable(path: Path, error: OSError, do: str = WRITABLE) -> ServeLabError:
+    """What to raise where a file cannot be written."""
+    return ServeLabError(
+        f"{path.name} cannot be written", where=str(path), why=error.strerror or str(error), do=do
+    )
 
 
 class RunFolderError(ServeLabError):

@@ -1,9 +1,10 @@
-"""The linear layers of a decoder, from its shape alone: what a quantizer is asked about."""
+"""A decoder from its shape alone: its linear layers, which quantizers are asked about, and their bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import ceil
 
 from servelab.core.facts import ModelFacts
 from servelab.core.families.quant import LinearSite, Quantizer, Role
@@ -78,6 +79,13 @@ def weight_bytes(model: ModelFacts, quantizer: Quantizer | None) -> int:
     latents = model.layers * (model.q_latent + model.kv_latent) if model.kv_latent else 0
     norms = ((2 * model.layers + 1) * model.hidden + latents) * width
     return linear_bytes(model, quantizer) + int(table * (2 if own_head else 1) + routers + norms)
+
+
+def kv_share(model: ModelFacts, tp: int) -> float:
+    """Of a token's KV, what each of ``tp`` devices keeps: whole heads, copied where devices are more; a
+    latent, which all heads read, is on every device.
+    """
+    return 1.0 if model.kv_latent else ceil(model.kv_heads / tp) / model.kv_heads
 
 
 def _latent(model: ModelFacts, attention: str, layer: int, norm: str) -> Iterator[LinearSite]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from servelab.core.engine.state import Lease, Request
+from servelab.core.engine.swap import swap_out
 from servelab.core.errors import PlanError
 from servelab.core.events import SetTimer
 from servelab.core.plan import KeepHost, Pin, Release, TurnEnd
@@ -94,7 +95,7 @@ class Contexts:
             engine.command(SetTimer(decision.until_ns))
         else:
             context.tier = "host"
-            transfer = engine.ledger.swap_out(r)
+            transfer = swap_out(engine.ledger, r)
         self.kept[program] = context
         engine.emit(
             ContextKept(

@@ -273,7 +273,7 @@ class Driver:
 
     def _deliver(self, index: int, event: Event, now: int) -> None:
         """Hand an event to an engine, after the steps of held launches that came before it."""
-        self._cut(index, now, before=isinstance(event, InstanceLost | LaunchDone))
+        self._cut(index, now, before=event.ORDER <= LaunchDone.ORDER)
         self._touched.add(index)
         self._do(index, self.engines[index].handle(event, now), now)
         if isinstance(event, InstanceLost):
@@ -532,7 +532,7 @@ _END: Any = object()
 
 def _weak(what: Any) -> bool:
     """Entries that wake nobody once every request has ended."""
-    return what is _TIMER or isinstance(what, Cancel)
+    return what is _TIMER or type(what) is Cancel
 
 
 def _checked(item: Any, where: str) -> Arrival | Cancel:

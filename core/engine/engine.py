@@ -12,11 +12,12 @@ from typing import Any, Literal, TypeVar, get_args
 
 from servelab.core.engine.contexts import Contexts
 from servelab.core.engine.lane import Lane
-from servelab.core.engine.ledger import Ledger, Transfer
+from servelab.core.engine.ledger import Ledger
 from servelab.core.engine.moving import Moving
 from servelab.core.engine.reuse import Reuse
 from servelab.core.engine.samples import Samples
 from servelab.core.engine.state import Request, arrival_record
+from servelab.core.engine.swap import Transfer, finish_transfer, swap_in, swap_out
 from servelab.core.engine.validate import PlanCheck
 from servelab.core.engine.views import Expiring, ProgramView, StepView, renew_view, renew_views
 from servelab.core.errors import LedgerError, PluginCallError, PluginError, ServeLabError, WorkloadError
@@ -113,10 +114,10 @@ class Engine:
         self.step = 0
         self.epoch = 0
         """Changes after every call of the scheduler."""
-        self.ledger = Ledger(kvcache, kvcache_name, layout, capacity)
-        self.ledger.any_order = limits.lanes > 1
         self.reuse = Reuse(self, prefix, prefix_name) if prefix is not None else None
-        self.ledger.reuse = self.reuse
+        self.ledger = Ledger(
+            kvcache, kvcache_name, layout, capacity, reuse=self.reuse, any_order=limits.lanes > 1
+        )
         self.requests: dict[str, Request] = {}
         """Every live request."""
         self.waiting: OrderedDict[str, Request] = OrderedDict()
@@ -139,6 +140,8 @@ class Engine:
         self._lanes = [Lane(self, i) for i in range(limits.lanes)]
         self.launches = 0
         self._plans = 0
+        self._stirs, self._seen = 1, 0
+        """Changes so far, and those that every idle lane has been asked about."""
         self._lost: str | None = None
         self._out: list[Command] = []
         self._view = StepView(self)
@@ -171,20 +174,60 @@ class Engine:
         return out
 
     def _schedule(self, _: Schedule) -> None:
-        for lane in self._lanes:
+        lanes = self._lanes
+        if len(lanes) > 1:
+            self._schedule_lanes()
+            return
+        (lane,) = lanes
+        while lane.is_open and self._lost is None:
+            batch = lane.repeat()
+            if batch is not None:
+                self._out.append(Launch(batch))
+            elif not (self.requests or self.contexts.kept) or not self._plan_lane(lane):
+                break
+
+    def _schedule_lanes(self) -> None:
+        """As for one. Who ran last is asked first, so that requests stay on their lane.
+
+        After a step of a hold that goes on nobody is asked: there is nothing that the others have not seen.
+        """
+        lanes = sorted(self._lanes, key=_ran_last)
+        launched, stirs = self.launches, self._stirs
+        quiet = stirs == self._seen and lanes[0].holds and lanes[0].is_open
+        for lane in lanes:
             while lane.is_open and self._lost is None:
                 batch = lane.repeat()
                 if batch is not None:
                     self._out.append(Launch(batch))
-                elif not (self.requests or self.contexts.kept) or not self._plan_lane(lane):
+                    continue
+                quiet = False
+                if not (self.requests or self.contexts.kept) or not self._plan_lane(lane):
                     break
+            if quiet:
+                break
+        self._seen = stirs
+        busy = [lane for lane in self._lanes if lane.flights]
+        if len(busy) == 1 and self._stirs == stirs:
+            self._fast_forward(busy[0], launched)
+
+    def _fast_forward(self, lane: Lane, launched: int) -> None:
+        """It runs alone: what other lanes do comes after an event, which cuts a launch of several steps."""
+        batch, _ = lane.flights[-1]
+        if batch.launch <= launched:
+            return
+        lane.lengthen(batch)
+        for command in self._out:  # of a plan made at this instant
+            record = command.record if isinstance(command, Emit) else None
+            if isinstance(record, Planned) and record.step == batch.first_step and record.work:
+                record.held = batch.steps
 
     def _plan_lane(self, lane: Lane) -> bool:
         """Ask, validate, apply, launch. False when there is nothing (more) to do now."""
         plan = self._decide(lane)
         changed = self._apply(plan)
-        if changed:  # other lanes may be repeating work of requests that are gone now
+        if changed or (plan.work and len(self._lanes) > 1):  # other lanes decided without knowing of this
             self.break_holds(keep=lane)
+            self._stirs += changed
         if plan.wake_at is not None:
             self._out.append(SetTimer(plan.wake_at))
         if not plan.work:
@@ -221,7 +264,7 @@ class Engine:
         if self.full_checks:
             renew_views(self)
             view = Expiring(view, self)
-        return self.call(self._plan, view, f"plan(), step {self.step}, lane {lane.index}")
+        return self.call(self._plan, view, "plan(), step {}, lane {}", self.step, lane.index)
 
     def show(self, r: Request) -> RequestView:
         """The view a scheduler may be given of one request, for one call."""
@@ -229,8 +272,8 @@ class Engine:
             renew_view(self, r)
         return r.seen
 
-    def call(self, method: Callable[[Any], T], argument: Any, where: str) -> T:
-        """Call the scheduler; views it is given expire when it returns."""
+    def call(self, method: Callable[[Any], T], argument: Any, where: str, *details: object) -> T:
+        """Call the scheduler; views it is given expire when it returns. ``where`` is a format, for errors."""
         try:
             return method(argument)
         except ServeLabError:
@@ -238,7 +281,7 @@ class Engine:
         except Exception as exc:
             raise PluginCallError(
                 f"scheduler {self.scheduler_name!r} raised {type(exc).__name__}: {exc}",
-                where=f"{where}, t={self.now_ns} ns",
+                where=f"{where.format(*details)}, t={self.now_ns} ns",
                 why="the exception is chained below (SERVELAB_TRACEBACK=1 shows it)",
                 do="mend the plugin",
             ) from exc
@@ -262,7 +305,7 @@ class Engine:
         for verdict in plan.swap_ins:
             r = verdict.request._r
             self._move(r, self.swapped, Phase.LOADING)
-            self.start_transfer(self.ledger.swap_in(r))
+            self.start_transfer(swap_in(self.ledger, r))
         return True
 
     def _preempt(self, r: Request, mode: str, reason: str) -> None:
@@ -278,7 +321,7 @@ class Engine:
             self.waiting.move_to_end(r.id, last=False)
         elif mode == "swap":
             self._move(r, source, Phase.SWAPPING)
-            self.start_transfer(self.ledger.swap_out(r))
+            self.start_transfer(swap_out(self.ledger, r))
         else:
             self._move(r, source, Phase.PAUSED)
             self.paused[r.id] = r
@@ -323,6 +366,8 @@ class Engine:
 
     def break_holds(self, keep: Lane | None = None) -> None:
         """Something happened: lanes that repeat a plan must ask again."""
+        if keep is None:
+            self._stirs += 1
         for lane in self._lanes:
             if lane is not keep and (interrupt := lane.end_hold()) is not None:
                 self._out.append(interrupt)
@@ -409,8 +454,9 @@ class Engine:
                 why="launches of a lane end in the order they were started",
                 do="mend the driver or executor",
             )
-        self.break_holds(keep=lane)
+        self.break_holds(keep=lane)  # they did not count with its pages, nor with what it brings
         batch, step, start_ns, emitted, done = lane.land(event)
+        self._stirs += not lane.holds
         self.emit(
             StepDone(
                 t_ns=event.ends_ns[-1],
@@ -462,7 +508,7 @@ class Engine:
         self.break_holds()
         live = self.requests.get(transfer.request_id)
         r = live if live is not None and live.lease is transfer.lease else None
-        self.ledger.finish_transfer(transfer, r)
+        finish_transfer(self.ledger, transfer, r)
         self.emit(TransferEnded(t_ns=self.now_ns, engine=self.index, transfer=transfer.id))
         if r is None:
             return
@@ -599,7 +645,7 @@ class Engine:
 
     def teach(self, record: Record) -> None:
         if self._learn is not None:
-            self.call(self._learn, record, f"on_event(), record {record.ev!r}")
+            self.call(self._learn, record, "on_event(), record {!r}", record.ev)
 
     def _log_plan(self, lane: Lane, plan: StepPlan, step: int, held: int) -> None:
         if not self.plan_log:
@@ -681,6 +727,10 @@ class Engine:
                 f"on and {self.ended} ended",
                 why="every request gets exactly one terminal event",
             )
+
+
+def _ran_last(lane: Lane) -> tuple[int, int]:
+    return -lane.last_end_ns, lane.index
 
 
 def _verdicts(items: Sequence[object]) -> list[tuple[str, str]]:

@@ -61,6 +61,11 @@ class Lane:
             return True
         return len(flights) < self._engine.limits.max_in_flight and flights[-1][0].steps == 1
 
+    @property
+    def holds(self) -> bool:
+        """Whether it repeats a plan."""
+        return self._work is not None
+
     # ------------------------------------------------------------------ holds
 
     def hold(self, work: list[Tokens | Background], hold: Hold) -> None:
@@ -79,13 +84,26 @@ class Lane:
     def shorten(self) -> None:
         """Of the held launch in flight only the first step will run: as if it had been launched so."""
         batch, _ = self.flights[0]
+        self._unnumber(batch, 1)
         unused, batch.steps = batch.steps - 1, 1
-        if self._engine.limits.lanes == 1:
-            self._engine.step -= unused
         if self._work is not None:  # the hold goes on
             self._steps_left += unused
         self._engine.ledger.settle(batch.launch)
         self._engine.ledger.landed(())
+
+    def _unnumber(self, batch: Batch, ran: int) -> None:
+        """Cut short: give back the numbers of steps that will not run, if no later ones are given."""
+        if self._engine.step == batch.first_step + batch.steps:
+            self._engine.step = batch.first_step + ran
+
+    def lengthen(self, batch: Batch) -> None:
+        """Let a held launch of one step run as many as it can. Nothing else may run beside it."""
+        if self._work is None or self._engine.limits.max_in_flight > 1:
+            return  # planning ahead, the next step is queued before this one ends
+        more = self._steps_ahead(batch, self._steps_left + 1) - 1
+        batch.steps += more
+        self._steps_left -= more
+        self._engine.step += more
 
     def repeat(self) -> Batch | None:
         """The next launch of a held plan; None if there is none or it cannot go on."""
@@ -99,7 +117,7 @@ class Lane:
             for item in work:
                 assert isinstance(item, Tokens)
                 r = item.request._r
-                if r.pending != 1 or r.phase is not Phase.RUNNING or (r.launches and r.lane != self.index):
+                if r.pending != 1 or r.phase is not Phase.RUNNING:
                     over = True
                     break
                 if not r.slack:
@@ -187,13 +205,11 @@ class Lane:
         if batch.copies and engine.somebody_waits:
             # budgets counted a copy for the last owner too, who keeps the page: there is room to ask about
             self._work = None
+        engine.step += 1
         if self._work is not None:
-            if (
-                engine.limits.max_in_flight == 1
-            ):  # planning ahead, the next step is queued before this one ends
-                batch.steps = self._steps_ahead(batch, self._steps_left)
-            self._steps_left -= batch.steps
-        engine.step += batch.steps
+            self._steps_left -= 1
+            if engine.limits.lanes == 1:  # with more, the others must be asked first: see fast_forward
+                self.lengthen(batch)
         self.flights.append((batch, engine.now_ns))
         return batch
 
@@ -265,8 +281,7 @@ class Lane:
                 why=f"it had {len(batch.requests)} requests and at most {batch.steps} steps",
                 do="mend the executor",
             )
-        if engine.limits.lanes == 1:  # interrupted: give back the numbers of steps that will not run
-            engine.step -= batch.steps - steps - event.more
+        self._unnumber(batch, steps + event.more)
         if self._work is not None:  # cut short only to see how far it is: the hold goes on
             self._steps_left += batch.steps - steps - event.more
         engine.ledger.settle(batch.launch)
@@ -274,26 +289,33 @@ class Lane:
         first = batch.first_step
         start_ns = max(launched_ns, self.last_end_ns)
         self.last_end_ns = ends[-1]
-        if event.more:
-            self._go_on(batch, steps, done)
-            engine.ledger.landed(())  # a resize may want what it was promised and did not use
+        ledger = engine.ledger
+        if event.more:  # between two steps nothing is in flight, as when stepping
+            still = [lease for lease in batch.leases if not lease.released]
+            came_back = ledger.unfence(still)
         else:
             self.flights.popleft()
-            engine.ledger.landed(batch.leases)
-        if engine.ledger.windows:
-            self._slide(batch)
+            came_back = ledger.landed(batch.leases)
+        if ledger.windows:
+            came_back |= self._slide(batch)
+        if came_back and engine.somebody_waits:  # pages that may let somebody in: as at an event
+            self._work = None
         if engine.reuse is not None:
             self._publish(batch)
+        if event.more:
+            self._go_on(batch, steps, done)
+            for lease in still:
+                lease.in_flight += 1
+            ledger.landed(())  # a resize may want what it was promised and did not use
         return batch, first, start_ns, emitted, done
 
-    def _slide(self, batch: Batch) -> None:
-        """Windows have moved on. Pages that came back may let somebody in: ask again, as at an event."""
-        engine, came_back = self._engine, False
+    def _slide(self, batch: Batch) -> bool:
+        """Windows have moved on. True if pages came back."""
+        came_back = False
         for r, lease in zip(batch.requests, batch.leases, strict=True):
             if r.lease is lease and r.phase is not Phase.FINISHED:
-                came_back |= engine.ledger.slide(r)
-        if came_back and engine.somebody_waits:
-            self._work = None
+                came_back |= self._engine.ledger.slide(r)
+        return came_back
 
     def _publish(self, batch: Batch) -> None:
         """Pages have become full. Somebody who waits may find them: ask again, as at an event."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from servelab.core.engine.ledger import place
+from servelab.core.engine.pages import place
 from servelab.core.engine.state import Request
 from servelab.core.engine.views import ProgramView
 from servelab.core.records import Record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-from servelab.core.engine.ledger import place
+from servelab.core.engine.pages import place
 from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import PlanError
 from servelab.core.plan import Background, Hold, StepPlan, Tokens

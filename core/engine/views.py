@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from servelab.core.engine.contexts import Context, Contexts
 from servelab.core.engine.lane import position
-from servelab.core.engine.ledger import Ledger, place
+from servelab.core.engine.ledger import Ledger
+from servelab.core.engine.pages import place
 from servelab.core.engine.state import Lease, Request
 from servelab.core.errors import CapabilityError, ViewError
 from servelab.core.events import Batch
@@ -116,7 +117,7 @@ class KVBudget:
         self._ledger = ledger
         self._left = list(ledger.free())
         self._withdraw = ledger.withdrawing()
-        self._keep = ledger.watermark if any(ledger.watermark) else None
+        self._keep = ledger.kept_free
         self._scratches = ledger.scratches()
         self._busy = busy
         """Somebody runs: the watermark holds. Else nothing would ever free the pages it waits for."""

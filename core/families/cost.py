@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from servelab.core.engine.ledger import Transfer
+    from servelab.core.engine.swap import Transfer
     from servelab.core.events import Batch
 
 

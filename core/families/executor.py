@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from servelab.core.engine.ledger import Transfer
+    from servelab.core.engine.swap import Transfer
     from servelab.core.events import Batch
     from servelab.core.families.quant import Quantizer
     from servelab.core.layout import Capacity, KVLayout

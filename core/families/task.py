@@ -1,7 +1,7 @@
 """Task: what is done with a composed run.
 
 Intent: ``bench`` serves a workload and measures, ``quality`` compares quantizers, ``capacity`` and
-experiments make many runs of their own (``core/cells``); later ``serve``, ``calibrate``, ``validate``. A task
+experiments make many runs of their own (``_cells``); later ``serve``, ``calibrate``, ``validate``. A task
 owns the order of things in a run, never a policy.
 
 Capabilities: ``task.offline`` (serves nothing, so KV memory need not hold the longest request).

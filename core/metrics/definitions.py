@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from fractions import Fraction
 from itertools import islice
 from operator import sub
 
@@ -74,29 +73,6 @@ def interpolate(a: float, b: float, fraction: float) -> float:
     """Linear interpolation in numpy's form, which never leaves ``a..b`` and is exact at both ends."""
     gap = b - a
     return b - gap * (1 - fraction) if fraction >= 0.5 else a + gap * fraction
-
-
-def percentile_linear(values: Iterable[float], q: float) -> float:
-    """``numpy.percentile(values, q)``: linear interpolation between the two nearest of the sorted values."""
-    ordered = sorted(values)
-    below, fraction = linear_position(q, len(ordered))
-    return interpolate(ordered[below], ordered[min(below + 1, len(ordered) - 1)], fraction)
-
-
-def nearest_rank(q: float, n: int) -> int:
-    """Index of the smallest of ``n`` sorted values whose cumulative share is at least ``q`` percent.
-
-    Raises:
-        ValueError: ``q`` outside 0..100, or no values.
-    """
-    linear_position(q, n)
-    return max(math.ceil(Fraction(str(q)) * n / 100) - 1, 0)
-
-
-def percentile_nearest_rank(values: Iterable[float], q: float) -> float:
-    """GuideLLM's rule: the smallest value whose cumulative share reaches ``q`` percent; no interpolation."""
-    ordered = sorted(values)
-    return ordered[nearest_rank(q, len(ordered))]
 
 
 def peak_concurrency(intervals: Iterable[tuple[int, int]]) -> int:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
-from servelab.core.metrics.definitions import interpolate, linear_position, nearest_rank
+from servelab.core.metrics.definitions import interpolate, linear_position
 
 
 class Distribution:
@@ -58,10 +58,6 @@ class Distribution:
             return None
         below, fraction = linear_position(q, self.count)
         return interpolate(self._at(below), self._at(min(below + 1, self.count - 1)), fraction)
-
-    def percentile_nearest_rank(self, q: float) -> float | None:
-        """GuideLLM's percentile; None without samples."""
-        return self._at(nearest_rank(q, self.count)) if self.count else None
 
     def share_at_most(self, bound: float) -> float | None:
         """Share of samples that are ``<= bound``; None without samples."""

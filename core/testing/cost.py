@@ -7,8 +7,8 @@ from itertools import pairwise
 from random import Random
 from typing import Any, ClassVar
 
-from servelab.core.engine.ledger import Transfer
 from servelab.core.engine.state import Lease, Request
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 from servelab.core.facts import HardwareFacts
 from servelab.core.plan import Tokens

@@ -12,7 +12,7 @@ import pytest
 
 from servelab.core.compose import Run, compose
 from servelab.core.config import validate
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.errors import ServeLabError
 from servelab.core.events import Batch

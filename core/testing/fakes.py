@@ -13,8 +13,8 @@ from random import Random
 from typing import Any, Literal
 
 from servelab.core.engine.engine import Engine
-from servelab.core.engine.ledger import Transfer
 from servelab.core.engine.state import Request
+from servelab.core.engine.swap import Transfer
 from servelab.core.errors import ServeLabError
 from servelab.core.events import (
     Abort,

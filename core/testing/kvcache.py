@@ -53,7 +53,7 @@ class AnyPlans:
         if self._shrinks and self.engine is not None and self._rng.randrange(4) == 0:
             ledger = self.engine.ledger
             for pool, pages in enumerate(ledger.total()):
-                ledger.resize(pool, 4 if pages <= PAGES * 3 // 4 else -4)
+                ledger.device[pool].resize(4 if pages <= PAGES * 3 // 4 else -4)
         plan = self._plans.plan(view)
         if not plan.work and plan.wake_at is None:
             plan.wake_at = view.now_ns + 1000
@@ -407,5 +407,5 @@ class KVCacheSuite(PluginSuite):
                 pool,
                 "device",
                 pages,
-                {p for p, n in enumerate(ledger._device[pool].refs) if not n},
+                {p for p, n in enumerate(ledger.device[pool].refs) if not n},
             )

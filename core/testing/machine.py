@@ -38,7 +38,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from servelab.core.engine.ledger import WITHDRAWN
+from servelab.core.engine.pages import WITHDRAWN
 from servelab.core.engine.state import Request
 from servelab.core.errors import PluginCallError, ServeLabError
 from servelab.core.events import Batch, Command, Emit, Launch, Schedule
@@ -382,7 +382,7 @@ class EngineMachine(RuleBasedStateMachine):
     def resize(self, rng: Random) -> None:
         self.tally["rules"] += 1
         ledger = self.rig.engine.ledger
-        ledger.resize(rng.randrange(len(ledger.pools)), rng.randint(-4, 4))
+        ledger.device[rng.randrange(len(ledger.pools))].resize(rng.randint(-4, 4))
 
     @precondition(lambda self: self.ready)
     @rule(rng=dice)
@@ -538,7 +538,7 @@ class EngineMachine(RuleBasedStateMachine):
     def pages_are_conserved(self) -> None:
         ledger = self.rig.engine.ledger
         for i in range(len(ledger.pools)):
-            tier = ledger._device[i]
+            tier = ledger.device[i]
             holders: Counter[int] = Counter(tier.external)
             fading: set[int] = set()
             for lease in ledger._leases.values():
@@ -555,7 +555,7 @@ class EngineMachine(RuleBasedStateMachine):
     def plugins_agree(self) -> None:
         """Copies of the plugins would choose exactly the free pages, and evict exactly the unused ones."""
         ledger = self.rig.engine.ledger
-        for i, (device, host) in enumerate(zip(ledger._device, ledger._host, strict=True)):
+        for i, (device, host) in enumerate(zip(ledger.device, ledger.host, strict=True)):
             for name, tier in (("device", device), ("host", host)):
                 if not tier.refs:
                     continue
@@ -563,7 +563,7 @@ class EngineMachine(RuleBasedStateMachine):
                 chosen = deepcopy(self.kvcache.inner).choose(i, name, len(free), None) if free else ()
                 assert sorted(chosen) == sorted(free), f"kvcache and ledger disagree about {name} pages"
         if self.store is not None:
-            store, tier = self.store.inner, ledger._device[0]
+            store, tier = self.store.inner, ledger.device[0]
             n = store.evictable(0)
             evicted = deepcopy(store).evict(0, n, self.rig.now_ns) if n else ()
             alone = {p for p in tier.external if tier.refs[p] == tier.external[p]}
@@ -581,7 +581,7 @@ class EngineMachine(RuleBasedStateMachine):
                 id(lease): r for r, lease in zip(launched.batch.requests, launched.batch.leases, strict=True)
             }
         for i, pool in enumerate(ledger.pools):
-            tier, size = ledger._device[i], pool.page_tokens
+            tier, size = ledger.device[i], pool.page_tokens
             alone = {p for p in tier.external if tier.refs[p] == tier.external[p]}
             readers: dict[int, set[int]] = {}
             owners: dict[int, set[int]] = {}
@@ -727,7 +727,7 @@ class EngineMachine(RuleBasedStateMachine):
         if isinstance(self.scheduler.inner, RandomPlans):
             return
         for i, n in enumerate(self.capacity):
-            engine.ledger.resize(i, n)
+            engine.ledger.device[i].resize(n)
         rng = Random(0)
         for _ in range(3000):
             if not engine.requests:

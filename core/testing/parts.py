@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from servelab.core.capabilities import Selected, check_capabilities
-from servelab.core.compose import parts_like
-from servelab.core.context import Context, Oracle
+from servelab.core.compose import assemble, checked_part
+from servelab.core.config import Choice
+from servelab.core.context import BuildPart, Context, Oracle, seeded
 from servelab.core.errors import CapabilityError, ConfigError
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.layout import KVLayout
@@ -272,3 +273,28 @@ class KeepingPlan(AnyPlan):
         if wish < 3:
             return Pin(request.last_token_ns + self.rng.choice([1, 5_000, 1 << 40]), "drawn")
         return Release()
+
+
+def parts_like(context: Context, registry: Registry, oracle: Oracle | None) -> BuildPart:
+    """``Context.part`` for a plugin that is built alone: contexts of parts are like its own.
+
+    Args:
+        context: of the plugin.
+        registry: where its parts are.
+        oracle: for parts that declare one.
+    """
+
+    def part(kind: str, choice: Choice, key: str = "", place: tuple[str, ...] = ()) -> Any:
+        place = (*place, key) if key else place
+        spec = registry.spec(kind, checked_part(kind, choice).name)
+        inner = replace(
+            context,
+            kind=kind,
+            name=choice.name,
+            rng=seeded(context.seed, kind, "/".join([*place, choice.name])),
+            oracle=oracle if spec.oracle else None,
+            part=lambda kind, choice, key="": part(kind, choice, key, place),
+        )
+        return assemble(choice, inner, registry)
+
+    return part

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from servelab.core.engine.engine import Engine
-from servelab.core.engine.ledger import Transfer
 from servelab.core.engine.state import Lease, Request
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 
 WRONG = -1

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NoReturn
 import pytest
 
 from servelab.core.capabilities import Selected, select
-from servelab.core.compose import members, parts_like
+from servelab.core.compose import members
 from servelab.core.config import Choice, choice_of
 from servelab.core.context import Context, seeded
 from servelab.core.errors import PluginError, ServeLabError, nearest
@@ -36,6 +36,7 @@ from servelab.core.families import KINDS
 from servelab.core.registry import Registry, blocked_names
 from servelab.core.request import Truth
 from servelab.core.spec import PluginSpec
+from servelab.core.testing.parts import parts_like
 from servelab.core.testing.traps import forbidden_calls
 
 SUITE_API = "1"

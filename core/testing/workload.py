@@ -16,12 +16,12 @@ from typing import Any, ClassVar, get_args
 
 import pytest
 
-from servelab.core.compose import parts_like
 from servelab.core.context import seeded
 from servelab.core.errors import ServeLabError
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.records import Ending, RequestFinished
 from servelab.core.request import Arrival, Cancel, RequestSpec, Truth, sample_id
+from servelab.core.testing.parts import parts_like
 from servelab.core.testing.suite import PluginSuite
 from servelab.core.testing.traps import forbidden_calls
 from servelab.core.testing.words import Words

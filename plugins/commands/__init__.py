@@ -7,6 +7,14 @@ from collections.abc import Mapping
 from servelab.core.api import hookimpl
 
 TABLE = {
+    "plugins": (
+        "servelab.plugins.commands.plugins:main",
+        "all plugins: papers, tiers, what is disabled and why",
+    ),
+    "show": (
+        "servelab.plugins.commands.show:main",
+        "one plugin or section: its settings with units, bounds and origins",
+    ),
     "explain": (
         "servelab.plugins.commands.explain.command:main",
         "the life of one request of a run: why it waited, who preempted it and why",

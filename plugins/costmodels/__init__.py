@@ -32,7 +32,7 @@ TABLE = (
             "The 8-bit peak needs 8-bit weights and activations, whatever the width of KV; LLM-Viewer asks "
             "for 8-bit KV too. Attention is always priced at 16 bits.",
             "Logits are of the rows that sample; LLM-Viewer prices them for every token of a prompt.",
-            "Embedding and all-reduces are priced, softmax is not.",
+            "Embedding and collectives are priced, softmax is not.",
             "Attention is priced here, not by the kernel plugin: a run on a described GPU must not cost what "
             "the kernel of this machine does.",
         ),
@@ -53,9 +53,9 @@ TABLE = (
         deviations=(
             "A step with both prompts and decodes, which DistServe has not, takes the prompts' variable part "
             "on top of the decodes' time.",
-            "No step takes less than its requests would if each ran one token, and from large_batch requests "
-            "on the greater of both sets is taken: the released fits drop there, by 6 % for OPT-13B on one "
-            "device.",
+            "No step gets cheaper with more work, as the released fits do (by 6 % for OPT-13B on one device "
+            "where the second set begins): from large_batch requests on the greater of both sets is taken, "
+            "a prompt beside others takes at least what it would as a decode, and one of one token is one.",
             "Transfers take time (the released simulator charges none).",
         ),
         tier="stable",
@@ -77,7 +77,8 @@ TABLE = (
             "tokens of the prompts before them and looks them up by requests, below all its points.",
             "No step takes less than its first point says, nor less than its requests would if each ran one "
             "token.",
-            "A draft of d tokens counts as d more requests, and one point is a flat table.",
+            "A draft of d tokens counts as d more requests, a prompt of one token as a decode, and one point "
+            "is a flat table.",
         ),
         tier="stable",
     ),

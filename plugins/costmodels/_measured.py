@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from csv import DictReader
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import ConfigError, Context
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 
 
 class MeasuredConfig(BaseModel):
@@ -80,6 +81,23 @@ def read(file: str, where: str) -> str:
             why=getattr(exc, "strerror", None) or str(exc),
             do="give the path of a text file that exists, from the folder the run is started in",
         ) from exc
+
+
+def columns(table: DictReader[str], place: str) -> set[str]:
+    """Names of a CSV's columns.
+
+    Raises:
+        ConfigError: one is there twice, and the last would win.
+    """
+    names = list(table.fieldnames or ())
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"the column {twice[0]!r} is there twice",
+            where=place,
+            why="only one of them can be read, and nothing says which",
+            do="rename or remove one of them",
+        )
+    return set(names)
 
 
 def number(text: object, field: str, place: str, kind: Callable[[str], float] = float) -> float:

@@ -11,8 +11,9 @@ it; a draft of d tokens counts as d more requests.
 Deviations:
     1. A step with both prompts and decodes, which DistServe has not, takes the prompts' variable part on top
        of the decodes' time.
-    2. No step takes less than its requests would if each ran one token, and from large_batch requests on the
-       greater of both sets is taken: the released fits drop there, by 6 % for OPT-13B on one device.
+    2. No step gets cheaper with more work, as the released fits do (by 6 % for OPT-13B on one device where
+       the second set begins): from large_batch requests on the greater of both sets is taken, a prompt beside
+       others takes at least what it would as a decode, and one of one token is one.
     3. Transfers take time (the released simulator charges none).
 
 Faithful when: the vectors of the paper's fits; least squares recovers planted coefficients; monotone.
@@ -25,15 +26,23 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from math import fsum
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from servelab.core.api import ConfigError, Context
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 from servelab.plugins.costmodels._least_squares import least_squares
-from servelab.plugins.costmodels._measured import MeasuredConfig, check_measured_on, number, read, whole
+from servelab.plugins.costmodels._measured import (
+    MeasuredConfig,
+    check_measured_on,
+    columns,
+    number,
+    read,
+    whole,
+)
 
 Coefficients = tuple[
     Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]
@@ -97,24 +106,12 @@ class PhaseLinear:
     def price(self, batch: Batch, steps: int) -> Sequence[int]:
         rows = len(batch.tokens)
         extra = sum(item.draft for item in batch.extras.values())
-        context = sum(batch.starts) + sum(batch.tokens) + extra
-        prompt = squares = prompts = prompt_context = 0
-        if sum(batch.tokens) > rows or 0 in batch.starts:
-            for n, start in zip(batch.tokens, batch.starts, strict=True):
-                if n > 1 or not start:
-                    prompt += n
-                    squares += n * (n + 2 * start)
-                    prompts += 1
-                    prompt_context += start + n
-        requests = rows + extra
-        if not prompts:
+        context, requests = sum(batch.starts) + sum(batch.tokens) + extra, rows + extra
+        if batch.tokens.count(1) == rows:
             return [whole(self._decodes(context + k * rows, requests)) for k in range(steps)]
-        run = self.prefill.b * prompt + self.prefill.c * squares
-        took = max(self.prefill.a + run, self._decodes(context, requests))
-        if prompts < requests:
-            took = max(took, run + self._decodes(context - prompt_context, requests - prompts))
-        first = whole(took)
-        # after a prompt's only token (a prompt of one) every request decodes
+        prompts = [(n, p) for n, p in zip(batch.tokens, batch.starts, strict=True) if n > 1]
+        decoding = context - sum(n + p for n, p in prompts)
+        first = whole(self._with_prompts(prompts, decoding, requests - len(prompts), requests))
         return [first, *(whole(self._decodes(context + k * rows, requests)) for k in range(1, steps))]
 
     def transfer_time(self, transfer: Transfer) -> int:
@@ -129,10 +126,30 @@ class PhaseLinear:
 
     def _decodes(self, context: int, requests: int) -> float:
         """ms of a step of decodes."""
-        took = self.decode.at(context, requests)
+        return max(line.at(context, requests) for line in self._lines(requests))
+
+    def _with_prompts(
+        self, prompts: Sequence[tuple[int, int]], context: int, decodes: int, requests: int
+    ) -> float:
+        """ms of a step of prompts, (tokens, tokens before them) each, and of decodes with so much context."""
+        runs = [self.prefill.b * n + self.prefill.c * n * (n + 2 * p) for n, p in prompts]
+        took = self.prefill.a + fsum(runs)  # exact, so that the order of requests does not matter
+        for line in self._lines(requests):
+            # each takes at least what it would as a decode; without decodes, one may be cut to a token
+            each = [max(run, line.b * (p + n) + line.c) for run, (n, p) in zip(runs, prompts, strict=True)]
+            beside = line.at(context, decodes)
+            if not decodes:
+                last = min(range(len(each)), key=lambda i: each[i] - line.b * (prompts[i][1] + 1))
+                beside = line.at(prompts[last][1] + 1, 1)
+                del each[last]
+            took = max(took, beside + fsum(each))
+        return took
+
+    def _lines(self, requests: int) -> tuple[Line, ...]:
+        """The fits that hold for so many requests."""
         if self.large is None or requests < self.config.large_batch:
-            return took
-        return max(took, self.large.at(context, requests))
+            return (self.decode,)
+        return (self.decode, self.large)
 
 
 def fitted(file: str, large_batch: int) -> tuple[Line, Line, Line | None]:
@@ -180,7 +197,7 @@ def _fit(steps: list[tuple[float, float, float]], file: str, phase: str) -> Line
 def _steps(file: str) -> Iterable[tuple[str, list[int], float]]:
     """Phase, lengths of the requests, ms; of each measured step."""
     rows = csv.DictReader(StringIO(read(file, "cost.measured")))
-    missing = {"phase", "lengths", "ms"} - set(rows.fieldnames or ())
+    missing = {"phase", "lengths", "ms"} - columns(rows, f"cost.measured: {file}, line 1")
     if missing:
         raise ConfigError(
             f"missing columns: {', '.join(sorted(missing))}",

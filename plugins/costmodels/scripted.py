@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import Context
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 
 

@@ -13,7 +13,8 @@ Deviations:
     2. Decodes are measured and looked up by requests; the released code files their times under the tokens of
        the prompts before them and looks them up by requests, below all its points.
     3. No step takes less than its first point says, nor less than its requests would if each ran one token.
-    4. A draft of d tokens counts as d more requests, and one point is a flat table.
+    4. A draft of d tokens counts as d more requests, a prompt of one token as a decode, and one point is a
+       flat table.
 
 Faithful when: measured points are reproduced; monotone; the mixed factor; the released table loads.
 Tier: stable.
@@ -33,10 +34,17 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from servelab.core.api import ConfigError, Context
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 from servelab.plugins.costmodels._curve import Curve
-from servelab.plugins.costmodels._measured import MeasuredConfig, check_measured_on, number, read, whole
+from servelab.plugins.costmodels._measured import (
+    MeasuredConfig,
+    check_measured_on,
+    columns,
+    number,
+    read,
+    whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,21 +98,19 @@ class TableCost:
             if most > curve.x[-1]:
                 told = f"measured up to {curve.x[-1]} {of}, steps may have {most}"
                 self._beyond.append(told)
-                log.warning("cost table: %s: beyond, the last slope goes on", told)
+                on = "the last slope goes on" if len(curve.x) > 1 else "they take as long"
+                log.warning("cost table: %s: beyond, %s", told, on)
 
     def price(self, batch: Batch, steps: int) -> Sequence[int]:
         rows = len(batch.tokens)
         extra = sum(item.draft for item in batch.extras.values())
-        tokens = sum(batch.tokens)
         decodes = whole(self.token(rows + extra))
-        prompts = 0
-        if tokens > rows or 0 in batch.starts:
-            prompts = sum(n > 1 or not start for n, start in zip(batch.tokens, batch.starts, strict=True))
-        if not prompts:
+        ones = batch.tokens.count(1)
+        if ones == rows:
             return [decodes] * steps
-        factor = 1.0 if prompts == rows and not extra else self.config.mixed_factor
-        first = max(whole(self.prompt(tokens + extra) * factor), decodes)
-        return [first, *[decodes] * (steps - 1)]
+        tokens = sum(batch.tokens) + extra
+        factor = self.config.mixed_factor if ones or extra else 1.0
+        return [max(whole(self.prompt(tokens) * factor), decodes), *[decodes] * (steps - 1)]
 
     def transfer_time(self, transfer: Transfer) -> int:
         return self.config.transfer_time(transfer)
@@ -138,7 +144,7 @@ def read_points(file: str, rows: Mapping[str, str]) -> dict[str, dict[int, float
 
 def _csv(file: str, rows: Mapping[str, str]) -> Iterator[tuple[str, int, float]]:
     table = csv.DictReader(StringIO(read(file, "cost.file")))
-    names = set(table.fieldnames or ())
+    names = columns(table, f"cost.file: {file}, line 1")
     ours = {"phase", "tokens", "ms"}
     splitwise = not ours <= names
     missing = (_SPLITWISE if splitwise and names & _SPLITWISE else ours) - names | set(rows) - names
@@ -178,10 +184,10 @@ def _csv(file: str, rows: Mapping[str, str]) -> Iterator[tuple[str, int, float]]
 
 def _json(file: str) -> Iterator[tuple[str, int, float]]:
     try:
-        loaded: Any = json.loads(read(file, "cost.file"))
+        loaded: Any = json.loads(read(file, "cost.file"), object_pairs_hook=_once)
     except ValueError as exc:
         raise ConfigError(
-            "the file is no JSON", where=f"cost.file: {file}", why=str(exc), do="mend it"
+            "the file is no JSON of step times", where=f"cost.file: {file}", why=str(exc), do="mend it"
         ) from exc
     for phase in PHASES:
         points = loaded.get(f"{phase}_ms") if isinstance(loaded, dict) else None
@@ -194,6 +200,16 @@ def _json(file: str) -> Iterator[tuple[str, int, float]]:
         for tokens, ms in points.items():
             place = f"cost.file: {file}, {phase}_ms"
             yield phase, _count(tokens, "tokens", place), number(ms, str(tokens), place)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON, in which the last of several values of a key would win."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is given twice in one mapping")
+    return found
 
 
 def _phase(text: str, place: str) -> str:

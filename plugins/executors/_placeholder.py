@@ -10,8 +10,8 @@ from itertools import compress
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import ConfigError, Context, Oracle, Outcome, Phase, WorkloadError
-from servelab.core.engine.ledger import Transfer
 from servelab.core.engine.state import Request
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 
 _NOTHING = Outcome()

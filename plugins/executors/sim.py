@@ -7,12 +7,12 @@ the rest is KV pages, as serving engines size their pool. ``num_kv_pages`` state
 
 Symbols: tp devices of M bytes; U = memory_utilization; W weight bytes; A activation bytes and R runtime bytes
 of a device:
-pages = (U * tp * M - W - tp * (A + R)) / (bytes of a page * copies), copies = max(1, tp / KV heads).
+pages = (U * tp * M - W - tp * (A + R)) / (bytes of a page * copies); copies of each KV head: tp * ceil(KV
+heads / tp) / KV heads, 1 where tp divides the heads.
 
 Deviations: none. Faithful when: pages by hand for Llama-2-7B on an A100; pools of real engines within 3 %;
-output
-lengths equal the workload's truths unless the cap is lower; a model larger than its devices is refused.
-Tier: stable.
+output lengths equal the workload's truths unless the cap is lower; a model larger than its devices is
+refused. Tier: stable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import Field
 
 from servelab.core.api import Capacity, ConfigError, Context, HardwareFacts, KVLayout, ModelFacts
-from servelab.core.sites import weight_bytes
+from servelab.core.sites import kv_share, weight_bytes
 from servelab.plugins.executors._pages import BoundedPages, HostPages, pages_in, stated_pages
 from servelab.plugins.executors._placeholder import PlaceholderConfig, PlaceholderExecutor
 
@@ -110,7 +110,7 @@ class SimExecutor(PlaceholderExecutor):
             "kv_memory_bytes": max(0, left),
             "kv_copies": self._copies(device.tp),
         }
-        left //= self._copies(device.tp)
+        left = int(left / self._copies(device.tp))
         if left < sum(pool.bytes_per_page for pool in layout.pools):
             raise self._does_not_fit(layout, device, device.memory_bytes)
         return left
@@ -120,9 +120,9 @@ class SimExecutor(PlaceholderExecutor):
         taken = tp * (self._activation_bytes(tp) + self.config.runtime_bytes)
         return int(self.config.memory_utilization * tp * memory) - self._weights - taken
 
-    def _copies(self, tp: int) -> int:
-        """How many devices keep the same KV."""
-        return tp if self._model.kv_latent else max(1, tp // self._model.kv_heads)
+    def _copies(self, tp: int) -> float:
+        """How often the same KV is kept, over all devices."""
+        return tp * kv_share(self._model, tp)
 
     def _does_not_fit(self, layout: KVLayout, device: HardwareFacts, memory: int) -> ConfigError:
         """What takes how much, and the least devices that hold the model and one request of full length."""
@@ -133,9 +133,11 @@ class SimExecutor(PlaceholderExecutor):
             for pool in layout.pools
         )
         shards = (t for t in range(tp + 1, self._model.heads + 1) if self._model.heads % t == 0)
-        enough = next((t for t in shards if self._kv_room(t, memory) // self._copies(t) >= one), None)
+        enough = next((t for t in shards if self._kv_room(t, memory) / self._copies(t) >= one), None)
         more = f"more devices (hardware.tp={enough}), " if enough else ""
         share = self.config.memory_utilization
+        if share < 0.9:
+            more = f"more of the memory (executor.memory_utilization), {more}"
         return ConfigError(
             f"model {self._model.name!r} does not fit on {tp} x {device.name}",
             where="executor 'sim'",

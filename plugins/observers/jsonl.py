@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from servelab.core.api import ConfigError, Context, PluginError, ServeLabError, hookimpl
 from servelab.core.logs import EVENTS_FILE, EVENTS_LOG, PLANS_FILE, PLANS_LOG, Encoder, header, read_log
 from servelab.core.records import Planned, Record, RunFinished
-from servelab.plugins.observers._folder import check_unused, in_use
+from servelab.core.run_folder import WRITABLE, check_unused, in_use, unwritable
 
 __all__ = ["JsonlConfig", "JsonlObserver", "read_log"]
 """``read_log`` lives in ``servelab.core.logs``; this is the path it had before."""
@@ -53,7 +53,7 @@ class JsonlObserver:
                 why="this run has no folder",
                 do="give the run a folder, or leave 'jsonl' out of 'observers'",
             )
-        check_unused(ctx.run_dir, ctx.name)
+        check_unused(ctx.run_dir, f"observer {ctx.name!r}")
         self._folder = ctx.run_dir
         self._config = config
         self._events: _LogFile | None = None
@@ -110,7 +110,7 @@ class _LogFile:
         except FileExistsError as error:
             if not path.exists():
                 raise _cannot_write(path, error) from error  # the folder's own path is a file
-            raise in_use(path.parent, "jsonl", [path.name]) from error
+            raise in_use(path.parent, "observer 'jsonl'", [path.name]) from error
         except OSError as error:
             raise _cannot_write(path, error) from error
         self._lines, self._flushed_ns = 0, 0
@@ -154,10 +154,5 @@ _dumps: Callable[[Any], str] = json.JSONEncoder(
 
 
 def _cannot_write(path: Path, error: OSError) -> ServeLabError:
-    return ServeLabError(
-        f"the log {path.name} cannot be written",
-        where=str(path),
-        why=error.strerror or str(error),
-        do="free space or choose another run folder; or switch it off with the 'events' and 'plans' settings "
-        "of observer 'jsonl'",
-    )
+    do = f"{WRITABLE}; or switch it off with the 'events' and 'plans' settings of observer 'jsonl'"
+    return unwritable(path, error, do)

@@ -43,7 +43,7 @@ from servelab.core.records import (
     TransferEnded,
     TransferStarted,
 )
-from servelab.plugins.observers._folder import check_unused, in_use
+from servelab.core.run_folder import WRITABLE, check_unused, in_use, unwritable
 
 TRACE_FILE = "trace.json"
 RUN = 1
@@ -78,10 +78,10 @@ class TraceObserver:
                 why="this run has no folder",
                 do="give the run a folder, or leave 'trace' out of 'observers'",
             )
-        check_unused(ctx.run_dir, ctx.name)
+        check_unused(ctx.run_dir, f"observer {ctx.name!r}")
         self._path = ctx.run_dir / TRACE_FILE
         if self._path.exists():
-            raise in_use(ctx.run_dir, ctx.name, [TRACE_FILE])
+            raise in_use(ctx.run_dir, f"observer {ctx.name!r}", [TRACE_FILE])
         self._left = config.max_requests
         self._limit = config.max_requests
         self._out: _TraceFile | None = None
@@ -313,7 +313,7 @@ class _TraceFile:
         except FileExistsError as error:
             if not path.exists():
                 raise self._cannot_write(error) from error  # the folder's own path is a file
-            raise in_use(path.parent, "trace", [path.name]) from error
+            raise in_use(path.parent, "observer 'trace'", [path.name]) from error
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -361,12 +361,7 @@ class _TraceFile:
             raise self._cannot_write(error) from error
 
     def _cannot_write(self, error: OSError) -> ServeLabError:
-        return ServeLabError(
-            f"{self._path.name} cannot be written",
-            where=str(self._path),
-            why=error.strerror or str(error),
-            do="free space, choose another run folder, or leave 'trace' out of 'observers'",
-        )
+        return unwritable(self._path, error, f"{WRITABLE}, or leave 'trace' out of 'observers'")
 
 
 _dumps: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode

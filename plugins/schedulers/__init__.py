@@ -92,8 +92,9 @@ TABLE = (
             "The first of an empty batch is admitted as soon as its prompt fits.",
             "Used and wanted KV count in whole pages. With pages of one token the rule is the artifact's.",
             "A prompt longer than the token budget runs in chunks; LightLLM runs it whole.",
-            "The rule is the toy study's; the artifact's server tests used < 0.95 * capacity and used + "
-            "prompt < capacity. The toy study leaves out what an evicted request has produced.",
+            "The rule is the toy study's, which leaves out what an evicted request has produced. That of the "
+            "artifact's server, used < 0.95 * capacity and used + prompt < capacity, is start_below=0.95 and "
+            "watermark=1.",
         ),
         provides=frozenset({"scheduler.chunks"}),
     ),
@@ -229,8 +230,8 @@ TABLE = (
             HELD,
             "Pages are the core's, reserved as tokens run: what is left of a running prompt is counted as "
             "taken in every plan. In pools with a window that is no more than the window and a chunk.",
-            "A decode asks for a page when its last one is full; the released code wants one free page "
-            "for each.",
+            "A decode asks for a page when its last one is full; the released code preempts for any decode "
+            "while no page is free.",
             ALONE,
             "Nobody is admitted in a step that preempted.",
             "A prompt longer than chunk_schedule_max_tokens stays at the last stage; the released code "
@@ -272,9 +273,9 @@ TABLE = (
             "for itself. The first of a batch is admitted as soon as its prompt fits. Only in pools that "
             "shrink during a run, or with reserve=kvcache over a cache that reserves nothing, may a "
             "decode find no page: the youngest is dropped then.",
-            "With keep_padding a finished place costs the FLOPs of a token as long as the batch's longest "
-            "request, as background work that cost models price by itself; what it would read of KV is "
-            "not priced. It runs where nothing is timed for real: the torch executor refuses background "
+            "With keep_padding a finished place costs the linear layers of one token, as FasterTransformer, "
+            "whose decode attention leaves finished sequences out; as background work, which cost models "
+            "price by itself. It runs where nothing is timed for real: the torch executor refuses background "
             "work.",
             "KV of finished members is free at once, also with keep_padding: nobody could be admitted to "
             "it before the batch ends.",

@@ -133,7 +133,7 @@ class LightLLM(ABC):
         admitted = 0
         if config.mixed:
             self._decode(plan, running, pages)
-        if due and not plan.preemptions:
+        if due and len(view.waiting) and not plan.preemptions:
             admitted = self._admit(view, plan, running, pages)
         if not config.mixed and not admitted:
             self._decode(plan, running, view.kv.budget())  # the pass has used its own up
@@ -181,8 +181,8 @@ class LightLLM(ABC):
         """One token of every running request; the newest go until the rest fits."""
         work, take = plan.work, pages.take
         last = len(running)  # running[:last] still run
-        for index, request in enumerate(running):
-            if index >= min(last, self._config.max_num_seqs):  # samples of one prompt may be more
+        for index, request in enumerate(running[: self._config.max_num_seqs]):  # samples may be more
+            if index >= last:
                 break
             while request.slack_tokens < 1 and index < last and not take(request, 1):
                 last -= 1

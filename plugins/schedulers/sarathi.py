@@ -22,7 +22,8 @@ Deviations:
 1. Steady decoding is held (``StepPlan.hold``), also while the queue is blocked; the steps are equal.
 2. Pages are the core's, reserved as tokens run: what is left of a running prompt is counted as taken in
    every plan. In pools with a window that is no more than the window and a chunk.
-3. A decode asks for a page when its last one is full; the released code wants one free page for each.
+3. A decode asks for a page when its last one is full; the released code preempts for any decode while no page
+   is free.
 4. The watermark holds while anybody runs: the core promises that every request that fits alone is served.
 5. Nobody is admitted in a step that preempted.
 6. A prompt longer than chunk_schedule_max_tokens stays at the last stage; the released code stops there.

@@ -2,7 +2,8 @@
 
 Source: request-level batching of FasterTransformer and of servers before Orca (Yu et al., OSDI 2022, whose
 baseline it is); the rule is that of a port in microsoft/sarathi-serve at 13f16cf
-(``sarathi/core/scheduler/faster_transformer_scheduler.py``, ``orca_block_space_manager.py``).
+(``sarathi/core/scheduler/faster_transformer_scheduler.py``, ``orca_block_space_manager.py``). Padding is that
+of NVIDIA/FasterTransformer (``decoder_masked_multihead_attention_template.hpp``).
 
 Mechanism: while any member of the batch is unfinished, an iteration makes one token of each and admits
 nobody. When none is left, waiting requests form the next batch, first come first served, while places are
@@ -21,9 +22,9 @@ Deviations:
    first of a batch is admitted as soon as its prompt fits. Only in pools that shrink during a run, or with
    reserve=kvcache over a cache that reserves nothing, may a decode find no page: the youngest is dropped
    then.
-4. With keep_padding a finished place costs the FLOPs of a token as long as the batch's longest request, as
-   background work that cost models price by itself; what it would read of KV is not priced. It runs where
-   nothing is timed for real: the torch executor refuses background work.
+4. With keep_padding a finished place costs the linear layers of one token, as FasterTransformer, whose decode
+   attention leaves finished sequences out; as background work, which cost models price by itself. It runs
+   where nothing is timed for real: the torch executor refuses background work.
 5. KV of finished members is free at once, also with keep_padding: nobody could be admitted to it before the
    batch ends.
 
@@ -73,7 +74,7 @@ class StaticBatch:
         check_device(ctx, tokens={}, requests={"max_num_seqs": config.max_num_seqs})
         self.config = config
         self._places = 0
-        self._padding = Padding(ctx.model)
+        self._padding_flops = padding_flops(ctx.model)
 
     def plan(self, view: StepView) -> StepPlan:
         config, plan, pages = self.config, StepPlan(), view.kv.budget()
@@ -88,22 +89,13 @@ class StaticBatch:
         steady = not short and len(plan.work) == len(running)
         finished = self._places - len(running) - view.forking
         if config.keep_padding and finished > 0 and plan.work:
-            longest = max(request.known_tokens for request in running)
-            plan.work.append(Background("padding", finished * self._padding.flops(longest)))
+            plan.work.append(Background("padding", finished * self._padding_flops))
         elif steady and config.hold_steps > 1:
             plan.hold = Hold(config.hold_steps)
         return plan
 
 
-class Padding:
-    """FLOPs of one token of a place whose request has finished."""
-
-    def __init__(self, model: ModelFacts) -> None:
-        embedding = model.vocab * model.hidden  # looked up, not multiplied
-        tied = model.tied_embeddings
-        self._dense = 2 * (parameters(model, active=True) - (0 if tied else embedding))
-        self._per_key = 2 * model.layers * model.heads * (model.head_dim + (model.v_dim or model.head_dim))
-
-    def flops(self, context: int) -> int:
-        """One token that attends to so many."""
-        return self._dense + self._per_key * context
+def padding_flops(model: ModelFacts) -> int:
+    """FLOPs of one token of a place whose request has finished: all but attention to what it holds."""
+    embedding = model.vocab * model.hidden  # looked up, not multiplied
+    return 2 * (parameters(model, active=True) - (0 if model.tied_embeddings else embedding))

@@ -8,9 +8,10 @@ import logging
 import sys
 from pathlib import Path
 
-from servelab.core.api import ServeLabError
+from servelab.core.run_folder import write_file
 from servelab.plugins.sweeps import plots, table
-from servelab.plugins.sweeps.results import METRICS, figure, read_results
+from servelab.plugins.sweeps.folder import AGAIN
+from servelab.plugins.sweeps.results import METRICS, figure, read_columns, read_results
 from servelab.plugins.sweeps.rows import Sweep, read_sweep
 
 log = logging.getLogger("servelab.sweep")
@@ -48,22 +49,19 @@ def write(sweep: Sweep) -> None:
     }
     for name, content in contents.items():
         path = sweep.folder / name
-        try:
-            path.write_text(content, encoding="utf-8")
-        except OSError as error:
-            raise ServeLabError(
-                f"{name} cannot be written",
-                where=str(path),
-                why=error.strerror or str(error),
-                do="free space; `servelab sweep FOLDER` makes the comparison again",
-            ) from error
+        write_file(path, content, AGAIN)
 
 
 def summary(folder: Path) -> str:
     """What a job measured, in a few words, for the line that tells its end."""
+    named = [
+        f"{metric.group} {value:,.{metric.digits}f} {metric.label}"
+        for metric, value in read_columns(folder).items()
+        if value is not None
+    ]
     results = read_results(folder)
     if results is None:
-        return ""
+        return ", ".join(named)
     by_key = {metric.key: figure(results, metric) for metric in METRICS}
     parts = [
         f"{text.format(value)}"
@@ -75,7 +73,7 @@ def summary(folder: Path) -> str:
         )
         if (value := by_key[key]) is not None
     ]
-    return ", ".join(parts)
+    return ", ".join([*named, *parts])
 
 
 def _draw(sweep: Sweep) -> str:

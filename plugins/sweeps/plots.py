@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from servelab.core.api import ServeLabError
+from servelab.core.run_folder import unwritable
+from servelab.plugins.sweeps.folder import AGAIN
 from servelab.plugins.sweeps.results import METRICS, Metric
 from servelab.plugins.sweeps.rows import Row, Sweep
 
@@ -63,7 +64,7 @@ def draw(sweep: Sweep) -> list[Path]:
     if len(rows) < 2:
         return []
     groups = _groups(rows)
-    metrics = [m for m in METRICS if m.better and any(any(group.values(m)) for group in groups)]
+    metrics = [m for m in sweep.metrics if m.better and any(any(group.values(m)) for group in groups)]
     title = f"{len(rows)} of {len(sweep.rows)} jobs" if len(rows) < len(sweep.rows) else f"{len(rows)} jobs"
     title += " (dots: each seed)" if len(groups) < len(rows) else ""
     numeric = [axis for axis in sweep.axes if axis != SEED and _is_numeric(axis, rows)]
@@ -72,7 +73,8 @@ def draw(sweep: Sweep) -> list[Path]:
         figures["bars"] = _bars(groups, metrics, title, sweep)
     for axis in numeric:
         figures[f"over_{axis.replace('/', '_')}"] = _lines(groups, metrics, axis, title, sweep)
-    figures["throughput_latency"] = _scatter(groups, numeric[:1], title, sweep)
+    if any(row.figures["output_throughput"] for row in rows):
+        figures["throughput_latency"] = _scatter(groups, numeric[:1], title, sweep)
     return [_save(figure, sweep.folder / FOLDER / f"{name}.png") for name, figure in figures.items()]
 
 
@@ -245,10 +247,5 @@ def _save(figure: Any, path: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=DPI)
     except OSError as error:
-        raise ServeLabError(
-            f"{path.name} cannot be written",
-            where=str(path),
-            why=error.strerror or str(error),
-            do="free space; `servelab sweep FOLDER` makes the comparison again",
-        ) from error
+        raise unwritable(path, error, AGAIN) from error
     return path

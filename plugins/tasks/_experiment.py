@@ -2,7 +2,7 @@
 
 A task states which runs it wants (``cells``), the table that follows from them (``rows``) and drawings of
 them (``plots``), each a function of what was measured so far: so it can be interrupted, taken up again and
-tested without running anything. ``core/cells`` runs the cells.
+tested without running anything. ``_cells`` runs the cells.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import Context, ServeLabError
-from servelab.core.cells import Cell, Found, Work
-from servelab.core.cells.cell import base_of
+from servelab.plugins.tasks._cells import Cell, Found, Work
+from servelab.plugins.tasks._cells.cell import base_of
 from servelab.plugins.tasks._leave import leave
-from servelab.plugins.tasks._rows import Row, tally
+from servelab.plugins.tasks._rows import Column, Row, tally
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ class ManyRuns(ABC):
 
     @abstractmethod
     def cells(self, found: Found) -> Sequence[Cell]:
-        """The runs that are wanted, given those that are found; see ``core.cells.work.Propose``."""
+        """The runs that are wanted, given those that are found; see ``_cells.work.Propose``."""
 
     def left(self, found: Found) -> float | None:
         """About how much weight of cells is still to come; None: what ``cells`` proposes."""
@@ -68,6 +68,12 @@ class ManyRuns(ABC):
     def plots(self, found: Found) -> Mapping[str, Callable[[Axes], None]]:
         """Drawings by the name of their file; none where nothing is measured."""
         return {}
+
+    def columns(self, rows: Sequence[Row]) -> Sequence[Column]:
+        """What a sweep over such tasks compares: how many of the judged claims hold."""
+        counts = tally(rows)
+        judged = counts["hold"] + counts["do_not_hold"]
+        return [Column("claims", "hold %", 100 * counts["hold"] / judged, 1, 0)] if judged else []
 
     def extra(self, found: Found) -> Mapping[str, Any]:
         """What else goes into ``experiment.json``."""

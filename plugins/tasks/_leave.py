@@ -6,14 +6,15 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from servelab.core.api import ServeLabError
-from servelab.core.cells import Found
 from servelab.core.environment import environment
+from servelab.core.run_folder import unwritable, write_file
+from servelab.plugins.tasks._cells import Found
 from servelab.plugins.tasks._rows import Row, tally
 
 if TYPE_CHECKING:
@@ -57,18 +58,19 @@ def leave(
                 "status": status,
                 "verdict": tally(rows),
                 "rows": [row.to_dict() for row in rows],
+                "columns": [asdict(column) for column in task.columns(rows)],
                 "deviations": list(spec.deviations),
                 **task.extra(found),
                 "settings": run.config.settings(),
                 "cells": [_cell(one) for one in found.values()],
                 "environment": environment(),
             }
-            _write(folder / EXPERIMENT_FILE, json.dumps(told, indent=2, default=str) + "\n")
-            _write(folder / MARKDOWN_FILE, "\n".join(markdown(rows)) + "\n")
+            write_file(folder / EXPERIMENT_FILE, json.dumps(told, indent=2, default=str) + "\n")
+            write_file(folder / MARKDOWN_FILE, "\n".join(markdown(rows)) + "\n")
             drawn = draw(task.plots(found), folder / PLOTS) if found else {}
             if drawn is None:
                 lines.append("plots are left out: matplotlib is not installed")
-            _write(folder / PAGE_FILE, page(task.title, status, rows, spec.deviations, drawn or {}))
+            write_file(folder / PAGE_FILE, page(task.title, status, rows, spec.deviations, drawn or {}))
             lines.append(f"artefacts: {folder / PAGE_FILE}, {EXPERIMENT_FILE}")
     finally:  # what was measured is said even if the disk is full
         if sys.stdout is not None:
@@ -157,7 +159,7 @@ def draw(plots: Mapping[str, Callable[[Axes], None]], folder: Path) -> dict[str,
                 figure.savefig(path, metadata={"Date": None})
             figure.savefig(path.with_suffix(".png"), dpi=120)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         drawn[name] = path.read_text(encoding="utf-8")
     return drawn
 
@@ -189,20 +191,4 @@ def page(
             *(f"<li>{escape(one)}</li>" for one in deviations),
             "</ol></html>\n",
         ]
-    )
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ServeLabError:
-    return ServeLabError(
-        f"{path.name} cannot be written",
-        where=str(path),
-        why=error.strerror or str(error),
-        do="free space, or choose another run folder (hydra.run.dir=...)",
     )

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from servelab.core import collector
 from servelab.core.bus import Bus
 from servelab.core.errors import PluginCallError, ServeLabError
 from servelab.core.records import RunFinished, RunStarted
 from servelab.core.usage import Usage
+from servelab.plugins.tasks import _collector as collector
 
 if TYPE_CHECKING:
     from servelab.core.compose import Run

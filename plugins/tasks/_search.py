@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from servelab.core.api import ConfigError
-from servelab.core.cells import Cell, CellResult, Found
 from servelab.core.errors import nearest
+from servelab.plugins.tasks._cells import Cell, CellResult, Found
 
 Lookup = Callable[[float], bool | None]
 """Whether a rate passed; None: not probed."""

@@ -39,9 +39,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from servelab.core.api import Context, hookimpl
-from servelab.core.cells import Cell, Found
 from servelab.core.metrics import Timeline
 from servelab.core.records import RequestArrived, RequestFinished, RequestPreempted, RunStarted, StepDone
+from servelab.plugins.tasks._cells import Cell, Found
 from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig, values
 from servelab.plugins.tasks._rows import Bound, Row, at_most, below, measured, relative, within
 

@@ -21,6 +21,7 @@ from servelab.core.api import ConfigError, Context, QualityBegan, QualityMeasure
 from servelab.core.bus import Bus
 from servelab.core.compose import another_quantizer
 from servelab.core.config import Choice, choice_of
+from servelab.core.run_folder import unwritable
 from servelab.plugins.tasks._life import announced
 
 if TYPE_CHECKING:
@@ -156,9 +157,4 @@ def plot(found: Mapping[str, QualityMeasured], model: str, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except OSError as exc:
-        raise ServeLabError(
-            f"{path.name} cannot be written",
-            where=str(path),
-            why=exc.strerror or str(exc),
-            do="free space, or choose another run folder",
-        ) from exc
+        raise unwritable(path, exc) from exc

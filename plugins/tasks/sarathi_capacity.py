@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from servelab.core.api import Context
-from servelab.core.cells import Cell, Found
+from servelab.plugins.tasks._cells import Cell, Found
 from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig, values
 from servelab.plugins.tasks._rows import Bound, Row, at_least, measured, relative
 from servelab.plugins.tasks._search import Criteria, Range, Search

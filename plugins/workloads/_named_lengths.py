@@ -54,12 +54,18 @@ NAMED: dict[str, dict[str, Any]] = {
         "output_length": _uniform(32, 4096),
         "max_new_tokens": 4096,
     },
-    # The same study's ShareGPT-o1: mean prompt 381, mean output 2,160 [code]. Its shape is not known to us:
-    # log-normal, sigma 1.0 and 0.6, cut at 8,192 and 16,384 [ours]; medians give these means.
+    # The same study's ShareGPT-o1, 1,981 requests, means 380.6 and 2,160.1 [data: WuSiYu/lightllm-ae]. Its
+    # longest prompts are few: hence 99.5 %. Cap: the longest output [ours].
     "sharegpt_o1_like": {
-        "prompt_length": _lognormal(232.3, 1.0, 8192),
-        "output_length": _lognormal(1804.3, 0.6, 16384),
-        "max_new_tokens": 16384,
+        "prompt_length": {
+            "law": "quantiles",
+            "levels": (*PERCENT[:-1], 99.5, 100),
+            "values": (9, 10, 14, 17, 25, 40, 90, 209, 331, 446, 628, 839, 1217, 1951, 2594, 3015, 10798),
+        },
+        "output_length": _measured(
+            149, 284, 463, 663, 1021, 1345, 1638, 1954, 2234, 2618, 3082, 3872, 4569, 5786, 6428, 10935
+        ),
+        "max_new_tokens": 10935,
     },
     # ShareGPT as of LLMServingSim, 300 requests in Llama-3.1 tokens, prompts of mean 857.5 [data:
     # casys-kaist/LLMServingSim]. Outputs were generated anew there: mean 652.5, CV 0.15, so not for studies

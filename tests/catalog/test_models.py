@@ -15,7 +15,8 @@ from servelab.core.sites import linear_sites, parameters, weight_bytes
 FOLDER = Path(__file__).parents[2] / "configs" / "model"
 
 TOTALS = {
-    # exact, counted in the checkpoints, biases and norms of queries and keys included
+    # exact, as the hub counts the checkpoints, and transformers its own classes of these shapes; biases and
+    # norms of queries and keys included
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
     "llama2_70b": 68_976_648_192,
@@ -39,10 +40,10 @@ TOTALS = {
     "qwen3_30b_a3b": 30_532_122_624,
     "mixtral_8x7b": 46_702_792_704,
     "smollm2_135m": 134_515_008,
-    # as published, rounded
-    "deepseek_v3_like": 671_000_000_000,
-    "opt_13b": 12_850_000_000,
-    "opt_66b": 65_720_000_000,
+    # as transformers counts them; 671, 13 and 66 billion as published
+    "deepseek_v3_like": 671_026_404_352,
+    "opt_13b": 12_853_473_280,
+    "opt_66b": 65_719_701_504,
 }
 ACTIVE = {"mixtral_8x7b": 12.9e9, "qwen3_30b_a3b": 3.3e9, "deepseek_v3_like": 37e9}
 """Published, rounded, parameters one token runs through."""
@@ -85,7 +86,8 @@ def test_every_model_has_a_published_total() -> None:
 @pytest.mark.parametrize("name", CATALOG)
 def test_parameters_are_the_published_total(name: str) -> None:
     ours = parameters(facts(name))
-    assert ours == pytest.approx(TOTALS[name], rel=0.005)
+    left_out = 1e-3 if name.startswith("opt_") else 1e-4  # learned positions and biases; biases
+    assert ours == pytest.approx(TOTALS[name], rel=left_out)
     assert weight_bytes(facts(name), None) == pytest.approx(ours * facts(name).dtype_bytes)
 
 

@@ -14,11 +14,11 @@ from servelab.core.compose import Run, compose
 from servelab.core.config import Choice, PartOf, choice_of, validate
 from servelab.core.context import Context
 from servelab.core.errors import CapabilityError, ConfigError, PluginError, WorkloadError
-from servelab.core.listing import type_text
 from servelab.core.records import RequestFinished
 from servelab.core.registry import Registry
 from servelab.core.request import Arrival, Cancel
 from servelab.core.spec import PluginSpec
+from servelab.plugins.commands.show import type_text
 
 FEW: dict[str, Any] = {"name": "synthetic", "num_requests": 3, "prompt_length": 20, "output_length": 4}
 

@@ -111,6 +111,25 @@ def test_monotone_from_a_decode_to_a_chunk_and_in_requests(preset: str) -> None:
     assert all(low <= high for low, high in pairwise(took))
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_row_makes_a_step_cheaper(preset: str) -> None:
+    """Random steps, contexts beyond what was measured: a decode with a long one that becomes a prompt, a
+    prompt of one token that becomes a decode, a last decode among prompts."""
+    rng, cost = Random(5), of(preset)
+    for _ in range(50):
+        rows = [
+            (rng.choice([1, 1, 2, rng.randint(1, 900)]), rng.choice([0, rng.randint(0, 60_000)]))
+            for _ in range(rng.choice([1, 2, 3, 3, 95]))
+        ]
+        price, i = ms(cost, rows), rng.randrange(len(rows))
+        n, p = rows[i]
+        for changed in ((n + 1, p), (n + rng.randint(1, 500), p), (n, p + 1), (n, p + rng.randint(1, 5000))):
+            assert ms(cost, [*rows[:i], changed, *rows[i + 1 :]]) >= price
+        assert ms(cost, [*rows, (1, 0)]) >= price
+        assert ms(cost, rows[::-1]) == price
+        assert ms(cost, rows, drafts=(1,)) >= price
+
+
 def test_held_steps_are_single_ones_across_the_threshold() -> None:
     cost = of("distserve_opt_13b_tp1")
     rows = [(1, 10 + 3 * k) for k in range(120)]
@@ -184,6 +203,7 @@ def test_a_file_of_measured_steps_is_fitted(tmp_path: Path) -> None:
         ("phase,lengths,ms\nprefill,3,nan\n", r"number above zero(.|\n)*line 2, field ms"),
         ("phase,lengths,ms\nprefill,3,4\nprefill,5,6\n", r"2 measured prefill steps do not decide"),
         ("", r"missing columns"),
+        ("phase,ms,lengths,ms\nprefill,3,4,5\n", r"'ms' is there twice(.|\n)*line 1"),
     ],
 )
 def test_bad_files_name_line_and_field(tmp_path: Path, text: str, told: str) -> None:

@@ -94,6 +94,10 @@ def test_transfers_by_hand() -> None:
         on = replace(A100, tp=t, all_reduce=())
         took = roofline(LLAMA3, on).transfer_time(transfer_of(250_000_000))
         assert took == 10_000 + 10_000_000 * share
+    moved = 2048 * 32 * LLAMA3.kv_bytes_per_token_layer  # KV of 2,048 tokens, 268 MB
+    for link, ms in ((25e9, 10.7), (300e9, 0.9)):
+        took = roofline(LLAMA3, replace(A100, host_link_bytes_per_s=link), transfer_ns=0)
+        assert took.transfer_time(transfer_of(moved)) / 1e6 == pytest.approx(ms, abs=0.05)
     latent = replace(model("deepseek_v3_like"), layers=4)
     took = roofline(latent, replace(A100, tp=8)).transfer_time(transfer_of(250_000_000))
     assert took == 10_000 + 10_000_000  # every device moves the whole latent

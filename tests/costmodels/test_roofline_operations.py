@@ -23,7 +23,8 @@ from servelab.core.testing.fakes import toy_limits
 from servelab.plugins.costmodels.roofline.cost import Breakdown, Priced
 from servelab.plugins.costmodels.roofline.operations import distinct_experts
 from servelab.plugins.kernels.sdpa.backend import Sdpa
-from servelab.plugins.quant._describe import LayersConfig
+from servelab.plugins.quant._describe import GroupsConfig, LayersConfig
+from servelab.plugins.quant.w4a8 import W4A8
 from servelab.plugins.quant.w4a16 import W4A16, W4A16Config
 from servelab.plugins.quant.w8a8 import W8A8
 from servelab.plugins.quant.w8a16 import W8A16
@@ -184,10 +185,11 @@ class Formats:
         (W4A16(W4A16Config(), context_of("quant")), 312e12),
         (W8A16(LayersConfig(), context_of("quant")), 312e12),
         (W8A8(LayersConfig(), context_of("quant")), 624e12),
+        (W4A8(GroupsConfig(), context_of("quant")), 624e12),
     ],
 )
 def test_the_peak_is_that_of_the_wider_operand(quant: Any, peak: float) -> None:
-    """Four-bit weights multiply at 16 bits; eight-bit weights and activations at 8; half is reached."""
+    """Weights of few bits multiply at 16 with activations of 16, at 8 with those of 8; half is reached."""
     cost = ideal(LLAMA3, A100, quant=quant, mfu=0.5)
     step = cost.breakdown(batch_of([(4096, 0)]))
     for one in step.operations:
@@ -288,7 +290,26 @@ def test_all_reduces_by_hand() -> None:
     derived = roofline(LLAMA3, plain).breakdown(batch_of([(100, 0)]))
     expected = 64 * (5000 + 6 * 1900 + 1.5 * message / 300)
     assert operation(derived, "all_reduce").ns == pytest.approx(expected, rel=1e-12)
-    assert derived.lanes["network"] == operation(derived, "all_reduce").ns
+    (head,) = (one.ns for one in derived.operations if one.name == "gather")
+    assert derived.lanes["network"] == operation(derived, "all_reduce").ns + head
+
+
+def test_logits_are_gathered_by_hand() -> None:
+    """Once round the ring, 4 bytes a logit, for the rows that sample: all-gather, half an all-reduce."""
+    rows, message = [(100, 0), (1, 9), (1, 9)], 2 * 128256 * 4
+    batch = batch_of(rows)
+    batch.samples[0] = False
+    cost = roofline(LLAMA3, replace(A100, tp=4))
+    measured = operation(cost.breakdown(batch), "gather").ns
+    assert measured == pytest.approx(29000 + 0.75 * message / 154, rel=1e-12)
+    derived = roofline(LLAMA3, replace(A100, tp=4, all_reduce=())).breakdown(batch)
+    assert operation(derived, "gather").ns == pytest.approx(5000 + 3 * 1900 + 0.75 * message / 300, rel=1e-12)
+    assert cost.price(batch, 1) == [ceil(cost.breakdown(batch).ns)]
+    two = roofline(LLAMA3, replace(A100, tp=2)).breakdown(batch)
+    assert operation(two, "gather").ns == pytest.approx(36000 + 0.5 * message / 158, rel=1e-12)
+    batch.samples[:] = [False] * 3
+    assert "gather" not in {one.name for one in cost.breakdown(batch).operations}
+    assert "gather" not in {one.name for one in roofline(LLAMA3, A100).breakdown(batch_of(rows)).operations}
 
 
 def test_scarce_kv_heads_are_copied() -> None:
@@ -353,6 +374,13 @@ def test_background_work_and_copies_take_time() -> None:
     alone = batch_of([])
     alone.background = batch.background
     assert cost.price(alone, 1) == [ceil(1e12 / 312e12 * 1e9)]
+    assert cost.price(alone, 3) == cost.price(alone, 1) * 3
+
+
+def test_a_held_step_of_nothing_is_a_step() -> None:
+    cost = roofline(LLAMA3, replace(A100, idle_watts=60.0))
+    assert cost.price(batch_of([]), 4) == [1_000_000] * 4
+    assert cost.energy(batch_of([]), 4) == [0.0] * 4
 
 
 def test_further_samples_of_a_prompt_are_requests() -> None:

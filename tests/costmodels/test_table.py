@@ -75,11 +75,12 @@ def test_a_mixed_step_is_a_prompt_step_of_all_tokens_times_the_factor() -> None:
     assert ms(table(), [(1004, 0), *[(1, 50)] * 20]) == pytest.approx(1.1 * 154)
     assert ms(table(mixed_factor=1.5), [(1004, 0), *[(1, 50)] * 20]) == pytest.approx(1.5 * 154)
     assert ms(table(), [(1004, 0), (20, 0)]) == pytest.approx(154)
-    assert ms(table(), [(1, 0), (1023, 0)]) == pytest.approx(154)  # a prompt of one token is a prompt
+    assert ms(table(), [(1, 0), (1023, 0)]) == pytest.approx(1.1 * 154)  # a prompt of one token is a decode
 
 
 def test_a_draft_counts_as_further_requests() -> None:
     assert ms(table(), [(1, 50)] * 60, drafts=(4,)) == pytest.approx(71.6)
+    assert ms(table(), [(1000, 0), (20, 0)], drafts=(4,)) == pytest.approx(1.1 * 154)  # beside prompts
 
 
 def test_a_chunk_never_costs_less_than_the_decodes_it_replaces() -> None:
@@ -93,7 +94,8 @@ def test_a_chunk_never_costs_less_than_the_decodes_it_replaces() -> None:
 def test_held_steps_are_single_ones() -> None:
     rows = [(1, 5), (1, 800)]
     assert list(table().price(batch_of(rows), 7)) == [table().price(batch_of(rows), 1)[0]] * 7
-    assert list(table().price(batch_of([(1, 0)]), 3)) == [93_000_000, 43_000_000, 43_000_000]
+    assert list(table().price(batch_of([(300, 0)]), 3)) == [93_000_000, 43_000_000, 43_000_000]
+    assert list(table().price(batch_of([(1, 0)]), 2)) == [43_000_000, 43_000_000]
 
 
 def test_points_that_fall_are_pooled_and_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -130,6 +132,10 @@ def test_steps_beyond_the_table_are_told_before_the_run(caplog: pytest.LogCaptur
         "cost table: measured up to 2048 prompt tokens, steps may have 8192: beyond, the last slope goes on",
         "cost table: measured up to 64 decoding requests, steps may have 256: beyond, the last slope goes on",
     ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        TableCost(TableConfig(prompt_ms=PROMPT, token_ms={8: 43.0}), context())
+    assert caplog.records[0].message.endswith("beyond, they take as long")
 
 
 def test_the_run_card_says_where_points_are_from_and_end() -> None:
@@ -186,6 +192,7 @@ def test_the_columns_of_splitwise_sim_by_medians_of_chosen_rows(tmp_path: Path) 
         ("a.csv", SPLITWISE + "m,a,1,1,1,1,1,8\n", {"model": "z"}, r"phase 'prompt' where model is z"),
         ("a.csv", "model,prompt_size\n", {}, r"missing columns: batch_size, prompt_time, token_time"),
         ("a.csv", "", {}, r"missing columns: ms, phase, tokens"),
+        ("a.csv", "phase,tokens,ms,tokens\nprompt,8,3,9\n", {}, r"'tokens' is there twice(.|\n)*line 1"),
         ("a.json", "{", {}, r"no JSON"),
         ("a.json", '{"prompt_ms": {"8": 1}}', {}, r"token_ms is missing"),
         (
@@ -195,6 +202,7 @@ def test_the_columns_of_splitwise_sim_by_medians_of_chosen_rows(tmp_path: Path) 
             r"above zero(.|\n)*prompt_ms, field 8",
         ),
         ("a.json", "[]", {}, r"prompt_ms is missing"),
+        ("a.json", '{"prompt_ms": {"8": 1, "8": 2}, "token_ms": {"1": 1}}', {}, r"'8' is given twice"),
     ],
 )
 def test_bad_files_name_line_and_field(

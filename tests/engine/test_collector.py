@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from servelab.core import collector
+from servelab.plugins.tasks import _collector as collector
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from servelab.core.engine.ledger import Transfer
 from servelab.core.engine.state import Request
+from servelab.core.engine.swap import Transfer
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.engine.wall import WallDriver
 from servelab.core.errors import PluginCallError, PluginError, WorkloadError

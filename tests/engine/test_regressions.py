@@ -16,7 +16,7 @@ from servelab.core.errors import LedgerError, PlanError, PluginCallError
 from servelab.core.events import InstanceLost
 from servelab.core.families.scheduler import StepView
 from servelab.core.layout import Capacity
-from servelab.core.plan import Hold, Preemption, StepPlan, Tokens
+from servelab.core.plan import Hold, StepPlan, Tokens
 from servelab.core.records import Record, RequestFinished, StepDone
 from servelab.core.request import Arrival, Cancel, RequestSpec, RequestView, Truth
 from servelab.core.testing.fakes import (
@@ -134,52 +134,6 @@ def test_planning_ahead_a_hold_runs_one_step_per_launch_and_promises_nothing() -
     rig.engine.check_integrity()
 
 
-@pytest.mark.parametrize("mode", ["swap", "pause", "recompute"])
-def test_a_held_request_that_another_lane_preempts_is_not_repeated(mode: Any) -> None:
-    """Lane 1 holds b one step at a time; between two steps lane 0, asked first, preempts b."""
-
-    def plan(view: StepView) -> StepPlan:
-        ids = [x.id for x in view.running]
-        if view.lane == 1 and view.waiting:
-            return StepPlan([Tokens(find(view, "b"), 1)])
-        if view.lane == 1 and "b" in ids:
-            return StepPlan([find(view, "b").next_token], hold=Hold(9))
-        if view.lane == 0 and "b" in ids and find(view, "b").generated_tokens == 2:
-            return StepPlan(preemptions=[Preemption(find(view, "b"), mode, "x")])
-        return StepPlan()
-
-    rig = Rig(
-        make_engine(
-            Script(then=plan), horizon=lambda b, s: 1, limits=toy_limits(lanes=2), host_pages=8, pages=16
-        )
-    )
-    rig.arrive("b", 1, 50)
-    rig.finish(1)
-    rig.finish(1)
-    assert rig.request("b").preemptions == 1
-    assert not rig.flights[1] or mode == "recompute"
-    rig.engine.check_integrity()
-
-
-def test_a_held_request_that_another_lane_runs_is_not_in_flight_twice() -> None:
-    def plan(view: StepView) -> StepPlan:
-        ids = [x.id for x in view.running]
-        if view.lane == 1 and view.waiting:
-            return StepPlan([Tokens(find(view, "b"), 4)])
-        if view.lane == 1 and "b" in ids:
-            return StepPlan([find(view, "b").next_token], hold=Hold(9))
-        if view.lane == 0 and "b" in ids and find(view, "b").generated_tokens == 2:
-            return StepPlan([find(view, "b").next_token])
-        return StepPlan()
-
-    rig = Rig(make_engine(Script(then=plan), horizon=lambda b, s: 1, limits=toy_limits(lanes=2)))
-    rig.arrive("b", 4, 50)
-    rig.finish(1)
-    rig.finish(1)
-    in_flight = [lane for lane, flights in rig.flights.items() for b in flights for r in b.requests]
-    assert in_flight == [0]
-
-
 def test_a_run_ends_when_its_last_event_does() -> None:
     """A hold that an abort cut short, and a timer nobody waits for, must not move the clock."""
     items: list[Arrival | Cancel] = [arrival("a", 4, 50), Cancel(450, "a")]
@@ -228,7 +182,7 @@ def test_preempted_pages_that_will_be_withdrawn_are_not_free() -> None:
     rig.arrive("w", 8, 50)
     play(rig, work("a", 8))
     rig.finish()
-    rig.engine.ledger.resize(0, -2)
+    rig.engine.ledger.device[0].resize(-2)
 
     def plan(view: StepView) -> StepPlan:
         out = StepPlan([Tokens(find(view, "w"), 8)])
@@ -257,7 +211,7 @@ def test_the_budget_view_does_not_count_pages_that_will_be_withdrawn() -> None:
     rig.arrive("b", 4, 50)
     play(rig, lambda v: StepPlan([Tokens(find(v, "a"), 4), Tokens(find(v, "b"), 4)]))
     rig.finish()
-    rig.engine.ledger.resize(0, -1)
+    rig.engine.ledger.device[0].resize(-1)
     play(rig, look)
     assert seen == [(1,)]
 
@@ -327,9 +281,9 @@ def test_drafts_in_flight_are_no_corruption() -> None:
 @pytest.mark.parametrize(
     "plant",
     [
-        lambda book, r: setattr(book._device[0], "promised", 1),
+        lambda book, r: setattr(book.device[0], "promised", 1),
         lambda book, r: setattr(r.lease, "in_flight", -1),
-        lambda book, r: setattr(book._device[0], "withdraw", 99),
+        lambda book, r: setattr(book.device[0], "withdraw", 99),
         lambda book, r: setattr(r.lease, "released", True),
     ],
     ids=[

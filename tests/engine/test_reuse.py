@@ -112,7 +112,7 @@ def test_the_tail_of_the_sequence_released_first_is_evicted_first() -> None:
     r = rig(prefix=s)
     serve(r, "a", ids(12, first=1))  # pages 0 1 2
     serve(r, "b", ids(12, first=2))  # pages 3 4 5
-    assert r.engine.ledger._device[0].free == 10 and r.free() == (16,)
+    assert r.engine.ledger.device[0].free == 10 and r.free() == (16,)
     assert s.evict(0, 4, 0) == [2, 1, 0, 5]
 
 
@@ -180,7 +180,7 @@ def test_prompts_without_ids_match_nothing_and_are_no_error() -> None:
         r.arrive(id, 12, 3)
         r.drain()
     r.engine.check_integrity()
-    assert r.engine.ledger._device[0].free == 16
+    assert r.engine.ledger.device[0].free == 16
 
 
 def test_what_a_scheduler_sees_is_what_is_left_to_compute_and_only_while_it_plans() -> None:
@@ -266,7 +266,7 @@ def test_requests_admitted_together_share_and_the_last_pages_are_counted_once_ea
     b, c = (r.arrive(id, 14, 2, prompt_ids=ids(14)) for id in "bc")
     assert b.lease.tables[0][:3] == [0, 1, 2]
     r.finish()
-    assert c.lease.tables[0][:3] == [0, 1, 2] and r.engine.ledger._device[0].refs[:3] == [3, 3, 3]
+    assert c.lease.tables[0][:3] == [0, 1, 2] and r.engine.ledger.device[0].refs[:3] == [3, 3, 3]
     r.drain()
     assert r.free() == (6,)
 
@@ -393,17 +393,17 @@ def test_pages_a_turn_gives_up_stay_its_own_for_the_store() -> None:
 def test_shrinking_the_pool_takes_cached_pages_too() -> None:
     r = rig(pages=8)
     serve(r, "a", ids(13))
-    r.engine.ledger.resize(0, -7)
+    r.engine.ledger.device[0].resize(-7)
     r.engine.check_integrity()
     assert r.free() == (1,) and r.engine.ledger.total() == (1,)
-    r.engine.ledger.resize(0, 7)
+    r.engine.ledger.device[0].resize(7)
     assert serve(r, "b", ids(13)) in (0, 4)
 
 
 def test_a_page_that_a_resize_waits_for_leaves_when_its_last_user_does() -> None:
     r = rig(pages=4)
     r.arrive("a", 13, 1, prompt_ids=ids(13))
-    r.engine.ledger.resize(0, -3)
+    r.engine.ledger.device[0].resize(-3)
     r.drain()
     r.engine.check_integrity()
     assert r.free() == (1,) and r.engine.ledger.total() == (1,)
@@ -541,7 +541,7 @@ def test_what_a_cut_launch_was_promised_goes_to_the_resize_that_waits_for_it() -
     r.arrive("a", 7, 30)
     r.finish()
     assert r.flights[0][0].steps == 8 and r.free() == (0,)  # two pages are promised
-    r.engine.ledger.resize(0, -4)
+    r.engine.ledger.device[0].resize(-4)
     r.finish(steps=1, more=True)
     r.engine.check_integrity()
     assert r.free() == (0,) and r.engine.ledger.total() == (3,)  # the step that runs took the other
@@ -622,7 +622,7 @@ def test_a_store_that_breaks_its_contract_is_told_so(fault: str, kind: type, say
         serve(r, "a", ids(12))
         serve(r, "b", ids(12))
         if fault == "evicts":
-            r.engine.ledger.resize(0, -14)
+            r.engine.ledger.device[0].resize(-14)
         serve(r, "c", ids(12, first=2))
 
     error = raises_in(run)

@@ -74,7 +74,7 @@ class Watched:
         # (f)
         ledger = self.engine.ledger
         held = {p for lease in ledger._leases.values() for p in lease.tables[0]}
-        assert ledger._device[0].free + len(held) == ledger.total()[0]
+        assert ledger.device[0].free + len(held) == ledger.total()[0]
         return plan
 
 
@@ -245,7 +245,7 @@ def test_the_youngest_is_dropped_until_the_pages_suffice(vllm: Make) -> None:
 
 def test_several_victims_keep_their_order(vllm: Make) -> None:
     rig = rig_of(vllm, toy_limits(tokens=64, requests=8), 6, hold_steps=1)
-    rig.engine.ledger.resize(0, -1)
+    rig.engine.ledger.device[0].resize(-1)
     for id, prompt in (("a", 8), ("b", 4), ("c", 4), ("d", 4)):
         rig.send(_arrive(rig, id, prompt))
     rig.schedule()

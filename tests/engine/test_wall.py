@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 from servelab.core.engine.wall import WallDriver
 from servelab.core.errors import PluginCallError, PluginError, StallError
 from servelab.core.events import Abort, Batch

@@ -11,6 +11,7 @@ import pytest
 from servelab.core.api import Pin
 from servelab.core.engine.ledger import Ledger
 from servelab.core.engine.state import Request
+from servelab.core.engine.swap import finish_transfer, swap_in, swap_out
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.errors import LedgerError
 from servelab.core.facts import Limits, ModelFacts
@@ -184,12 +185,12 @@ def test_a_swap_moves_what_is_left_and_keeps_its_place() -> None:
     book = ledger(host=8)
     a = request(book)
     write(book, a, 14)
-    out = book.swap_out(a)
+    out = swap_out(book, a)
     assert [len(t) for t in out.source] == [4, 2]
-    book.finish_transfer(out, a)
+    finish_transfer(book, out, a)
     assert a.lease.first == [0, 2]
     assert book.missing(a, 1) == [4, 2]
-    book.finish_transfer(book.swap_in(a), a)
+    finish_transfer(book, swap_in(book, a), a)
     assert (a.slack, book.free()) == (2, (4, 6))
     write(book, a, 10)
     assert (a.lease.first, [len(t) for t in a.lease.tables]) == ([0, 4], [6, 2])

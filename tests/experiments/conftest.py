@@ -61,7 +61,7 @@ def raw() -> dict[str, Any]:
 @pytest.fixture
 def base(raw: dict[str, Any]) -> dict[str, Any]:
     """What cells change."""
-    from servelab.core.cells.cell import base_of
+    from servelab.plugins.tasks._cells.cell import base_of
 
     return base_of(validate(raw, Registry.load()))
 

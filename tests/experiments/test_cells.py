@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from servelab.core.cells import Cell, Found, Work
-from servelab.core.cells.cell import changed, key_of
 from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.hookspecs import hookimpl
 from servelab.core.metrics import Timeline
 from servelab.core.records import StepDone
+from servelab.plugins.tasks._cells import Cell, Found, Work
+from servelab.plugins.tasks._cells.cell import changed, key_of
 
 HERE = f"{__name__}:"
 

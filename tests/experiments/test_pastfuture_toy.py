@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from tests.experiments.conftest import Do
 
-from servelab.core.cells import Cell, Work
-from servelab.core.cells.cell import CellResult
 from servelab.core.context import Context
 from servelab.core.facts import Limits
 from servelab.core.metrics import Timeline
 from servelab.core.records import RequestArrived, RequestFinished, RunStarted, StepDone
 from servelab.core.testing.fakes import TOY_MODEL
+from servelab.plugins.tasks._cells import Cell, Work
+from servelab.plugins.tasks._cells.cell import CellResult
 from servelab.plugins.tasks.pastfuture_toy import POLICIES, DecodeSteps, ToyStudy, ToyStudyConfig
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.experiments.test_pastfuture_toy import context
 
-from servelab.core.cells import Cell, CellResult
+from servelab.plugins.tasks._cells import Cell, CellResult
 from servelab.plugins.tasks.sarathi_capacity import (
     REFERENCE,
     SCHEDULERS,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servelab.core.cells import CellResult
 from servelab.core.errors import ConfigError
+from servelab.plugins.tasks._cells import CellResult
 from servelab.plugins.tasks._search import Criteria, Range, Search, Step, disorder, probes_left, walk
 
 LOW = st.floats(1e-3, 1e3)

@@ -14,7 +14,7 @@ from servelab.core.compose import compose
 from servelab.core.config import validate
 from servelab.core.context import Context
 from servelab.core.engine.engine import Engine
-from servelab.core.engine.ledger import place
+from servelab.core.engine.pages import place
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.errors import CapabilityError, ConfigError, LedgerError, PlanError, WorkloadError
 from servelab.core.metrics import Timeline, summarize
@@ -419,7 +419,7 @@ def test_a_range_in_flight_is_not_given_back_by_a_plan_that_preempts_it() -> Non
     r.arrive("d", 9, 1)  # 10 pages: 8 before b, 10 behind it
     r.schedule()
     r.finish()
-    r.engine.ledger.resize(0, -2)  # and now 8 behind it
+    r.engine.ledger.device[0].resize(-2)  # and now 8 behind it
     with pytest.raises(PlanError, match="adjacent KV pages for request d"):
         r.schedule()
 
@@ -461,12 +461,12 @@ def test_a_range_cannot_grow() -> None:
 
 def test_pages_that_leave_the_pool_come_from_its_end() -> None:
     r = rig("max", pages=150)
-    r.engine.ledger.resize(0, -20)
+    r.engine.ledger.device[0].resize(-20)
     r.arrive("a", 5, 5)
     r.arrive("b", 5, 5)
     r.finish()
     assert [table(r, x)[0] for x in "ab"] == [0, 64]
-    r.engine.ledger.resize(0, 20)
+    r.engine.ledger.device[0].resize(20)
     r.drain()
     assert r.engine.ledger.free() == (150,)
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,42 +28,24 @@ def test_itl_spread_shares_a_gap_over_the_chunk_that_ends_it() -> None:
     assert list(d.itl_spread_ns([0, 12, 20], [2, 3, 1])) == [4, 4, 4, 8]
 
 
-@pytest.mark.parametrize(
-    ("q", "linear", "nearest"),
-    [(0, 1, 1), (25, 1.75, 1), (50, 2.5, 2), (75, 3.25, 3), (99, 3.97, 4), (100, 4, 4)],
-)
-def test_percentile_rules_differ_as_documented(q: float, linear: float, nearest: float) -> None:
-    values = [4, 2, 3, 1]
-    assert d.percentile_linear(values, q) == pytest.approx(linear, rel=1e-15)
-    assert d.percentile_nearest_rank(values, q) == nearest
-    assert Distribution.of(values).percentile(q) == d.percentile_linear(values, q)
-    assert Distribution.of(values).percentile_nearest_rank(q) == nearest
-
-
 def test_percentiles_known_to_numpy() -> None:
     # numpy.percentile([15, 20, 35, 40, 50], 40) == 29.0; ([1, 1, 1, 5], 99.9) == 4.988
-    assert d.percentile_linear([15, 20, 35, 40, 50], 40) == pytest.approx(29.0)
-    assert d.percentile_linear([1, 1, 1, 5], 99.9) == pytest.approx(4.988)
-    assert d.percentile_linear([7], 99) == 7
-
-
-def test_nearest_rank_is_exact_at_the_edge() -> None:
-    assert d.percentile_nearest_rank(range(1, 1001), 99.9) == 999
-    assert d.percentile_nearest_rank(range(1, 1001), 99.90001) == 1000
+    assert Distribution.of([15, 20, 35, 40, 50]).percentile(40) == pytest.approx(29.0)
+    assert Distribution.of([1, 1, 1, 5]).percentile(99.9) == pytest.approx(4.988)
+    assert Distribution.of([7]).percentile(99) == 7
 
 
 @pytest.mark.parametrize("q", [-1, 100.1])
 def test_percentile_outside_its_range(q: float) -> None:
     with pytest.raises(ValueError, match=r"outside 0\.\.100"):
-        d.percentile_linear([1], q)
+        Distribution.of([1]).percentile(q)
 
 
 def test_percentile_of_nothing() -> None:
     with pytest.raises(ValueError, match="at least one value"):
-        d.percentile_linear([], 50)
+        d.linear_position(50, 0)
     nothing = Distribution.of([])
     assert nothing.mean() is nothing.std() is nothing.percentile(50) is nothing.share_at_most(1) is None
-    assert nothing.percentile_nearest_rank(50) is None
 
 
 def test_population_standard_deviation() -> None:
@@ -89,17 +72,15 @@ def test_percentile_names() -> None:
 def test_percentiles_are_monotone_and_within_the_values(values: list[int], p: float, q: float) -> None:
     low, high = sorted((p, q))
     samples = Distribution.of(values)
-    for of in (samples.percentile, samples.percentile_nearest_rank):
-        a, b = of(low), of(high)
-        assert a is not None and b is not None
-        assert min(values) <= a <= b <= max(values)
+    a, b = samples.percentile(low), samples.percentile(high)
+    assert a is not None and b is not None
+    assert min(values) <= a <= b <= max(values)
 
 
 @given(numbers, percents)
 def test_a_distribution_equals_its_plain_samples(values: list[int], q: float) -> None:
     samples = Distribution.of(values)
     assert samples.count == len(values)
-    assert samples.percentile(q) == d.percentile_linear(values, q)
-    assert samples.percentile_nearest_rank(q) == d.percentile_nearest_rank(values, q)
+    assert samples.percentile(q) == numpy.percentile(values, q)
     mean = samples.mean()
     assert mean is not None and math.isclose(mean, sum(values) / len(values), rel_tol=1e-12, abs_tol=1e-6)

@@ -205,7 +205,7 @@ def test_each_sample_reserves_and_all_must_fit() -> None:
 def test_a_pool_that_shrinks_is_the_only_reason_to_drop_somebody() -> None:
     rig = rig_of("orca", toy_limits(), 12)
     together(rig, a=(4, 20, 20), b=(4, 20, 20))
-    rig.engine.ledger.resize(0, -4)
+    rig.engine.ledger.device[0].resize(-4)
     rig.drain()
     assert [x.request for x in rig.records if isinstance(x, RequestPreempted)] == ["b"]
     assert [x.output_tokens for x in rig.ends()] == [20, 20]
@@ -214,7 +214,7 @@ def test_a_pool_that_shrinks_is_the_only_reason_to_drop_somebody() -> None:
 def test_alone_a_request_runs_although_its_reservation_can_never_fit() -> None:
     """Eight pages are left; its worst case is eleven."""
     rig = rig_of("orca", toy_limits(), 12)
-    rig.engine.ledger.resize(0, -4)
+    rig.engine.ledger.device[0].resize(-4)
     together(rig, a=(4, 5, 40), b=(4, 5, 40))
     assert ran(rig) == {"a": 4} and "b" in deferred(rig)
     rig.drain()

@@ -52,6 +52,20 @@ def test_aggressive_fills_up_to_the_watermark(prompts: list[int], pages: int) ->
     assert admitted == max(1, sum(total <= 0.25 * pages for total in sums))
 
 
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(64, 300))
+@settings(max_examples=50, deadline=None)
+def test_aggressive_starts_nobody_beyond_what_the_server_keeps(prompts: list[int], pages: int) -> None:
+    """The artifact's server: used < 0.5 of the memory before, and no more than all of it after."""
+    admitted = first_pass(
+        "aggressive", queue(*((p, 2) for p in prompts)), pages=pages, watermark=1.0, start_below=0.5
+    )
+    expected = used = 0
+    while expected < len(prompts) and used < 0.5 * pages and used + prompts[expected] <= pages:
+        used += prompts[expected]
+        expected += 1
+    assert admitted == expected
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.sampled_from([0.5, 1.0, 1.5]))
 @settings(max_examples=50, deadline=None)
 def test_conservative_promises_up_to_the_overcommit(prompts: list[int], overcommit: float) -> None:
@@ -165,16 +179,23 @@ def test_with_the_true_constant_length_it_is_the_oracle(page_tokens: int, mixed:
     assert any(deferred for _, _, deferred, _, _ in admissions(ours))
 
 
-@given(seed=st.integers(0, 1 << 20), window=st.integers(2, 40), page_tokens=st.sampled_from([1, 16]))
+@given(
+    seed=st.integers(0, 1 << 20),
+    window=st.integers(2, 40),
+    copies=st.sampled_from([None, 1, 2]),
+    page_tokens=st.sampled_from([1, 16]),
+)
 @settings(max_examples=40, deadline=None)
-def test_a_cold_start_admits_no_more_than_conservative(seed: int, window: int, page_tokens: int) -> None:
+def test_a_cold_start_admits_no_more_than_conservative(
+    seed: int, window: int, copies: int | None, page_tokens: int
+) -> None:
     """(c): requests with one cap, none of which has begun."""
     rng = Random(seed)
     items = [arrival(f"r{k}", rng.randint(1, 60), rng.randint(1, 40), cap=50) for k in range(40)]
     common: dict[str, Any] = {"pages": 1600 // page_tokens, "page_tokens": page_tokens}
     assert (
         1
-        <= first_pass("pastfuture", items, window=window, **common)
+        <= first_pass("pastfuture", items, window=window, initial_copies=copies, **common)
         <= first_pass("conservative", items, **common)
     )
 

@@ -83,6 +83,17 @@ def test_devices_add_up_and_scarce_heads_are_copied() -> None:
     assert pages(eight) == [(int(0.9 * 640 * GIB) - weights) // 2 // 2**20]
 
 
+def test_heads_that_devices_cannot_share_evenly_take_more_room() -> None:
+    """Eight KV heads on five devices: two on each, ten in all; seven devices of four heads: one on each."""
+    bare = {"name": "sim", "activation_bytes": 0, "runtime_bytes": 0}
+    for heads, kv_heads, tp, copies in ((40, 8, 5, 1.25), (28, 4, 7, 1.75)):
+        model = {**LLAMA2_7B, "heads": heads, "kv_heads": kv_heads, "head_dim": 128}
+        made = run(model=model, hardware={**DEVICE, "tp": tp}, executor=bare)
+        room = int(0.9 * tp * 80 * GIB) - made.info["weights"]["bytes"]
+        assert pages(made) == [int(room / copies) // (16 * 32 * 2 * kv_heads * 128 * 2)]
+        assert made.info["weights"]["kv_copies"] == copies
+
+
 def test_tied_embeddings_and_quantized_weights_leave_more_room() -> None:
     plain = run()
     tied = run(model={**LLAMA2_7B, "tied_embeddings": True})
@@ -104,7 +115,10 @@ def test_a_model_larger_than_its_devices_is_refused_with_how_many_would_do() -> 
     assert "'llama2_70b' does not fit on 1 x 80 GiB" in told
     assert "weights take 128.5 GiB" in told
     assert "hardware.tp=2" in told
+    assert "memory_utilization" not in told
     assert pages(run(model=big, hardware={**DEVICE, "tp": 2}))[0] > 0
+    with pytest.raises(ConfigError, match=r"more of the memory \(executor\.memory_utilization\), more dev"):
+        run(executor={"name": "sim", "memory_utilization": 0.1})
 
 
 def test_without_a_device_it_says_what_to_choose() -> None:

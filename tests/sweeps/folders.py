@@ -10,7 +10,7 @@ from typing import Any
 from tests.metrics.logs import three_requests
 
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
-from servelab.core.sweep.folder import JobState
+from servelab.plugins.sweeps.folder import JobState
 
 RESULTS: dict[str, Any] = summarize(
     Timeline().feed_all(three_requests()), SummaryOptions(percentiles=(50.0, 99.0))

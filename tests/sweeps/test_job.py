@@ -20,9 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from servelab.core import processes
 from servelab.core.errors import ConfigError
 from servelab.core.interrupt import Terminated
-from servelab.core.sweep import job as module
-from servelab.core.sweep.folder import EARLIER, STOP_FILE, JobState, job_folders, put_aside, read_state
-from servelab.core.sweep.job import Job
+from servelab.plugins.sweeps import job as module
+from servelab.plugins.sweeps.folder import EARLIER, STOP_FILE, JobState, job_folders, put_aside, read_state
+from servelab.plugins.sweeps.job import Job
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="jobs of a test cannot be spawned, only forked"),

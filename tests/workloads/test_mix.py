@@ -13,12 +13,12 @@ from tests.workloads.conftest import TOY
 
 from servelab.core.api import SLO, Arrival, Cancel, Limits
 from servelab.core.capabilities import select
-from servelab.core.compose import parts_like
 from servelab.core.config import choice_of
 from servelab.core.context import Context, seeded
 from servelab.core.errors import ConfigError
 from servelab.core.records import RequestFinished
 from servelab.core.registry import Registry
+from servelab.core.testing.parts import parts_like
 
 NS = 1_000_000_000
 OPEN: dict[str, Any] = {"name": "synthetic", "num_requests": 40, "with_prompt_ids": False}

@@ -73,6 +73,8 @@ def test_published_means(name: str, prompt: float, output: float | None) -> None
 @pytest.mark.parametrize(
     ("name", "which", "published"),
     [
+        ("sharegpt_o1_like", 0, {10: 17, 50: 209, 90: 839, 99: 2594}),
+        ("sharegpt_o1_like", 1, {10: 663, 50: 1954, 90: 3872, 99: 6428}),
         ("sharegpt_like", 0, {50: 732, 90: 1460}),
         ("lmsys_like", 0, {50: 17, 90: 177}),
         ("lmsys_like", 1, {50: 117, 90: 389}),

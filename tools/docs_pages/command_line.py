@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 
 from docs_pages.markdown import page
-from servelab.core import commands, help, listing
+from servelab.core import help
 from servelab.core.registry import Registry
 
 INTRO = """The words of the program itself. What the commands do and how they are used:
@@ -25,8 +25,7 @@ def render() -> str:
     ]
     parts.append(f"```text\n{help.USAGE.strip()}\n```")
     registry = Registry.load()
-    names = [*commands.BUILT_IN]
-    names += [n for n, one in registry.commands.items() if one.target.startswith("servelab.plugins.")]
+    names = [n for n, one in registry.commands.items() if one.target.startswith("servelab.plugins.")]
     for name in names:
         parts += [f"## servelab {name}", f"```text\n{_help(name, registry)}\n```"]
     return page("Command line", *parts)
@@ -34,14 +33,8 @@ def render() -> str:
 
 def _help(name: str, registry: Registry) -> str:
     out = StringIO()
-    with _plain_terminal(), redirect_stdout(out):
-        try:
-            if name in commands.BUILT_IN:
-                listing.command([name, "--help"])
-            else:
-                registry.command(name)(["--help"])
-        except SystemExit:
-            pass  # how argparse ends after its help
+    with _plain_terminal(), redirect_stdout(out), suppress(SystemExit):  # how argparse ends after its help
+        registry.command(name)(["--help"])
     return re.sub(r"[ \t]+$", "", out.getvalue().strip(), flags=re.M)
 
 

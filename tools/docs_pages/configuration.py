@@ -8,8 +8,8 @@ from pydantic.fields import FieldInfo
 from docs_pages.markdown import page, prose, table
 from docs_pages.plugins import IN_TREE, settings_model
 from servelab.core import config
-from servelab.core.listing import SECTIONS, default_text, type_text
 from servelab.core.registry import selection
+from servelab.plugins.commands.show import SECTIONS, default_text, type_text
 
 INTRO = """Every setting of a run. On the command line they are written `section.field=value`, as in
 `engine.max_model_len=2048`; `servelab show SECTION` and `servelab show KIND NAME` print the same with

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 from servelab.core.testing.fakes import ToyCost
 from servelab.core.testing.mutants import Mutant

@@ -16,7 +16,6 @@ BOUNDS = ("slo.",)
 RULES = ("observers.report.itl_mode", "observers.report.rejections_are_misses", "observers.report.tbt_ms")
 WHERE = ("executor.name", "clock.name", "cost.", "hardware.")
 """Prefixes of settings that decide whether figures are of one kind."""
-NEGLIGIBLE = ("observers.progress.", "observers.jsonl.")
 MACHINE = ("platform", "machine.")
 
 

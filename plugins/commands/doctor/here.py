@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from servelab.core.errors import nearest
-from servelab.core.findings import Finding
+from servelab.core.findings import Finding, shown
 from servelab.core.registry import BLOCK_ENV, CONFIG_GROUP, GROUP
 
 VARIABLES = {
@@ -45,11 +45,11 @@ def folder_findings(folder: Path | None = None) -> Iterator[Finding]:
         yield Finding(
             "outputs",
             "fail",
-            f"{_shown(where)} cannot be written: {exc.strerror}",
+            f"{shown(where)} cannot be written: {exc.strerror}",
             "start runs in another folder, or name one: hydra.run.dir=...",
         )
         return
-    yield Finding("outputs", "ok", f"runs started here write below {_shown(outputs)}")
+    yield Finding("outputs", "ok", f"runs started here write below {shown(outputs)}")
 
 
 def environment_findings(environ: Mapping[str, str] | None = None) -> Iterator[Finding]:
@@ -105,8 +105,3 @@ def plot_findings() -> Iterator[Finding]:
         )
     else:
         yield Finding("plots", "ok", "matplotlib draws without a display")
-
-
-def _shown(path: Path) -> str:
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

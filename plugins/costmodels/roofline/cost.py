@@ -17,7 +17,7 @@ Deviations:
 3. The 8-bit peak needs 8-bit weights and activations, whatever the width of KV; LLM-Viewer asks for 8-bit KV
    too. Attention is always priced at 16 bits.
 4. Logits are of the rows that sample; LLM-Viewer prices them for every token of a prompt.
-5. Embedding and all-reduces are priced, softmax is not.
+5. Embedding and collectives are priced, softmax is not.
 6. Attention is priced here, not by the kernel plugin: a run on a described GPU must not cost what the kernel
    of this machine does.
 
@@ -38,9 +38,9 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 from servelab.core.api import ConfigError, Context
-from servelab.core.engine.ledger import Transfer
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
-from servelab.core.sites import weight_bytes
+from servelab.core.sites import kv_share, weight_bytes
 from servelab.plugins.costmodels.roofline.decode import Decodes
 from servelab.plugins.costmodels.roofline.device import Device, Work, check_shards, measured_ring
 from servelab.plugins.costmodels.roofline.energy import power
@@ -50,8 +50,8 @@ from servelab.plugins.costmodels.roofline.operations import (
     Operation,
     attentions,
     embedding,
+    gather,
     head,
-    kv_share,
     token_operations,
 )
 
@@ -151,8 +151,10 @@ class RooflineCost:
         self._all = self._stack(0, ctx.model.layers)
         self._decodes = [Decodes(one, self.device) for one in self._all.attention]
         self._embedding = embedding(ctx.model)
-        self._head = head(ctx.model, ctx.hardware, ctx.quant)
-        for one in (*self._all.operations, self._head):
+        self._head = [head(ctx.model, ctx.hardware, ctx.quant)]
+        if ctx.hardware.tp > 1:
+            self._head.append(gather(ctx.model))
+        for one in (*self._all.operations, *self._head):
             self.device.has(one.work(1).unit, one.name)
         self._tokens: dict[int, _Sum] = {}
         """By tokens of the step: all that does not depend on contexts, but for the head."""
@@ -174,6 +176,8 @@ class RooflineCost:
             first = ceil(base + self._attention_ns(chunks, decodes))
         else:
             first = max(1, ceil(self.breakdown(batch).ns))
+            if not batch.tokens:
+                return [first] * steps
         if steps == 1:
             return [first]
         return [first, *self._held(rows, samples, _moved(batch), steps - 1)]
@@ -182,10 +186,15 @@ class RooflineCost:
         """Joules of each step beyond an idle device's; see ``energy``. As fast as ``price``."""
         assert self.power is not None, "asked only where idle_watts is known"
         if _is_plain(batch):
-            found = self._joules(sum(batch.tokens), sum(batch.samples), *_split(batch), 1)
+            chunks, decodes = _split(batch)
+            if not chunks:
+                return self._joules(len(decodes), sum(batch.samples), [], decodes, steps)
+            found = self._joules(sum(batch.tokens), sum(batch.samples), chunks, decodes, 1)
         else:
             lanes = self.breakdown(batch).lanes
             found = [self.power.joules(lanes["compute"], lanes["memory"])]
+            if not batch.tokens:
+                return found * steps
         if steps > 1:
             found += self._joules(len(batch.tokens), sum(batch.samples), [], _moved(batch), steps - 1)
         return found
@@ -197,7 +206,7 @@ class RooflineCost:
             ConfigError: the profile states no host link.
         """
         link = needed(self._hardware, "host_link_bytes_per_s", "pages move between device and host")
-        share = kv_share(self._model, self._hardware)
+        share = kv_share(self._model, self._hardware.tp)
         return self.config.transfer_ns + ceil(share * transfer.bytes * 1e9 / link)
 
     # ------------------------------------------------------------------- loads
@@ -304,7 +313,7 @@ class RooflineCost:
         return found
 
     def _count_logits(self, samples: int) -> _Sum:
-        found = self._logits[samples] = self._sum([(1, self._head.work(samples))] if samples else [])
+        found = self._logits[samples] = self._sum([(1, one.work(samples)) for one in self._head if samples])
         return found
 
     def _sum(self, works: list[tuple[int, Work]]) -> _Sum:
@@ -339,13 +348,14 @@ class RooflineCost:
             yield self._priced(1, "embedding", self._embedding.work(begun))
         drafts = sum(item.draft for item in batch.extras.values())
         if logits := sum(batch.samples) + drafts:
-            yield self._priced(1, "head", self._head.work(logits))
+            for one in self._head:
+                yield self._priced(1, one.name, one.work(logits))
         if batch.copies and self._ctx.layout:
             pools = self._ctx.layout.pools
             moved = 2 * sum(pools[pool].bytes_per_page for pool, _, _ in batch.copies) / self._hardware.tp
             yield self._priced(1, "copy", Work(kv_bytes=moved))
-        for one in batch.background:
-            yield self._priced(1, one.kind, Work(flops=one.flops / self._hardware.tp))
+        for task in batch.background:
+            yield self._priced(1, task.kind, Work(flops=task.flops / self._hardware.tp))
 
     def _rows(self, batch: Batch) -> list[tuple[int, int, tuple[int, int]]]:
         """Queries, context and layers of each row; drafts are queries."""

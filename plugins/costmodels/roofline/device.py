@@ -24,7 +24,9 @@ class Work:
     kv_bytes: float = 0.0
     activation_bytes: float = 0.0
     network_bytes: float = 0.0
-    """Message of an all-reduce; such an operation does nothing else."""
+    """Message of a collective; such an operation does nothing else."""
+    ring_passes: int = 2
+    """How often the message goes round: 2 to sum it, 1 to gather it."""
     launches: int = 1
 
     @property
@@ -76,34 +78,38 @@ class Device:
         return work.memory_bytes * self.byte_ns
 
     def network_ns(self, work: Work) -> float:
-        start, byte_ns = self.ring
-        return start + work.network_bytes * byte_ns if work.network_bytes else 0.0
+        if not work.network_bytes:
+            return 0.0
+        start, pass_ns, byte_ns = self.ring
+        return start + work.ring_passes * (pass_ns + work.network_bytes * byte_ns)
 
     def time(self, work: Work) -> float:
-        """Of one operation. Launches of an all-reduce are in its measured start."""
+        """Of one operation. Launches of a collective are in its measured start."""
         if work.network_bytes:
             return self.network_ns(work)
         return self.smooth(self.compute_ns(work), self.memory_ns(work)) + work.launches * self.op_ns
 
 
-def ring(config: RooflineConfig, hardware: HardwareFacts) -> tuple[float, float]:
-    """Start in ns, and ns per byte of the message, of a ring all-reduce over the instance's devices:
-    ``a + 2 (n - 1) / n * bytes / bandwidth``, measured, or from the link's bandwidth.
+def ring(config: RooflineConfig, hardware: HardwareFacts) -> tuple[float, float, float]:
+    """Start, and per time that a message goes round the instance's devices: hops, and per byte of it; in ns.
+
+    ``a + passes (n - 1) / n * bytes / bandwidth`` as measured of all-reduces, or from the link's bandwidth
+    and ``n - 1`` hops a pass.
 
     Raises:
         ConfigError: several devices, and the profile states neither.
     """
     n = hardware.tp
     if n == 1:
-        return 0.0, 0.0
-    rounds = 2 * (n - 1) / n
+        return 0.0, 0.0, 0.0
+    part = (n - 1) / n
     if found := measured_ring(hardware):
-        return found[0], rounds * 1e9 / found[1]
+        return found[0], 0.0, part * 1e9 / found[1]
     why = (
         f"{n} devices sum their parts of every layer; no all-reduce of {n} is measured in hardware.all_reduce"
     )
     link = needed(hardware, "link_bytes_per_s", why)
-    return config.collective_ns + 2 * (n - 1) * float(config.hop_ns), rounds * 1e9 / link
+    return float(config.collective_ns), (n - 1) * float(config.hop_ns), part * 1e9 / link
 
 
 def measured_ring(hardware: HardwareFacts) -> tuple[float, float] | None:

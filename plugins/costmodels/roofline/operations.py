@@ -14,7 +14,7 @@ from math import ceil
 
 from servelab.core.api import ConfigError, HardwareFacts, KVLayout, ModelFacts
 from servelab.core.families.quant import LinearSite, Quantizer
-from servelab.core.sites import linear_sites
+from servelab.core.sites import kv_share, linear_sites
 from servelab.plugins.costmodels.roofline.device import Unit, Work
 
 LOGIT_BYTES = 4
@@ -77,6 +77,12 @@ def head(model: ModelFacts, hardware: HardwareFacts, quant: Quantizer | None) ->
         return replace(one, activation_bytes=one.activation_bytes + rows * wider)
 
     return Operation("head", 1, work)
+
+
+def gather(model: ModelFacts) -> Operation:
+    """Logits of the rows that sample, from all devices."""
+    row = model.vocab * LOGIT_BYTES
+    return Operation("gather", 1, lambda rows: Work(network_bytes=rows * row, ring_passes=1))
 
 
 # --------------------------------------------------------------------- linears
@@ -296,7 +302,7 @@ def _attention(
         return Attention(
             count=count,
             window=window,
-            kv_bytes=kv_bytes * kv_share(model, hardware),
+            kv_bytes=kv_bytes * kv_share(model, hardware.tp),
             query_bytes=heads * (2 * latent + model.rope_dim) * width,
             pair_flops=2 * heads * (2 * latent + model.rope_dim),
             chunk_pair_flops=2 * heads * (model.head_dim + value),
@@ -306,18 +312,11 @@ def _attention(
     return Attention(
         count=count,
         window=window,
-        kv_bytes=kv_bytes * kv_share(model, hardware),
+        kv_bytes=kv_bytes * kv_share(model, hardware.tp),
         query_bytes=heads * (model.head_dim + value) * width,
         pair_flops=flops,
         chunk_pair_flops=flops,
     )
-
-
-def kv_share(model: ModelFacts, hardware: HardwareFacts) -> float:
-    """Of a token's KV, the share each device keeps: whole heads, copied where devices are more; a latent,
-    which all heads read, is on every device.
-    """
-    return 1.0 if model.kv_latent else ceil(model.kv_heads / hardware.tp) / model.kv_heads
 
 
 def _kv_bytes(model: ModelFacts, layout: KVLayout | None, layer: int) -> float:

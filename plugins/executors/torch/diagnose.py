@@ -15,6 +15,7 @@ from typing import Any
 from servelab.core.api import Finding
 from servelab.core.config import DTYPE_BYTES, ModelConfig
 from servelab.core.errors import INSTALL, ServeLabError
+from servelab.core.findings import shown
 from servelab.core.user_cache import cache_root
 from servelab.plugins.executors.checkpoint import folder as hf
 from servelab.plugins.executors.checkpoint import wheel
@@ -102,7 +103,7 @@ def _cache(model: ModelConfig) -> Generator[Finding, None, bool]:
         yield Finding(
             check,
             "warn",
-            f"not in the cache {_shown(cache_root())} yet",
+            f"not in the cache {shown(cache_root())} yet",
             "the first run fetches and converts it; without network: model=local model.path=...",
         )
         return False
@@ -115,7 +116,7 @@ def _cache(model: ModelConfig) -> Generator[Finding, None, bool]:
             check,
             "fail",
             f"damaged: {exc.what}, {exc.why}",
-            f"delete {_shown(folder)}; the next run makes it again",
+            f"delete {shown(folder)}; the next run makes it again",
         )
         return True
     if made.get("wheel_sha256") != (model.wheel_sha256 or "").lower():
@@ -124,12 +125,12 @@ def _cache(model: ModelConfig) -> Generator[Finding, None, bool]:
             "fail",
             f"made from another wheel: SHA-256 {str(made.get('wheel_sha256'))[:12]}..., not "
             f"{(model.wheel_sha256 or '')[:12]}...",
-            f"delete {_shown(folder)}; the next run makes it again",
+            f"delete {shown(folder)}; the next run makes it again",
         )
         return True
     size = sum(path.stat().st_size for path in folder.iterdir())
     yield Finding(
-        check, "ok", f"{len(tensors)} tensors, {size / 1e6:,.0f} MB in {_shown(folder)}, wheel as pinned"
+        check, "ok", f"{len(tensors)} tensors, {size / 1e6:,.0f} MB in {shown(folder)}, wheel as pinned"
     )
     return True
 
@@ -186,10 +187,10 @@ def _disk(model: ModelConfig) -> Finding:
     where = cache_root()
     existing = next(path for path in (where, *where.parents) if path.exists())
     need, free = weight_bytes(model, 4) + 2 * DOWNLOAD_BYTES, shutil.disk_usage(existing).free
-    about = f"{free / 1e9:,.1f} GB free for {_shown(where)}, the default model needs {need / 1e9:.1f} GB"
+    about = f"{free / 1e9:,.1f} GB free for {shown(where)}, the default model needs {need / 1e9:.1f} GB"
     if not os.access(existing, os.W_OK):
         return Finding(
-            "disk", "fail", f"{_shown(existing)} cannot be written", "name another folder in SERVELAB_CACHE"
+            "disk", "fail", f"{shown(existing)} cannot be written", "name another folder in SERVELAB_CACHE"
         )
     if free < need:
         return Finding("disk", "fail", about, "make room, or name a folder on another disk in SERVELAB_CACHE")
@@ -211,9 +212,3 @@ def _hub(model: ModelConfig) -> Finding:
             "model=hub needs it, nothing else: check the network or HF_ENDPOINT, or use model=local",
         )
     return Finding(check, "ok", f"{repo} is there")
-
-
-def _shown(path: Path) -> str:
-    """As its owner would write it."""
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

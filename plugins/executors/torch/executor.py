@@ -38,8 +38,8 @@ from servelab.core.api import (
     Tokens,
     WorkloadError,
 )
-from servelab.core.engine.ledger import Transfer
 from servelab.core.engine.state import Request
+from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
 from servelab.core.families.kernel import AttentionImpl, BatchLayout
 from servelab.core.families.quant import Quantizer

@@ -20,7 +20,7 @@ from servelab.core.api import ConfigError, Context, ServeLabError, hookimpl
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
 from servelab.core.metrics.definitions import NS_PER_MS
 from servelab.core.records import Record, RunFinished
-from servelab.plugins.observers._folder import RESULTS_FILE, check_unused
+from servelab.core.run_folder import RESULTS_FILE, check_unused, write_file
 from servelab.plugins.observers.report.page import write_artefacts
 from servelab.plugins.observers.report.series import Series
 from servelab.plugins.observers.report.text import render
@@ -80,7 +80,7 @@ class ReportObserver:
             tbt_bound_ns=None if config.tbt_ms is None else round(config.tbt_ms * NS_PER_MS),
         )
         if ctx.run_dir is not None:
-            check_unused(ctx.run_dir, ctx.name)
+            check_unused(ctx.run_dir, f"observer {ctx.name!r}")
         self._folder = ctx.run_dir
         self._timeline = Timeline()
         plots, self._page = (not ctx.sweep if x is None else x for x in (config.plots, config.page))
@@ -125,14 +125,11 @@ def write_results(result: Mapping[str, Any], path: Path) -> None:
     """
     try:
         text = json.dumps(result, indent=2, allow_nan=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-    except (OSError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ServeLabError(
             f"{path.name} cannot be written",
             where=str(path),
-            why=(error.strerror or str(error)) if isinstance(error, OSError) else str(error),
-            do="free space or choose another run folder"
-            if isinstance(error, OSError)
-            else "put only text, finite numbers, booleans, lists and dicts into the run's info",
+            why=str(error),
+            do="put only text, finite numbers, booleans, lists and dicts into the run's info",
         ) from error
+    write_file(path, text + "\n")

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from servelab.core.api import ServeLabError
 from servelab.core.logs import EVENTS_FILE, PLANS_FILE
 from servelab.core.metrics import RESULT_SCHEMA, SummaryOptions, Timeline, summarize
-from servelab.core.run_folder import RESULTS_FILE, RunFolder
+from servelab.core.run_folder import RESULTS_FILE, RunFolder, write_file
 from servelab.plugins.observers.report import facts, plots
 from servelab.plugins.observers.report.facts import NONE, mib, number, percent, words
 from servelab.plugins.observers.report.html import CSS, Markup, fold, join, section, table, tag, text
@@ -116,10 +115,10 @@ def write_artefacts(
             drawn = plots.draw(timeline, series, svg=page)
     for plot in drawn:
         if isinstance(plot, Plot):
-            _write(folder / PLOTS_FOLDER / f"{plot.name}.png", plot.png)
+            write_file(folder / PLOTS_FOLDER / f"{plot.name}.png", plot.png)
     if page:
         made = render_page(result, timeline.info, drawn, no_plots=why, files=_files(folder))
-        _write(folder / PAGE_FILE, made.encode("utf-8"))
+        write_file(folder / PAGE_FILE, made.encode("utf-8"))
     return notes
 
 
@@ -127,19 +126,6 @@ def _files(folder: Path) -> list[str]:
     """Files of the run beside the page, relative to its folder."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in found if name != PAGE_FILE and not name.startswith("."))
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise ServeLabError(
-            f"{path.name} cannot be written",
-            where=str(path),
-            why=error.strerror or str(error),
-            do="free space or choose another run folder",
-        ) from error
 
 
 # ---------------------------------------------------------------- the page

@@ -162,7 +162,9 @@ def _meter(path: str) -> Any:
     module, _, name = path.partition(":")
     made = getattr(importlib.import_module(module), name)()
     if not hasattr(made, "figures"):
-        raise PluginError(f"meter {path} has no figures()", do="implement servelab.core.cells.cell.Meter")
+        raise PluginError(
+            f"meter {path} has no figures()", do="give it what Meter in _cells/cell.py asks for"
+        )
     return made
 
 

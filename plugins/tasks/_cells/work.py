@@ -14,11 +14,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, cast
 
-from servelab.core.cells.cell import CELL_SCHEMA, Cell, CellResult, Found, changed, key_of, measure
 from servelab.core.config import validate
 from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.processes import context, died, forks, settle, start
 from servelab.core.registry import Registry
+from servelab.plugins.tasks._cells.cell import CELL_SCHEMA, Cell, CellResult, Found, changed, key_of, measure
 
 log = logging.getLogger("servelab.cells")
 

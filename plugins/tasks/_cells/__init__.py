@@ -4,7 +4,7 @@
 side by side, from what an earlier try has left where the settings are the same.
 """
 
-from servelab.core.cells.cell import Cell, CellResult, Found, measure
-from servelab.core.cells.work import Work
+from servelab.plugins.tasks._cells.cell import Cell, CellResult, Found, measure
+from servelab.plugins.tasks._cells.work import Work
 
 __all__ = ["Cell", "CellResult", "Found", "Work", "measure"]

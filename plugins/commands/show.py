@@ -1,10 +1,10 @@
-"""``servelab plugins`` and ``servelab show``: what there is, where it comes from, what is wrong with it."""
+"""``servelab show``: one plugin, or one section of settings."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from textwrap import wrap
 from types import UnionType
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from servelab.core.errors import PluginError, nearest
 from servelab.core.families import KINDS
 from servelab.core.registry import Registry, selection
-from servelab.core.spec import Paper, PluginSpec
+from servelab.core.spec import PluginSpec
+from servelab.plugins.commands.plugins import summary
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -28,49 +29,44 @@ SECTIONS = {
     "hardware": "HardwareConfig",
     "quality": "QualityConfig",
 }
-"""Sections of our own and their models in ``core/config.py``, which only ``show`` imports."""
+"""Sections of our own and their models in ``core/config``, which only ``show`` imports."""
 WIDTH = 100
 """Columns that ``show`` keeps to."""
 
 
-def command(args: Sequence[str]) -> None:
-    """Run ``plugins [KIND] [--json]`` or ``show KIND NAME [--json]`` or ``show SECTION [--json]``.
+def main(argv: Sequence[str]) -> None:
+    """Print what is known of one plugin or section.
 
     Raises:
-        PluginError: an unknown kind, section or plugin.
+        PluginError: there is none of this name.
     """
-    parser = argparse.ArgumentParser(prog="servelab")
-    commands = parser.add_subparsers(dest="command", required=True)
-    plugins = commands.add_parser("plugins", help="all plugins, and packages that could not be loaded")
-    plugins.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
-    show = commands.add_parser(
-        "show", help="one plugin: paper, deviations, capabilities, settings; or one section of settings"
-    )
-    show.add_argument("kind", metavar="KIND", help=f"{', '.join(KINDS)}; or a section: {', '.join(SECTIONS)}")
-    show.add_argument("name", nargs="?", metavar="NAME", help="the plugin; none for a section")
-    for one in (plugins, show):
-        one.add_argument("--json", action="store_true", help="machine-readable")
-    chosen = parser.parse_args(args)
-    if chosen.command == "show" and chosen.kind in SECTIONS:
+    chosen = arguments().parse_args(argv)
+    if chosen.kind in SECTIONS:
         _section(chosen.kind, chosen.name, chosen.json)
         return
-    if chosen.kind is not None and chosen.kind not in KINDS:
-        known = [*KINDS, *SECTIONS] if chosen.command == "show" else KINDS
-        or_section = " or section" if chosen.command == "show" else ""
-        raise PluginError(
-            f"unknown kind of plugin{or_section} {chosen.kind!r}", do=nearest(chosen.kind, known)
-        )
+    if chosen.kind not in KINDS:
+        do = nearest(chosen.kind, [*KINDS, *SECTIONS])
+        raise PluginError(f"unknown kind of plugin or section {chosen.kind!r}", do=do)
     registry = Registry.load()
-    if chosen.command == "plugins":
-        _plugins(registry, chosen.kind, chosen.json)
-    elif chosen.name is None:
+    if chosen.name is None:
         raise PluginError(
             f"which {chosen.kind}?",
             where=f"servelab show {chosen.kind} NAME",
             do=nearest("", registry.names(chosen.kind)),
         )
-    else:
-        _show(registry, chosen.kind, chosen.name, chosen.json)
+    _show(registry, chosen.kind, chosen.name, chosen.json)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="servelab show",
+        description="One plugin: paper, deviations, capabilities, settings; or one section of settings.",
+    )
+    kinds = f"{', '.join(KINDS)}; or a section: {', '.join(SECTIONS)}"
+    parser.add_argument("kind", metavar="KIND", help=kinds)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the plugin; none for a section")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    return parser
 
 
 def _section(name: str, extra: str | None, as_json: bool) -> None:
@@ -92,72 +88,13 @@ def _section(name: str, extra: str | None, as_json: bool) -> None:
     _print_fields(model)
 
 
-def _plugins(registry: Registry, only: str | None, as_json: bool) -> None:
-    found = [
-        {"kind": kind, **_summary(registry, kind, name)}
-        for kind in KINDS
-        if only in (None, kind)
-        for name in registry.names(kind)
-    ]
-    broken = [
-        {
-            "package": b.package,
-            "provider": str(b.provider) if b.provider else "",
-            "kind": b.kind,
-            "name": b.name,
-            "reason": b.reason,
-            "do": b.do,
-        }
-        for b in registry.broken
-    ]
-    if as_json:
-        configs = [
-            {"package": p.package, "name": p.name, "provider": str(p.provider), "problem": p.problem}
-            for p in registry.config_packages
-        ]
-        print(json.dumps({"plugins": found, "broken": broken, "config_packages": configs}, indent=2))
-        return
-    rows = [
-        (
-            p["kind"],
-            p["name"],
-            "+".join(p["runs"]),
-            p["tier"],
-            p["source"],
-            f"disabled: {p['disabled']}" if p["disabled"] else "ok",
-            p["provider"],
-        )
-        for p in found
-    ]
-    _table(("kind", "name", "runs", "tier", "source", "state", "provider"), rows)
-    if broken:
-        print("\nNot loaded:")
-        for b in registry.broken:
-            print(f"  {b}")
-
-
-def _summary(registry: Registry, kind: str, name: str) -> dict[str, Any]:
-    spec = registry.spec(kind, name)
-    provider = registry.provider(kind, name)
-    return {
-        "name": name,
-        "summary": spec.summary,
-        "runs": list(spec.runs),
-        "tier": spec.tier,
-        "source": f"{spec.paper.year}, {spec.paper.id}" if isinstance(spec.paper, Paper) else spec.paper,
-        "disabled": registry.unavailable(spec),
-        "provider": str(provider),
-        "package": provider.package,
-    }
-
-
 def _show(registry: Registry, kind: str, name: str, as_json: bool) -> None:
     spec = registry.spec(kind, name)
     model = registry.resolve(kind, name, "config")
     if as_json:
         about = _spec_dict(spec)
         about["settings"] = model.model_json_schema() if model else None
-        print(json.dumps({"kind": kind, **_summary(registry, kind, name), **about}, indent=2))
+        print(json.dumps({"kind": kind, **summary(registry, kind, name), **about}, indent=2))
         return
     provider = registry.provider(kind, name)
     print(f"{kind} {name!r}: {spec.summary}" if spec.summary else f"{kind} {name!r}")
@@ -259,10 +196,3 @@ def _print_wrapped(text: str, indent: int) -> None:
     rest = wrap(" ".join(lines[1:]), WIDTH - indent, break_on_hyphens=False, break_long_words=False)
     for number, line in enumerate([*lines[:1], *rest]):
         print((lead if not number else " " * indent) + line)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    lines = [tuple(head), *map(tuple, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

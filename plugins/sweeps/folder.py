@@ -22,6 +22,8 @@ EARLIER = "earlier-"
 JOB_SCHEMA = 1
 
 JobStatus = Literal["waiting", "running", "ok", "failed", "interrupted"]
+AGAIN = "free space; `servelab sweep FOLDER` makes the comparison again"
+"""What to do where the comparison cannot be written."""
 
 
 @dataclass(frozen=True, kw_only=True)

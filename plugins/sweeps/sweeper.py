@@ -6,9 +6,8 @@ import fcntl
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from servelab.core import __version__
 from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.interrupt import Interruptions, interrupted_by, taking
-from servelab.core.sweep.folder import (
+from servelab.plugins.sweeps.folder import (
     ERROR_FILE,
     LOCK_FILE,
     STOP_FILE,
@@ -35,13 +34,11 @@ from servelab.core.sweep.folder import (
     job_folders,
     read_state,
 )
-from servelab.core.sweep.job import Job, named, warm_up
+from servelab.plugins.sweeps.job import Job, named, warm_up
 
 log = logging.getLogger("servelab.sweep")
 
 LOST = "the process that looked after it was lost"
-TARGET = "servelab.core.sweep.sweeper.Sweeper"
-"""Names it in ``configs/hydra/sweeper``."""
 
 
 class Sweeper(HydraSweeper):
@@ -174,26 +171,6 @@ class Sweeper(HydraSweeper):
             if state.status == "waiting":
                 state.write(folder)
         return list(found.values())
-
-
-def install() -> None:
-    """Let Hydra use it where the configuration says so; idempotent.
-
-    Hydra itself takes sweepers only from the package ``hydra_plugins``, which every program that uses Hydra
-    would load. This concerns our own programs alone.
-    """
-    plugins = Plugins.instance()
-    if "instantiate_sweeper" not in vars(plugins):
-        vars(plugins)["instantiate_sweeper"] = partial(_instantiate, plugins.instantiate_sweeper)
-
-
-def _instantiate(usual: Callable[..., HydraSweeper], *, config: DictConfig, **given: Any) -> HydraSweeper:
-    settings = OmegaConf.to_container(config.hydra.sweeper)
-    if not isinstance(settings, dict) or settings.pop("_target_", None) != TARGET:
-        return usual(config=config, **given)
-    sweeper = Sweeper(**settings)  # type: ignore[arg-type]
-    sweeper.setup(config=config, **given)
-    return sweeper
 
 
 class _Stop(Interruptions):

@@ -31,7 +31,7 @@ from servelab.core import __version__
 from servelab.core.errors import ServeLabError
 from servelab.core.interrupt import interrupted_by
 from servelab.core.processes import context, died, forks, settle, start
-from servelab.core.sweep.folder import (
+from servelab.plugins.sweeps.folder import (
     REPORT_FILE,
     STOP_FILE,
     JobState,
