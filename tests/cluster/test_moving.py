@@ -209,12 +209,14 @@ def test_programs_end_where_their_last_turn_ends(mode: str) -> None:
 
 def test_a_request_whose_move_fails_runs_on_at_once() -> None:
     """It is among those that run, is not admitted again, and is not asked for anything it had."""
-    run = ClusterRun(
-        [arrival("a", 4, 9)], Acts(3500, [move("a", 0, 1)]), cluster={"network_latency_ns": 50_000}
-    )
+    stopped: list[Any] = []
+    items = [arrival("a", 4, 9), arrival("look", at=21_000)]
+    look = lambda view: stopped.append(dict(run.engines[0].moving.stopped))  # noqa: E731
+    slow = {"network_latency_ns": 50_000}
+    run = ClusterRun(items, Acts(3500, [move("a", 0, 1)], look), 3, cluster=slow)
     run.driver.post(20_000, InstanceLost("gone"), 1)
     run.go()
-    assert len(run.of(RequestAdmitted)) == 1
+    assert [x.request for x in run.of(RequestAdmitted)] == ["a", "look"] and stopped == [{}]
     assert run.ends()["a"] == (0, "completed", 20_000 + 5 * 1010)
 
 
