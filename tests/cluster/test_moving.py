@@ -211,7 +211,11 @@ def test_a_request_whose_move_fails_runs_on_at_once() -> None:
     """It is among those that run, is not admitted again, and is not asked for anything it had."""
     stopped: list[Any] = []
     items = [arrival("a", 4, 9), arrival("look", at=21_000)]
-    look = lambda view: stopped.append(dict(run.engines[0].moving.stopped))  # noqa: E731
+
+    def look(view: ClusterView) -> None:
+        run.engines[0].check_integrity()
+        stopped.append(dict(run.engines[0].moving.stopped))
+
     slow = {"network_latency_ns": 50_000}
     run = ClusterRun(items, Acts(3500, [move("a", 0, 1)], look), 3, cluster=slow)
     run.driver.post(20_000, InstanceLost("gone"), 1)
@@ -357,14 +361,14 @@ def test_a_chunk_that_is_between_layers_when_the_copy_ends_stays() -> None:
     def halves(view: Any) -> StepPlan:
         rs = [*view.waiting, *view.running]
         plan = StepPlan()
-        if rs and rs[0].computed_tokens < 80:
+        if rs and rs[0].computed_tokens < 84:
             return Fcfs().plan(view)
         if rs:
             calls.append(view.step)
             plan.work.append(Tokens(rs[0], 1, layers=(2 * (len(calls) - 1) % 4, 2 * len(calls) % 4 or 4)))
         return plan
 
-    cluster = {"network_bytes_per_s": 3e7}  # the copy ends in the first half of a token
+    cluster = {"network_bytes_per_s": 3.6e7}  # the copy ends in the first half of a token
     run = ClusterRun(
         [arrival("a", 80, 9)],
         Acts(1850, [move("a", 0, 1, "live")]),
@@ -373,8 +377,9 @@ def test_a_chunk_that_is_between_layers_when_the_copy_ends_stays() -> None:
         limits=toy_limits(tokens=512, model_len=1000),
         cluster=cluster,
     ).go()
-    assert [x.reason for x in run.of(ActionDropped)] == ["its chunk is between layers"]
-    assert run.ends()["a"][:2] == (0, "completed") and len(calls) == 16
+    (dropped,) = run.of(ActionDropped)
+    assert dropped.reason == "its chunk is between layers" and dropped.t_ns > 6000
+    assert run.ends()["a"][:2] == (0, "completed") and len(calls) == 8
 
 
 def test_recompute_copies_nothing() -> None:
