@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -74,8 +75,21 @@ class StallError(ServeLabError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The sentence that helps after an unknown name: the nearest known name and the full list."""
+    """The sentence that helps after an unknown name: the nearest known names and the full list."""
     names = sorted(known)
-    close = get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    close = _close(name, names)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"{hint}known: {', '.join(names) if names else '(none)'}"
+
+
+def _close(name: str, names: list[str]) -> list[str]:
+    """The names that begin with what was given (at most three), else the most similar one; capitals and
+    punctuation count for nothing, nor does an owner in front (``meta-llama/Llama-2-7b-hf``)."""
+    wanted, plain = _plain(name.rpartition("/")[2]), {_plain(one): one for one in names}
+    begin = [one for one in plain if len(wanted) > 1 and one.startswith(wanted)]
+    close = get_close_matches(wanted, begin, n=3, cutoff=0) or get_close_matches(wanted, plain, n=1)
+    return [plain[one] for one in (close[:1] if wanted in plain else close)]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).casefold()

@@ -132,7 +132,7 @@ def check_choices(argv: Sequence[str]) -> list[str]:
 
 
 _OTHER_FOLDERS = frozenset({*_OTHER_CONFIG, "-cd", "--config-dir", "hydra.searchpath"})
-_CHOICE = re.compile(r"\+?(?P<group>\w+)=(?P<names>\w+(,\w+)*)")
+_CHOICE = re.compile(r"\+?(?P<group>\w+)=(?P<names>[\w./-]+(,[\w./-]+)*)")
 
 
 def _check_choice(arg: str) -> str:
@@ -142,17 +142,25 @@ def _check_choice(arg: str) -> str:
     from servelab.core.help import choices
 
     group, names = match["group"], match["names"].split(",")
-    known = choices().get(group, set())
+    found = choices()
+    known = found.get(group, set()) | {
+        f"{folder.removeprefix(group + '/')}/{name}"
+        for folder, inside in found.items()
+        if folder.startswith(group + "/")
+        for name in inside
+    }
     unknown = [name for name in names if name not in known]
     if not unknown:
         return arg
     if group not in KINDS:
-        raise ConfigError(
-            f"unknown {group} {unknown[0]!r}", where=f"command line: {arg}", do=nearest(unknown[0], known)
-        )
+        do = nearest(unknown[0], known)
+        if group == "model" and "/" in unknown[0]:
+            do = f"a checkpoint is model=local model.path={unknown[0]}, or model=hub model.repo=...; {do}"
+        raise ConfigError(f"unknown {group} {unknown[0]!r}", where=f"command line: {arg}", do=do)
     from servelab.core.registry import Registry
 
     registry = Registry.load()
     for name in unknown:
-        registry.spec(group, name)  # raises for a name that nobody declares
+        if name not in registry.names(group):
+            registry.unknown(group, name, known)
     return f"++{group}.name={match['names']}"

@@ -215,7 +215,7 @@ class Registry:
         try:
             return self.specs[kind, name]
         except KeyError:
-            self._unknown(kind, name)
+            self.unknown(kind, name)
 
     def provider(self, kind: str, name: str) -> Provider:
         """Where a registered plugin comes from."""
@@ -350,13 +350,20 @@ class Registry:
         self.command_providers[command.name] = provider
         return None
 
-    def _unknown(self, kind: str, name: str) -> NoReturn:
+    def unknown(self, kind: str, name: str, others: Iterable[str] = ()) -> NoReturn:
+        """Raise the error about a name that no plugin has, as ``spec`` does.
+
+        Args:
+            kind: of plugin.
+            name: what was asked for.
+            others: names that could have been chosen as well, such as those of configuration files.
+        """
         if kind not in KINDS:
             raise PluginError(f"unknown kind of plugin {kind!r}", do=nearest(kind, KINDS))
         for broken in self.broken:
             if (broken.kind, broken.name) == (kind, name):
                 raise _refusal(broken)
-        raise self._nobody(kind, name, self.names(kind))
+        raise self._nobody(kind, name, {*self.names(kind), *others})
 
     def _nobody(self, kind: str, name: str, known: Iterable[str]) -> PluginError:
         """Nobody declares it; names the packages that might have."""

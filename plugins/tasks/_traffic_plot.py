@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from servelab.core.api import ServeLabError
 from servelab.plugins.drawing import BLUE, DASHES, DPI, INK, RED, WIDTH_IN, label, png, styled
 from servelab.plugins.tasks._traffic import Traffic
 
@@ -26,17 +25,10 @@ def draw(traffic: Traffic, title: str) -> bytes:
     """The picture as PNG; the same bytes for the same traffic.
 
     Raises:
-        ServeLabError: matplotlib is not installed.
+        ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise ServeLabError(
-            "the picture of a workload needs matplotlib",
-            where="task.plot",
-            why=str(exc),
-            do='pip install -e ".[run]", or set task.plot=false',
-        ) from exc
+    from matplotlib.figure import Figure
+
     with styled():
         figure = Figure(dpi=DPI, figsize=(WIDTH_IN, 4.9))
         grid = figure.add_gridspec(

@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -70,14 +71,25 @@ class Describe:
                 "described": said,
             }
             write_file(self._folder / JSON_FILE, json.dumps(about, indent=2, allow_nan=False) + "\n")
+            lines.append("")
             if self._config.plot:
-                from servelab.plugins.tasks._traffic_plot import draw
-
-                write_file(self._folder / PLOT_FILE, draw(traffic, str(title)))
-            lines += ["", f"artefacts: {self._folder}"]
+                lines += self._picture(self._folder / PLOT_FILE, traffic, str(title))
+            lines.append(f"artefacts: {self._folder}")
         _print("\n".join(lines))
         rate = figures["requests_per_s"]
         return None if rate is None else float(rate)
+
+    @staticmethod
+    def _picture(path: Path, traffic: Traffic, title: str) -> list[str]:
+        """Draw it; the line that says why there is none."""
+        from servelab.plugins.tasks._traffic_plot import draw
+
+        try:
+            picture = draw(traffic, title)
+        except ImportError as exc:
+            return [f"{path.name}: left out, matplotlib is not installed (pip install matplotlib): {exc}"]
+        write_file(path, picture)
+        return []
 
 
 def table(run: Run, title: str, figures: Mapping[str, Any], said: Mapping[str, Any]) -> Iterator[str]:
@@ -143,7 +155,7 @@ def _lengths(figures: Mapping[str, Any]) -> Iterator[str]:
 def _cut(over: Any) -> Iterator[str]:
     if isinstance(over, Mapping) and over.get("requests"):
         done = {"clip": "cut", "drop": "left out"}.get(over["rule"], over["rule"])
-        yield f"  {over['requests']:,} requests longer than the model's {over['limit']:,} tokens are {done}"
+        yield f"  longer than the model's {over['limit']:,} tokens and {done}: {over['requests']:,}"
 
 
 def _width(head: str) -> int:

@@ -214,7 +214,7 @@ class Population:
             why=f"prompt of {prompt} tokens{prefix} plus {served} of output is {prompt + served}, "
             f"limit {limit} (max_model_len)",
             do=f"these laws reach {longest} tokens: lower them to {limit} together (max of prompt_length "
-            f"and output_length, or their values), cut requests (over_length=clip), or {otherwise}",
+            f"and output_length, or their values), cut requests (workload.over_length=clip), or {otherwise}",
         )
 
 

@@ -191,7 +191,7 @@ def _at_rate(columns: Columns, config: TraceConfig, thin: Random) -> dict[str, A
             f"thinning cannot raise the rate to {wanted:g} requests/s",
             where="workload.rescale",
             why=f"the slice has {recorded:.4g} requests/s, and thinning only leaves requests out",
-            do="set rescale to 'times', or lower request_rate",
+            do="set workload.rescale to times, or lower workload.request_rate",
         )
     draw, places = thin.random, config.num_requests
     columns.keep(lambda i: draw() < share)
@@ -210,7 +210,8 @@ def scaled(lengths: array[int], by: float) -> array[int]:
 def _nothing(config: TraceConfig, why: str) -> WorkloadError:
     return WorkloadError(
         "no request is left of the trace",
-        where=f"workload.start_s={config.start_s:g}, duration_s={config.duration_s}",
+        where=f"workload.start_s={config.start_s:g}"
+        + ("" if config.duration_s is None else f", workload.duration_s={config.duration_s:g}"),
         why=why,
         do="take an earlier or a longer slice, or another filter",
     )
@@ -319,11 +320,11 @@ class Replay:
         counts |= {"max_prompt_tokens": longest, "prompts_cut": cut_prompts, "outputs_cut": cut_outputs}
         log.log(
             logging.WARNING if len(over) * 20 > len(c) else logging.INFO,
-            "%s: %d of %d requests are longer than the model's %d tokens and are cut (over_length)",
+            "%s: requests longer than the model's %d tokens are cut: %d of %d (over_length)",
             self._where,
+            limit,
             len(over),
             len(c),
-            limit,
         )
         return counts
 
@@ -338,6 +339,6 @@ class Replay:
             why=f"prompt of {self._columns.prompts[place]} tokens plus "
             f"{self._served(place) - self._columns.prompts[place]} of output is {self._served(place)}, limit "
             f"{limit} (max_model_len)",
-            do="set over_length to 'clip' or 'drop', scale lengths (prompt_scale, output_scale), or choose a "
-            "model with a longer context",
+            do="set workload.over_length to clip or drop, scale lengths (workload.prompt_scale, "
+            "workload.output_scale), or choose a model with a longer context",
         )

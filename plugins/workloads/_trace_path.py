@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from servelab.core.api import WorkloadError
+from servelab.core.api import ConfigError, WorkloadError
 from servelab.core.errors import nearest
 from servelab.core.user_cache import DATA, cache_root, stated_path
+
+
+def must_be_stated(path: str | None, workload: str, example: str) -> str:
+    """The setting ``path`` of a workload that has nothing to send without a file.
+
+    Args:
+        path: the setting.
+        workload: whose.
+        example: a data set that can be fetched.
+
+    Raises:
+        ConfigError: it is None.
+    """
+    if path is None:
+        raise ConfigError(
+            f"workload {workload!r} has no trace to replay",
+            where="workload.path",
+            why="nothing is stated, and the trace is not part of ServeLab",
+            do=f"servelab data fetch {example}, then workload.path={example}; or name your own copy",
+        )
+    return path
 
 
 def trace_path(stated: str, remedy: str) -> Path:
@@ -31,5 +52,5 @@ def trace_path(stated: str, remedy: str) -> Path:
         where="workload.path",
         why=f"{path.absolute()} is {'a folder' if path.is_dir() else 'not there'}, and of data sets "
         f"{', '.join(fetched) or 'none'} was fetched",
-        do=(f"{nearest(stated, fetched)}; " if fetched else "") + remedy,
+        do="; ".join([*[nearest(stated, fetched)] * bool(fetched), f"check the path, or {remedy}"]),
     )

@@ -17,6 +17,8 @@ from servelab.core.errors import nearest
 NS = 1_000_000_000
 POINTER = "version https://git-lfs.github.com/spec/"
 """Begins the file that Git LFS leaves in the place of a large one."""
+PACKED = {b"\x1f\x8b": "gunzip --keep", b"PK": "unzip"}
+"""How compressed files begin, and what unpacks them."""
 MOST_TOKENS = 100_000_000
 """Longest length that is believed."""
 
@@ -40,15 +42,19 @@ class Source:
         """Line of the row that was read last, from 1."""
 
     def fault(self, what: str, field: str, why: str, do: str) -> WorkloadError:
-        """The error about a field of the current line."""
-        where = f"{self.path}, line {self.line}" + (f", field {field!r}" if field else "")
-        return WorkloadError(what, where=where, why=why, do=do)
+        """The error about a field of the current line, or about the whole file before the first one."""
+        where = [
+            f"{self.path}",
+            *[f"line {self.line}"] * (self.line > 0),
+            *[f"field {field!r}"] * bool(field),
+        ]
+        return WorkloadError(what, where=", ".join(where), why=why, do=do)
 
     def lines(self) -> Iterator[str]:
         """The lines with their ends.
 
         Raises:
-            WorkloadError: it cannot be read, is empty or binary, or is a Git LFS pointer.
+            WorkloadError: it cannot be read, is empty, binary or compressed, or is a Git LFS pointer.
         """
         self.line = 0
         try:
@@ -71,19 +77,40 @@ class Source:
                 do=f"check workload.path; {self.remedy}",
             ) from exc
         except UnicodeDecodeError as exc:
-            self.line += 1
-            raise self.fault("this is not a text file", "", str(exc), self.remedy) from exc
+            raise self._no_text() from exc
         if not self.line:
             raise self.fault("the trace is empty", "", "it has no line", self.remedy)
+
+    def _no_text(self) -> WorkloadError:
+        """The error about the first line that is not UTF-8: reading stops up to a buffer before it."""
+        self.line, why = 0, ""
+        with self.path.open("rb") as file:
+            for line in file:
+                for begin, unpack in PACKED.items():
+                    if not self.line and line.startswith(begin):
+                        return self.fault(
+                            "the trace is compressed",
+                            "",
+                            "text is read",
+                            f"{unpack} {self.path}, and state that file",
+                        )
+                self.line += 1
+                try:
+                    line.decode()
+                except UnicodeDecodeError as exc:
+                    why = f"byte {exc.start + 1} of the line is 0x{line[exc.start]:02x}, which is not UTF-8"
+                    break
+        return self.fault("this is not a text file", "", why, self.remedy)
 
     def table(self, required: Sequence[str], optional: Sequence[str] = ()) -> Iterator[list[str]]:
         """Cells of each row of a csv file, in the order of ``required`` then ``optional``; an optional column
         that the file lacks gives ``""``. Columns with other names are left out.
 
         Raises:
-            WorkloadError: a column is missing, or a row has another number of cells than the header.
+            WorkloadError: a column or all rows are missing, or a row has another number of cells than the
+                header.
         """
-        rows = csv.reader(self.lines(), strict=True)
+        rows, begin = csv.reader(self.lines(), strict=True), 1
         try:
             header = [cell.strip() for cell in next(rows, [])]
             for name in required:
@@ -92,13 +119,15 @@ class Source:
                         f"the trace has no column {name!r}",
                         name,
                         f"its header is {', '.join(header)[:200]!r}",
-                        f"{nearest(name, header)}; {self.remedy}",
+                        f"{_columns(name, header)}; {self.remedy}",
                     )
             width = len(header)
             places = [header.index(name) for name in required]
             more = [header.index(name) if name in header else width for name in optional]
             places += more
+            full = False
             for row in rows:
+                begin = self.line + 1
                 if len(row) != width:
                     if not row:
                         continue  # an empty line, as at the end of a file
@@ -109,9 +138,15 @@ class Source:
                         "complete the line or delete it: the file may be cut off there",
                     )
                 row.append("")
+                full = True
                 yield [row[place] for place in places]
         except csv.Error as exc:
-            raise self.fault("a line is not csv", "", str(exc), self.remedy) from exc
+            self.line = begin  # where the row begins: a quote that stays open swallows lines
+            raise self.fault(
+                "a row is not csv", "", f"{exc}", f"close or remove its quotation mark; {self.remedy}"
+            ) from exc
+        if not full:
+            raise self.fault("the trace has no rows", "", "it ends after its header", self.remedy)
 
     def whole(self, text: str, field: str) -> int:
         """A number of tokens, 0 or more. ``12.0``, as pandas writes columns with gaps, is 12."""
@@ -139,6 +174,17 @@ class Source:
             )
         return round(value * NS)
 
+    def served(self, prompt: int, output: int, fields: tuple[str, str]) -> None:
+        """Raise if a request has no prompt or no output, and say in which of the two fields."""
+        for length, what, field in ((prompt, "prompt", fields[0]), (output, "output", fields[1])):
+            if not length:
+                raise self.fault(
+                    f"a request of 0 {what} tokens",
+                    field,
+                    "no row of the published traces has one, and it cannot be served",
+                    "delete the row",
+                )
+
     def in_order(self, time_ns: int, last_ns: int, field: str, text: str) -> None:
         """Raise if a time is before the one of the row above."""
         if time_ns < last_ns:
@@ -163,6 +209,13 @@ class Source:
 
 
 _MEND = "correct the cell or delete the row"
+
+
+def _columns(wanted: str, header: Sequence[str]) -> str:
+    """The sentence that helps after a column that is not there."""
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+        return "separate cells with commas"
+    return nearest(wanted, header)
 
 
 def believable(source: Source, rows: Iterator[T], columns: Iterable[tuple[str, int]]) -> Iterator[T]:

@@ -24,9 +24,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from servelab.core.api import ConfigError, Context
+from servelab.core.api import Context
 from servelab.plugins.workloads._trace import Replay, Row, TraceConfig, sliced, taken
-from servelab.plugins.workloads._trace_path import trace_path
+from servelab.plugins.workloads._trace_path import must_be_stated, trace_path
 from servelab.plugins.workloads._trace_text import NS, Source, believable
 
 TIME, PROMPT, OUTPUT = "TIMESTAMP", "ContextTokens", "GeneratedTokens"
@@ -54,14 +54,7 @@ class Azure(Replay):
 
     def __init__(self, config: AzureConfig, ctx: Context) -> None:
         self.root = ctx.rng.getrandbits(64)
-        if config.path is None:
-            raise ConfigError(
-                "workload 'azure' has no trace to replay",
-                where="workload.path",
-                why="nothing is stated, and the trace is not part of ServeLab",
-                do="servelab data fetch azure_conv, then workload.path=azure_conv; or name your own copy",
-            )
-        path = trace_path(config.path, REMEDY)
+        path = trace_path(must_be_stated(config.path, "azure", "azure_conv"), REMEDY)
         columns, done = taken(sliced(rows(path), config), config, self._stream("thin"))
         super().__init__(config, ctx, columns, {"traffic": f"Azure, {path.name}", **done})
 
@@ -84,14 +77,7 @@ def _rows(source: Source) -> Iterator[Row]:
         last = time_ns
         origin = time_ns if origin is None else origin
         prompt, output = source.whole(context, PROMPT), source.whole(generated, OUTPUT)
-        for length, name in ((prompt, PROMPT), (output, OUTPUT)):
-            if not length:
-                raise source.fault(
-                    f"a request of 0 {'prompt' if name == PROMPT else 'output'} tokens",
-                    name,
-                    "no row of the published traces has one, and it cannot be served",
-                    "delete the row",
-                )
+        source.served(prompt, output, (PROMPT, OUTPUT))
         yield time_ns - origin, prompt, output, 0
 
 

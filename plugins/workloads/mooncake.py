@@ -35,11 +35,11 @@ from typing import Any
 
 from pydantic import Field
 
-from servelab.core.api import ConfigError, Context
+from servelab.core.api import Context
 from servelab.plugins.workloads._ids import BlockIds
 from servelab.plugins.workloads._reuse import reusable_tokens
 from servelab.plugins.workloads._trace import Columns, Replay, Row, TraceConfig, sliced, taken
-from servelab.plugins.workloads._trace_path import trace_path
+from servelab.plugins.workloads._trace_path import must_be_stated, trace_path
 from servelab.plugins.workloads._trace_text import Source, believable
 
 NS_PER_MS = 1_000_000
@@ -81,15 +81,7 @@ class Mooncake(Replay):
 
     def __init__(self, config: MooncakeConfig, ctx: Context) -> None:
         self.root = ctx.rng.getrandbits(64)
-        if config.path is None:
-            raise ConfigError(
-                "workload 'mooncake' has no trace to replay",
-                where="workload.path",
-                why="nothing is stated, and the trace is not part of ServeLab",
-                do="servelab data fetch mooncake_conversation, then workload.path=mooncake_conversation; or "
-                "name your own copy",
-            )
-        path = trace_path(config.path, REMEDY)
+        path = trace_path(must_be_stated(config.path, "mooncake", "mooncake_conversation"), REMEDY)
         self._block, self._lru = config.block_tokens, config.lru_tokens
         self._hashes, self._starts = array("q"), array("q", [0])
         """Hashes of all rows of the file, and where each row's begin; a tag is the number of the row."""
@@ -144,14 +136,7 @@ class Mooncake(Replay):
             time_ms, prompt, output = (_count(source, row, name) for name in (TIME, PROMPT, OUTPUT))
             source.in_order(time_ms, last, TIME, str(time_ms))
             last = time_ms
-            for length, name in ((prompt, PROMPT), (output, OUTPUT)):
-                if not length:
-                    raise source.fault(
-                        f"a request of 0 {'prompt' if name == PROMPT else 'output'} tokens",
-                        name,
-                        "no row of the published traces has one, and it cannot be served",
-                        "delete the row",
-                    )
+            source.served(prompt, output, (PROMPT, OUTPUT))
             hashes, blocks = row[HASHES], ceil(prompt / self._block)
             whole = isinstance(hashes, list) and all(type(h) is int and 0 <= h < 1 << 63 for h in hashes)
             if not whole or len(hashes) != blocks:
@@ -161,7 +146,7 @@ class Mooncake(Replay):
                     else "the block hashes are no list of whole numbers",
                     HASHES,
                     f"each block of {self._block} tokens has one, which makes {blocks}",
-                    f"set block_tokens to that of the file, or {REMEDY}",
+                    f"set workload.block_tokens to that of the file, or {REMEDY}",
                 )
             self._hashes.extend(hashes)
             self._starts.append(len(self._hashes))
@@ -206,12 +191,16 @@ def _object(source: Source, line: str) -> dict[str, Any]:
             str(exc),
             "complete the line or delete it: the file may be cut off there",
         ) from exc
-    missing = [name for name in FIELDS if not isinstance(row, dict) or name not in row]
+    if not isinstance(row, dict):
+        raise source.fault(
+            "a line is no JSON object", "", f"rows are one line each, with {', '.join(FIELDS)}", REMEDY
+        )
+    missing = [name for name in FIELDS if name not in row]
     if missing:
         raise source.fault(
             f"a row without {missing[0]!r}", missing[0], f"rows have {', '.join(FIELDS)}", REMEDY
         )
-    return row  # type: ignore[no-any-return]
+    return row
 
 
 def _count(source: Source, row: Mapping[str, Any], name: str) -> int:

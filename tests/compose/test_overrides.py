@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from servelab.core.errors import ConfigError
-from servelab.core.overrides import normalize
+from servelab.core.errors import ConfigError, ServeLabError, nearest
+from servelab.core.overrides import check_choices, normalize
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,32 @@ def test_misspelt_section(given: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean {nearest!r}") as error:
         normalize([given])
     assert given in error.value.where
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("model=llama-2-7b", "did you mean 'llama2_7b'?"),
+        ("model=Qwen2.5-7B", "did you mean 'qwen2_5_7b'?"),
+        ("model=meta-llama/Llama-2-7b-hf", "did you mean 'llama2_7b'?"),
+        ("model=/models/mine", "model=local model.path=/models/mine"),
+        ("+hardware=a100", "did you mean 'a100_80g' or 'a100_40g'?"),
+        ("+hardware=A100-80GB", "did you mean 'a100_80g'?"),
+        ("workload=sharegpt", "did you mean 'sharegpt_like' or "),
+        ("+cost=splitwise", "did you mean 'splitwise_llama2_70b_h100' or "),
+        ("+scheduler=past-future", "did you mean 'pastfuture'?"),
+    ],
+)
+def test_a_name_as_others_spell_it(given: str, said: str) -> None:
+    """Also names of configuration files, which are no plugin's."""
+    with pytest.raises(ServeLabError) as error:
+        check_choices([given])
+    assert said in error.value.do
+
+
+def test_names_that_are_near() -> None:
+    assert nearest("A_B", ["ab", "ab_c"]).startswith("did you mean 'ab'? known")
+    assert nearest("", ["ab"]) == "known: ab"
+    assert nearest("x", ["xyz"]) == "known: xyz"  # one letter is not the beginning of a name
+    assert nearest("--", ["ab"]) == "known: ab"
+    assert nearest("l2", ["l2_a", "l2_b", "l2_c", "l2_d"]).count("'") == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 from collections.abc import Callable
@@ -260,7 +261,9 @@ def test_slices(burst: Burst, trace: Write) -> None:
     assert seconds(burst(path=trace(), start_s=2, duration_s=58)) == [0, 1]
     assert seconds(burst(path=trace(), num_requests=3)) == [0, 0, 2]
     assert seconds(burst(path=trace(), start_s=2.5)) == [0.5, 57.5, 117.5]
-    with pytest.raises(WorkloadError, match="no request is left"):
+    with pytest.raises(
+        WorkloadError, match=r"no request is left of the trace\n  where: workload.start_s=1000\n"
+    ):
         burst(path=trace(), start_s=1000)
 
 
@@ -317,7 +320,13 @@ BAD: dict[str, tuple[str, list[str]]] = {
         ["LFS pointer", "fetch"],
     ),
     "empty": ("", ["the trace is empty"]),
-    "header only": (f"{HEADER}\n", ["no request is left"]),
+    "header only": (f"{HEADER}\n\n", ["the trace has no rows", "burst.csv", "ends after its header"]),
+    "semicolons": (HEADER.replace(",", ";"), ["no column 'Timestamp'", "separate cells with commas"]),
+    "capitals": (f"{HEADER.upper()}\n", ["no column 'Timestamp'", "did you mean 'TIMESTAMP'"]),
+    "open quote": (
+        f'{HEADER}\n9,a,1,1,2,API log\n9,"a,1,1,2,API log\n' + "9,a,1,1,2,API log\n" * 9,
+        ["a row is not csv", "line 3", "quotation mark"],
+    ),
 }
 
 
@@ -349,8 +358,22 @@ def test_a_path_that_leads_nowhere(burst: Burst, tmp_path: Path) -> None:
     with pytest.raises(WorkloadError, match="there is no trace") as raised:
         burst(path=str(tmp_path / "nothing.csv"))
     assert "servelab data fetch burstgpt_1" in str(raised.value)
-    (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(WorkloadError, match="not a text file"):
+    assert "check the path" in raised.value.do
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe\x00", "not a text file\n  where: .*x.csv, line 1\n .*byte 1 of the line is 0xff"),
+        (f"{HEADER}\n{ROWS}".encode() + b"9,\xe9,1,1,2,API log\n", "line 8\n .*byte 3 of the line is 0xe9"),
+        (gzip.compress(HEADER.encode()), "the trace is compressed\n(.*\n)* .*gunzip --keep .*x.csv"),
+        (b"", "the trace is empty\n  where: .*x.csv\n"),
+    ],
+    ids=["binary", "another encoding", "compressed", "empty"],
+)
+def test_what_is_no_text(burst: Burst, tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(WorkloadError, match=said):
         burst(path=str(tmp_path / "x.csv"))
 
 

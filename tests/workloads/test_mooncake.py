@@ -127,7 +127,7 @@ def test_spread_is_uniform_in_the_tick() -> None:
 BAD = {
     "not json": ('{"timestamp": 0,\n', ["not JSON", "line 1"]),
     "no field": ('{"timestamp": 0, "input_length": 3, "output_length": 3}\n', ["without 'hash_ids'"]),
-    "a list": ("[1, 2]\n", ["without 'timestamp'"]),
+    "a list": ("[1, 2]\n", ["no JSON object", "line 1"]),
     "fraction": (
         '{"timestamp": 0.5, "input_length": 3, "output_length": 3, "hash_ids": [1]}\n',
         ["0.5 is no believable whole number", "'timestamp'"],

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from servelab.core.api import ConfigError, ServeLabError
+from servelab.core.errors import INSTALL
 from servelab.core.registry import Registry
 from servelab.plugins.commands.doctor.configs import OURS, yaml_files
 
@@ -57,7 +58,7 @@ def profile(name: str, device: str, dtype: str, seconds: float) -> str:
         raise ServeLabError(
             "measuring needs torch",
             where="servelab devices measure",
-            do='pip install "servelab[run]", or write the profile by hand: docs/howto/add_a_device.md',
+            do=f"{INSTALL}   (in the checkout), or write the profile by hand: docs/howto/add_a_device.md",
         )
     stated = {"name": name, **import_module(MEASURES).profile(device, dtype, seconds)}
     return yaml.safe_dump(stated, sort_keys=False, width=110, allow_unicode=True)
