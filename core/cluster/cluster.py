@@ -263,7 +263,7 @@ class Cluster:
     @property
     def _needs_steps(self) -> bool:
         """Whether the end of every step matters, also within held launches."""
-        return not self._interval and bool(self.held or self._rebalance or self.moves.waiting)
+        return not self._interval and bool(self.held or self._rebalance)
 
     def lost(self, index: int, now: int) -> None:
         """The device of an instance is gone."""
