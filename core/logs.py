@@ -82,7 +82,7 @@ def encode_list(old: Sequence[Item], new: Sequence[Item]) -> dict[str, Any] | li
     if old == new:
         return None
     had = set(old)
-    if len(had) != len(old):
+    if len(had) != len(old) or had.isdisjoint(new):
         return list(new)
     gone = _dropped(old, new)
     if gone is not None and len(gone) < len(old):  # most often: a few have left, others come at the end

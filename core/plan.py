@@ -102,8 +102,9 @@ class Verdict:
 class Hold:
     """Repeat the plan's work for up to ``max_steps`` steps without asking again.
 
-    The core ends a hold early at any event (arrival, finish, abort, timer, transfer), when the next
-    step would not fit in KV memory, and at ``until_ns``.
+    The core ends a hold early at any event (arrival, finish, abort, timer, transfer; while somebody waits,
+    pages that come back), when the next step would not fit in KV memory, and at ``until_ns``. With several
+    lanes, another one that plans or ends a step is such an event; idle ones are not asked while it goes on.
     """
 
     max_steps: int

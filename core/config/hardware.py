@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from servelab.core.config.section import Section
 from servelab.core.facts import HardwareFacts
@@ -84,6 +84,22 @@ class HardwareConfig(Section):
         default=(), description="Measured all-reduces, one entry per number of devices."
     )
     sources: dict[str, str] = Field(default={}, description="Where each figure is from, by its name.")
+
+    @field_validator("peak_watts")
+    @classmethod
+    def _above_idle(cls, peak: float | None, stated: ValidationInfo) -> float | None:
+        idle = stated.data.get("idle_watts")
+        if peak is not None and idle is not None and peak < idle:
+            raise ValueError(f"must be at least idle_watts, {idle:g}")
+        return peak
+
+    @field_validator("all_reduce")
+    @classmethod
+    def _once_each(cls, measured: tuple[AllReduce, ...]) -> tuple[AllReduce, ...]:
+        devices = [one.devices for one in measured]
+        if twice := next((n for n in devices if devices.count(n) > 1), None):
+            raise ValueError(f"two entries for {twice} devices")
+        return measured
 
     def facts(self) -> HardwareFacts:
         """What policies and cost models are given."""

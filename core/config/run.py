@@ -158,6 +158,14 @@ def across(config: RunConfig) -> list[str]:
         problems.append(
             f"model.experts_per_token: must be at most model.experts, {experts} (got {per_token})"
         )
+    if experts and not per_token:
+        problems.append(f"model.experts_per_token: must be stated, for there are {experts} experts (got 0)")
+    if model.shared_experts and not experts:
+        problems.append("model.shared_experts: needs model.experts")
+    if (model.q_latent or model.rope_dim) and not model.kv_latent:
+        problems.append("model.q_latent and model.rope_dim: need model.kv_latent")
+    if (model.rope_dim or 0) > (model.head_dim or 0):
+        problems.append(f"model.rope_dim: is part of model.head_dim, {model.head_dim} (got {model.rope_dim})")
     if dense := model.dense_layers:
         if not experts or not model.dense_ffn:
             problems.append("model.dense_layers: needs model.experts and model.dense_ffn")

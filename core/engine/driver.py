@@ -532,7 +532,7 @@ _END: Any = object()
 
 def _weak(what: Any) -> bool:
     """Entries that wake nobody once every request has ended."""
-    return what is _TIMER or isinstance(what, Cancel)
+    return what is _TIMER or type(what) is Cancel
 
 
 def _checked(item: Any, where: str) -> Arrival | Cancel:

@@ -191,9 +191,10 @@ class Engine:
 
         After a step of a hold that goes on nobody is asked: there is nothing that the others have not seen.
         """
+        lanes = sorted(self._lanes, key=_ran_last)
         launched, stirs = self.launches, self._stirs
-        quiet = stirs == self._seen
-        for lane in sorted(self._lanes, key=_ran_last):
+        quiet = stirs == self._seen and lanes[0].holds and lanes[0].is_open
+        for lane in lanes:
             while lane.is_open and self._lost is None:
                 batch = lane.repeat()
                 if batch is not None:

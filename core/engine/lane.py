@@ -117,7 +117,7 @@ class Lane:
             for item in work:
                 assert isinstance(item, Tokens)
                 r = item.request._r
-                if r.pending != 1 or r.phase is not Phase.RUNNING or (r.launches and r.lane != self.index):
+                if r.pending != 1 or r.phase is not Phase.RUNNING:
                     over = True
                     break
                 if not r.slack:
@@ -285,36 +285,37 @@ class Lane:
         if self._work is not None:  # cut short only to see how far it is: the hold goes on
             self._steps_left += batch.steps - steps - event.more
         engine.ledger.settle(batch.launch)
-        emitted, done, dropped = self._commit(batch, event)
+        emitted, done = self._commit(batch, event)
         first = batch.first_step
         start_ns = max(launched_ns, self.last_end_ns)
         self.last_end_ns = ends[-1]
-        leases = batch.leases
+        ledger = engine.ledger
         if event.more:  # between two steps nothing is in flight, as when stepping
-            leases = [lease for lease in leases if not lease.released]
+            still = [lease for lease in batch.leases if not lease.released]
+            came_back = ledger.unfence(still)
         else:
             self.flights.popleft()
-        engine.ledger.landed(leases)
-        if dropped and engine.somebody_waits:  # planned ahead, it kept pages of requests that are gone
+            came_back = ledger.landed(batch.leases)
+        if ledger.windows:
+            came_back |= self._slide(batch)
+        if came_back and engine.somebody_waits:  # pages that may let somebody in: as at an event
             self._work = None
-        if engine.ledger.windows:
-            self._slide(batch)
         if engine.reuse is not None:
             self._publish(batch)
         if event.more:
             self._go_on(batch, steps, done)
-            for lease in leases:
+            for lease in still:
                 lease.in_flight += 1
+            ledger.landed(())  # a resize may want what it was promised and did not use
         return batch, first, start_ns, emitted, done
 
-    def _slide(self, batch: Batch) -> None:
-        """Windows have moved on. Pages that came back may let somebody in: ask again, as at an event."""
-        engine, came_back = self._engine, False
+    def _slide(self, batch: Batch) -> bool:
+        """Windows have moved on. True if pages came back."""
+        came_back = False
         for r, lease in zip(batch.requests, batch.leases, strict=True):
             if r.lease is lease and r.phase is not Phase.FINISHED:
-                came_back |= engine.ledger.slide(r)
-        if came_back and engine.somebody_waits:
-            self._work = None
+                came_back |= self._engine.ledger.slide(r)
+        return came_back
 
     def _publish(self, batch: Batch) -> None:
         """Pages have become full. Somebody who waits may find them: ask again, as at an event."""
@@ -351,20 +352,17 @@ class Lane:
         batch.steps = 1
         self.flights[0] = (batch, self.last_end_ns)
 
-    def _commit(self, batch: Batch, event: LaunchDone) -> tuple[list[int], Done, bool]:
-        """Output tokens of each row, who finished, and whether a row was of a request that is gone."""
+    def _commit(self, batch: Batch, event: LaunchDone) -> tuple[list[int], Done]:
         ends = event.ends_ns
         steps = len(ends)
         reserve = self._engine.ledger.reserve
         extras, end, finished = batch.extras, ends[-1], Phase.FINISHED
         emitted: list[int] = []
         done: Done = []
-        dropped = False
         rows = zip(batch.requests, batch.leases, event.outcomes, batch.tokens, batch.samples, strict=True)
         for r, lease, out, n, sampled in rows:
             if r.lease is not lease or r.phase is finished:
                 emitted.append(0)  # preempted or ended meanwhile: its outcome is dropped
-                dropped = True
                 continue
             r.launches -= 1
             new = out.tokens
@@ -401,7 +399,7 @@ class Lane:
                 r.computed += more
             if out.finish is not None or generated >= r.max_new_tokens:
                 done.append((r, out.finish or "length"))
-        return emitted, done, dropped
+        return emitted, done
 
     def _commit_special(self, item: Tokens, r: Request, out: Outcome, end: int, batch: Batch, i: int) -> int:
         """Commit an item with layers, drafts or rewrites; returns the output tokens it brought."""

@@ -391,27 +391,36 @@ class Ledger:
             lease.sources.append((pool, source, lease.in_flight))
         return tuple(copy[1:] for copy in copies)
 
-    def landed(self, leases: Iterable[Lease]) -> None:
-        """A launch or transfer that named (and so fenced) these leases has ended."""
-        for lease in leases:
-            lease.in_flight -= 1
-            if lease.sources:
-                self._drop_sources(lease)
-            if lease.released and not lease.in_flight:
-                self._reap(lease)
+    def landed(self, leases: Iterable[Lease]) -> bool:
+        """A launch or transfer that named (and so fenced) these leases has ended. True if pages came back."""
+        came_back = self.unfence(leases)
         for tier in self.device:
             if tier.withdraw:  # what its launch was promised and did not use
                 tier.withdraw_free()
+        return came_back
 
-    def _drop_sources(self, lease: Lease) -> None:
-        """A launch has landed: free what no other in flight reads or writes."""
-        later = []
+    def unfence(self, leases: Iterable[Lease]) -> bool:
+        """One launch or transfer fewer names these leases. True if pages came back."""
+        came_back = False
+        for lease in leases:
+            lease.in_flight -= 1
+            if lease.sources:
+                came_back |= self._drop_sources(lease)
+            if lease.released and not lease.in_flight:
+                self._reap(lease)
+                came_back = True
+        return came_back
+
+    def _drop_sources(self, lease: Lease) -> bool:
+        """A launch has landed: free what no other in flight reads or writes. True if there was any."""
+        later, came_back = [], False
         for pool, page, landings in lease.sources:
             if landings > 1 and lease.in_flight:
                 later.append((pool, page, landings - 1))
                 continue
-            self.device[pool].unread(page)
+            came_back |= self.device[pool].unread(page)
         lease.sources = later
+        return came_back
 
     def _reap(self, lease: Lease) -> None:
         if self._copies:  # copies it will never make

@@ -176,13 +176,16 @@ class Pages:
         if freed:
             self._freed(freed)
 
-    def unread(self, page: int) -> None:
-        """A launch that read or wrote the page has landed."""
+    def unread(self, page: int) -> bool:
+        """A launch that read or wrote the page has landed. True if it comes back."""
         self.reading[page] -= 1
-        if not self.reading[page]:
-            del self.reading[page]
-            if not self.refs[page]:
-                self._freed([page])
+        if self.reading[page]:
+            return False
+        del self.reading[page]
+        if self.refs[page]:
+            return False
+        self._freed([page])
+        return True
 
     def _freed(self, pages: list[int]) -> None:
         """Nobody names these pages any more: withdraw those a resize waits for, give back the rest."""

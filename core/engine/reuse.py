@@ -148,10 +148,14 @@ class Reuse:
             self._call(fork, self._holder(lease), lease.tables, self._engine.now_ns)
 
     def steps_to_publish(self, requests: Sequence[Request], steps: int) -> int:
-        """Decode steps until a page of these requests is full, at most ``steps``."""
+        """Decode steps until these requests offer a full page that they have not offered, at most ``steps``.
+
+        After a swap, pages that have long been full are offered again.
+        """
         size = self._page_tokens
         known = (r for r in requests if r.spec.prompt_ids is not None)
-        return min((size - r.computed % size for r in known), default=steps)
+        until = min(((r.lease.published + 1) * size - r.computed for r in known), default=steps)
+        return max(1, min(until, steps))
 
     def released(self, lease: Lease) -> None:
         """Nothing names the pages of this lease any more (called by the ledger)."""

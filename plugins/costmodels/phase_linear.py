@@ -26,6 +26,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from math import fsum
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -132,14 +133,16 @@ class PhaseLinear:
     ) -> float:
         """ms of a step of prompts, (tokens, tokens before them) each, and of decodes with so much context."""
         runs = [self.prefill.b * n + self.prefill.c * n * (n + 2 * p) for n, p in prompts]
-        took = self.prefill.a + sum(runs)
+        took = self.prefill.a + fsum(runs)  # exact, so that the order of requests does not matter
         for line in self._lines(requests):
-            # each takes what it would as a decode, or more; without decodes, one may be cut to a token
+            # each takes at least what it would as a decode; without decodes, one may be cut to a token
             each = [max(run, line.b * (p + n) + line.c) for run, (n, p) in zip(runs, prompts, strict=True)]
-            cut = 0.0
+            beside = line.at(context, decodes)
             if not decodes:
-                cut = min(ms - line.b * (p + 1) - line.c for ms, (_, p) in zip(each, prompts, strict=True))
-            took = max(took, line.at(context, decodes) + sum(each) - cut)
+                last = min(range(len(each)), key=lambda i: each[i] - line.b * (prompts[i][1] + 1))
+                beside = line.at(prompts[last][1] + 1, 1)
+                del each[last]
+            took = max(took, beside + fsum(each))
         return took
 
     def _lines(self, requests: int) -> tuple[Line, ...]:

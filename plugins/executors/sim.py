@@ -136,6 +136,8 @@ class SimExecutor(PlaceholderExecutor):
         enough = next((t for t in shards if self._kv_room(t, memory) / self._copies(t) >= one), None)
         more = f"more devices (hardware.tp={enough}), " if enough else ""
         share = self.config.memory_utilization
+        if share < 0.9:
+            more = f"more of the memory (executor.memory_utilization), {more}"
         return ConfigError(
             f"model {self._model.name!r} does not fit on {tp} x {device.name}",
             where="executor 'sim'",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable
+from itertools import chain
 from operator import itemgetter
 
 _b = itemgetter(1)
@@ -20,20 +20,23 @@ class FuturePeak:
         demands: ``(a, b)`` of each request.
     """
 
-    __slots__ = ("_sorted",)
+    __slots__ = ("_demands", "most")
 
     def __init__(self, demands: Iterable[tuple[int, int]] = ()) -> None:
-        self._sorted = sorted(demands, key=_b)
-        """By b, smallest first."""
+        self._demands = list(demands)
+        self.most = sum(chain.from_iterable(self._demands))
+        """Tokens of all requests at their ends. M* is never above it, and it is known at once."""
 
     def add(self, a: int, b: int) -> None:
-        """One more request. O(n)."""
-        insort(self._sorted, (a, b), key=_b)
+        """One more request. O(1)."""
+        self._demands.append((a, b))
+        self.most += a + b
 
     def peak(self) -> int:
-        """M*, 0 without requests. O(n)."""
+        """M*, 0 without requests. O(n log n), O(n) soon after the last time."""
+        self._demands.sort(key=_b, reverse=True)
         held = top = 0
-        for alive, (a, b) in enumerate(reversed(self._sorted), 1):
+        for alive, (a, b) in enumerate(self._demands, 1):
             held += a
             demand = held + alive * b
             if demand > top:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Iterable
 from random import Random
 
 
 class PastLengths:
-    """The last ``window`` output lengths; at first ``window / 2`` copies of ``initial``, at least one.
+    """The last ``window`` output lengths; at first some copies of ``initial``.
+
+    Args:
+        window: lengths remembered.
+        initial: the length to begin with.
+        rng: the only source of chance.
+        copies: of it; None: half of the window, at least one.
 
     Each draw takes one number of ``rng.random()``. Draws are cut at the request's own output cap.
     """
 
-    def __init__(self, window: int, initial: int, rng: Random) -> None:
-        copies = max(1, window // 2)
+    def __init__(self, window: int, initial: int, rng: Random, copies: int | None = None) -> None:
+        copies = max(1, window // 2) if copies is None else copies
         self._recent = deque([initial] * copies, maxlen=window)
         self._sorted = [initial] * copies
         self._random = rng.random
@@ -35,23 +42,30 @@ class PastLengths:
         lengths = self._sorted
         return min(lengths[int(self._random() * len(lengths))], cap)
 
-    def draw_longer(self, produced: int, cap: int, n: int) -> list[int]:
-        """``n`` draws of the output length of a request that has produced some of it.
+    def draw_longer(self, requests: Iterable[tuple[int, int]], n: int) -> list[list[int]]:
+        """``n`` draws each of the output length of requests that have produced some of it.
 
         Interpolates between neighbours of [produced] + {h > produced} + [cap, if larger than the last].
+
+        Args:
+            requests: output tokens produced, and the cap, of each.
+            n: draws of each.
         """
-        lengths, random = self._sorted, self._random
-        first = bisect_right(lengths, produced)
-        longer = len(lengths) - first
-        gaps = longer + (cap > (lengths[-1] if longer else produced))
-        drawn = []
-        for _ in range(n):
-            u = random() * gaps
-            k = int(u)
-            left = lengths[first + k - 1] if k else produced
-            right = lengths[first + k] if k < longer else cap
-            length = round(left + (right - left) * (u - k))
-            drawn.append(length if length < cap else cap)
+        lengths, random, drawn = self._sorted, self._random, []
+        size, last, times = len(lengths), lengths[-1], range(n)
+        for produced, cap in requests:
+            first = bisect_right(lengths, produced)
+            longer = size - first
+            gaps = longer + (cap > (last if longer else produced))
+            own = []
+            for _ in times:
+                u = random() * gaps
+                k = int(u)
+                left = lengths[first + k - 1] if k else produced
+                right = lengths[first + k] if k < longer else cap
+                length = round(left + (right - left) * (u - k))
+                own.append(length if length < cap else cap)
+            drawn.append(own)
         return drawn
 
     def describe(self) -> str:

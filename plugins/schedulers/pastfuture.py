@@ -43,8 +43,9 @@ Tier: prototype: its toy study is reproduced (``pastfuture_toy``), of its goodpu
 from __future__ import annotations
 
 from operator import sub
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from servelab.core.api import Context, Record, RequestFinished, RequestView
 from servelab.plugins.schedulers._future_peak import FuturePeak
@@ -75,10 +76,22 @@ class PastFutureConfig(ComposerConfig):
     initial_length: int | None = Field(
         None,
         ge=1,
-        description="output tokens of each of the W/2 entries the window begins with; None: the longest "
-        "output the model allows, so that a cold start is conservative (artifact server: its longest output; "
-        "toy study: 512)",
+        description="output tokens of each entry that the window begins with; None: the longest output the "
+        "model allows, so that a cold start is conservative (artifact server: its longest output; toy study: "
+        "512)",
     )
+    initial_copies: int | None = Field(
+        None,
+        ge=1,
+        description="how many entries the window begins with, at most W: admission stays conservative until "
+        "about as many requests have finished; None: W/2 (artifact)",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.initial_copies is not None and self.initial_copies > self.window:
+            raise ValueError(f"initial_copies={self.initial_copies} do not fit in window={self.window}")
+        return self
 
 
 class PastFuture(LightLLM):
@@ -88,7 +101,7 @@ class PastFuture(LightLLM):
         super().__init__(config, ctx)
         self.config = config
         longest = config.initial_length or ctx.limits.max_model_len - 1
-        self.past = PastLengths(config.window, longest, ctx.rng)
+        self.past = PastLengths(config.window, longest, ctx.rng, config.initial_copies)
 
     def on_event(self, record: Record) -> None:
         if isinstance(record, RequestFinished) and record.outcome == "completed":
@@ -97,29 +110,29 @@ class PastFuture(LightLLM):
     def admission(self, running: list[RequestView], room: Room) -> Judge:
         config, past, partial = self.config, self.past, room.page_tokens - 1
         n = min(config.scenarios, config.scenario_budget // len(running) + 1) if running else 1
-        # one entry per running request and per sample of it to come: a, d, and its length in each scenario
-        held: list[int] = []
+        held: list[int] = []  # a, one per running request and sample of it to come; likewise d, and the cap
         produced: list[int] = []
-        lengths: list[list[int]] = []
+        caps: list[int] = []
         for request in running:
             d = request.generated_tokens
-            a = request.prompt_tokens + d + partial
-            for _ in range(1 + request.forks):
-                held.append(a)
+            for _ in range(1 if d else 1 + request.forks):  # samples have begun when there is a token
+                held.append(request.prompt_tokens + d + partial)
                 produced.append(d)
-                lengths.append(past.draw_longer(d, request.max_new_tokens, n))
+                caps.append(request.max_new_tokens)
+        lengths = past.draw_longer(zip(produced, caps, strict=True), n)
         scenarios = zip(*lengths, strict=True) if lengths else [()] * n
         futures = [FuturePeak(zip(held, map(sub, drawn, produced), strict=True)) for drawn in scenarios]
         bound = room.capacity * (1 - config.reserve) - room.kept
 
         def judge(request: RequestView) -> str | None:
-            produced, cap, peak = request.generated_tokens, request.max_new_tokens, 0
-            a = request.prompt_tokens + produced + partial
+            d, cap, peak = request.generated_tokens, request.max_new_tokens, 0
+            a, samples = request.prompt_tokens + d + partial, 1 + request.forks
             for future in futures:
-                for _ in range(1 + request.forks):
-                    length = past.draw_longer(produced, cap, 1)[0] if produced else past.draw(cap)
-                    future.add(a, length - produced)
-                peak = max(peak, future.peak())
+                for _ in range(samples):
+                    length = past.draw_longer([(d, cap)], 1)[0][0] if d else past.draw(cap)
+                    future.add(a, length - d)
+                if future.most >= bound:  # else its peak is below the bound, too
+                    peak = max(peak, future.peak())
             if peak < bound:
                 return None
             return f"predicted peak {peak} of {bound:.1f} KV tokens, S={n}, {past.describe()}"

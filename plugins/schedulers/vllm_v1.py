@@ -18,6 +18,8 @@ Deviations:
 3. Prefix-cache hits are the core's (``cached_tokens``); the released code looks them up inside the loop.
 4. Planning a step ahead (``engine.max_in_flight=2``), a request in flight is not a victim: the step waits for
    its pages instead.
+5. With several lanes (``engine.lanes``), the oldest request of a plan waits for pages that other lanes hold
+   and does not give up its own.
 
 Faithful when: tokens per step <= budget, decodes of older requests first; the victim is always the most
 recently admitted; a preempted request precedes every request that never ran; no admission in a step that
@@ -71,6 +73,7 @@ class VllmV1:
                     do=f"lower scheduler.{name}, or raise engine.max_batch_tokens or _requests",
                 )
         self.config = config
+        self._lanes = limits.lanes > 1
 
     def plan(self, view: StepView) -> StepPlan:
         config = self.config
@@ -127,6 +130,8 @@ class VllmV1:
             victim = running[last - 1]
             if victim.in_flight:  # planned a step ahead: its pages only come back when its launch ends
                 return last, False
+            if self._lanes and last == 1:  # the oldest here: what is missing is in flight on other lanes,
+                return last, False  # where each would drop its own in turn, for ever
             last -= 1
             victims.append(victim)
             pages.give_back(victim)

@@ -11,7 +11,7 @@ from pathlib import Path
 from servelab.core.run_folder import write_file
 from servelab.plugins.sweeps import plots, table
 from servelab.plugins.sweeps.folder import AGAIN
-from servelab.plugins.sweeps.results import METRICS, figure, read_results
+from servelab.plugins.sweeps.results import METRICS, figure, read_columns, read_results
 from servelab.plugins.sweeps.rows import Sweep, read_sweep
 
 log = logging.getLogger("servelab.sweep")
@@ -54,9 +54,14 @@ def write(sweep: Sweep) -> None:
 
 def summary(folder: Path) -> str:
     """What a job measured, in a few words, for the line that tells its end."""
+    named = [
+        f"{metric.group} {value:,.{metric.digits}f} {metric.label}"
+        for metric, value in read_columns(folder).items()
+        if value is not None
+    ]
     results = read_results(folder)
     if results is None:
-        return ""
+        return ", ".join(named)
     by_key = {metric.key: figure(results, metric) for metric in METRICS}
     parts = [
         f"{text.format(value)}"
@@ -68,7 +73,7 @@ def summary(folder: Path) -> str:
         )
         if (value := by_key[key]) is not None
     ]
-    return ", ".join(parts)
+    return ", ".join([*named, *parts])
 
 
 def _draw(sweep: Sweep) -> str:

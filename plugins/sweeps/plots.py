@@ -64,7 +64,7 @@ def draw(sweep: Sweep) -> list[Path]:
     if len(rows) < 2:
         return []
     groups = _groups(rows)
-    metrics = [m for m in METRICS if m.better and any(any(group.values(m)) for group in groups)]
+    metrics = [m for m in sweep.metrics if m.better and any(any(group.values(m)) for group in groups)]
     title = f"{len(rows)} of {len(sweep.rows)} jobs" if len(rows) < len(sweep.rows) else f"{len(rows)} jobs"
     title += " (dots: each seed)" if len(groups) < len(rows) else ""
     numeric = [axis for axis in sweep.axes if axis != SEED and _is_numeric(axis, rows)]
@@ -73,7 +73,8 @@ def draw(sweep: Sweep) -> list[Path]:
         figures["bars"] = _bars(groups, metrics, title, sweep)
     for axis in numeric:
         figures[f"over_{axis.replace('/', '_')}"] = _lines(groups, metrics, axis, title, sweep)
-    figures["throughput_latency"] = _scatter(groups, numeric[:1], title, sweep)
+    if any(row.figures["output_throughput"] for row in rows):
+        figures["throughput_latency"] = _scatter(groups, numeric[:1], title, sweep)
     return [_save(figure, sweep.folder / FOLDER / f"{name}.png") for name, figure in figures.items()]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from servelab.core.api import ServeLabError
 
 RESULTS_FILE = "results.json"
+EXPERIMENT_FILE = "experiment.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +74,17 @@ def read_results(folder: Path) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ServeLabError(
-            f"{RESULTS_FILE} cannot be read",
-            where=str(path),
-            why=f"{type(error).__name__}: {error}",
-            do="remove the job's folder, and run the sweep again to fill it",
-        ) from error
+        raise _unreadable(path, error) from error
     return found  # type: ignore[no-any-return]
+
+
+def _unreadable(path: Path, error: Exception) -> ServeLabError:
+    return ServeLabError(
+        f"{path.name} cannot be read",
+        where=str(path),
+        why=f"{type(error).__name__}: {error}",
+        do="remove the job's folder, and run the sweep again to fill it",
+    )
 
 
 def figure(results: Mapping[str, Any], metric: Metric) -> float | None:
@@ -97,6 +102,33 @@ def figure(results: Mapping[str, Any], metric: Metric) -> float | None:
     else:
         value = extra.get(key)
     return value
+
+
+def read_columns(folder: Path) -> Mapping[Metric, float | None]:
+    """The figures that a job's task names for comparison, in its order; none where it names none.
+
+    Raises:
+        ServeLabError: the file is none of ours.
+    """
+    path = folder / EXPERIMENT_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("columns", [])
+        return {
+            Metric(
+                f"task.{one['name']}",
+                one["name"],
+                one["label"],
+                "",
+                one["better"],
+                one["digits"],
+                always=False,
+            ): one["value"]
+            for one in found
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(path, error) from error
 
 
 def stamps(results: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,15 @@ from typing import Any
 
 from servelab.core.api import ConfigError
 from servelab.plugins.sweeps.folder import JobState, bare, dict_of, differing, job_folders
-from servelab.plugins.sweeps.results import METRICS, Metric, ending, figure, read_results, stamps
+from servelab.plugins.sweeps.results import (
+    METRICS,
+    Metric,
+    ending,
+    figure,
+    read_columns,
+    read_results,
+    stamps,
+)
 
 SAME = ("seed", "workload", "slo", "model", "clock", "cost", "hardware", "task")
 """Sections that must be alike for figures to be compared, and the name of ``executor``."""
@@ -30,15 +38,17 @@ class Row:
     """ok, PARTIAL (ended early), FAILED, or "not run"."""
     reason: str
     figures: dict[str, float | None]
-    """By the key of ``METRICS``; None: not measured."""
+    """By the key of ``METRICS`` and of ``own`` of all jobs; None: not measured."""
     oracle: bool
     """It read what no real system knows: a bound, and no competitor."""
     basis: str
     """Equal for jobs with the same workload on the same device."""
     timed: bool
     """Its times are of the wall clock."""
+    own: tuple[Metric, ...] = ()
+    """What its task names for comparison."""
     best: set[str] = field(default_factory=set)
-    """Keys of ``METRICS`` in which no job of the same workload is better."""
+    """Keys of ``figures`` in which no job of the same workload is better."""
 
     @property
     def ok(self) -> bool:
@@ -46,8 +56,8 @@ class Row:
 
     @property
     def measured(self) -> bool:
-        """It left results, of requests that it served."""
-        return bool(self.figures["completed"])
+        """It left results: of requests that it served, or what its task names."""
+        return bool(self.figures["completed"]) or any(self.figures[m.key] is not None for m in self.own)
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,15 @@ class Sweep:
 
     @property
     def metrics(self) -> list[Metric]:
-        """Those to show: the usual, and others that some job has."""
-        return [m for m in METRICS if m.always or any(r.figures.get(m.key) is not None for r in self.rows)]
+        """Those to show: what tasks name, the usual where they name nothing, and others that some job has."""
+        own = _own(self.rows)
+        known = {key for row in self.rows for key, value in row.figures.items() if value is not None}
+        return [*own, *(m for m in METRICS if m.key in known or (m.always and not own))]
+
+    @property
+    def named(self) -> bool:
+        """Whether some task named what to compare."""
+        return bool(_own(self.rows))
 
     @property
     def workloads(self) -> int:
@@ -94,12 +111,22 @@ def read_sweep(folder: Path) -> Sweep:
         _row(path, state, {key: one[key] for key in axes if key in one})
         for (path, state), one in zip(jobs, stated, strict=True)
     ]
-    _mark_best(rows)
+    own = _own(rows)
+    for row in rows:
+        row.figures.update({m.key: None for m in own if m.key not in row.figures})
+    _mark_best(rows, (*own, *METRICS))
     return Sweep(folder, rows, axes, common)
 
 
+def _own(rows: Iterable[Row]) -> list[Metric]:
+    """What the tasks of any of them name, in their order."""
+    return list({m.key: m for row in rows for m in row.own}.values())
+
+
 def _row(folder: Path, state: JobState, settings: dict[str, str]) -> Row:
-    results = read_results(folder) if state.status != "waiting" else None
+    ran = state.status != "waiting"
+    results = read_results(folder) if ran else None
+    named = read_columns(folder) if ran else {}
     status: str = state.status
     reason = state.reason
     if results is not None and status == "ok":
@@ -111,7 +138,9 @@ def _row(folder: Path, state: JobState, settings: dict[str, str]) -> Row:
         overrides=bare(state.overrides),
         status=_STATUS.get(status, "FAILED"),
         reason=reason,
-        figures={m.key: None if results is None else figure(results, m) for m in METRICS},
+        figures={m.key: None if results is None else figure(results, m) for m in METRICS}
+        | {m.key: value for m, value in named.items()},
+        own=tuple(named),
         oracle=results is not None and any(stamp.startswith("oracle") for stamp in stamps(results)),
         basis=_basis(state.config),
         timed=(state.config.get("clock") or {}).get("name") == "wall",
@@ -126,7 +155,7 @@ def _basis(config: Mapping[str, Any]) -> str:
     return json.dumps([{key: config.get(key) for key in SAME}, executor.get("name")], sort_keys=True)
 
 
-def _mark_best(rows: Iterable[Row]) -> None:
+def _mark_best(rows: Iterable[Row], metrics: Sequence[Metric]) -> None:
     """Among jobs of one workload that ended well and completed as many requests as any of them."""
     alike: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -135,7 +164,7 @@ def _mark_best(rows: Iterable[Row]) -> None:
     for group in alike.values():
         most = max(row.figures["completed"] or 0 for row in group)
         rivals = [row for row in group if (row.figures["completed"] or 0) == most]
-        for metric in METRICS:
+        for metric in metrics:
             _mark(metric, rivals)
 
 

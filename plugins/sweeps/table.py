@@ -124,16 +124,15 @@ def cell(row: Row, metric: Metric, mark: str = "") -> str:
 
 def notes(sweep: Sweep, mark: str = BEST) -> Iterator[str]:
     """What one must know to read the table."""
-    latencies = "Latencies in milliseconds." if mark == BEST else ""
+    served = [row for row in sweep.rows if row.figures["completed"]]
+    latencies = "Latencies in milliseconds." if mark == BEST and (served or not sweep.named) else ""
     if any(row.best for row in sweep.rows):
         among = "the same workload and model" if sweep.workloads > 1 else "the workload"
-        yield (
-            f"{mark}: best of the jobs that served {among} to the end and completed as many requests as any. "
-            f"{latencies}".strip()
-        )
+        whole = f"that served {among} to the end and completed as many requests as any"
+        best = whole if served else f"of {among} that ended well"
+        yield f"{mark}: best of the jobs {best}. {latencies}".strip()
     elif latencies:
         yield latencies
-    served = [row for row in sweep.rows if row.measured]
     if any(row.timed for row in served) and len(served) > 1:
         yield "Wall clock: differences include what else the machine did; repeat with seed=0,1,2."
     tails = [row for row in served if row.figures["p99_ttft_ms"] is not None]
@@ -145,7 +144,7 @@ def notes(sweep: Sweep, mark: str = BEST) -> Iterator[str]:
     if ended:
         numbers = ", ".join(str(row.number) for row in ended)
         yield f"Not finished: {numbers}. Figures of a PARTIAL job are those of the part it served."
-    silent = [str(row.number) for row in sweep.rows if row.ok and row.figures["completed"] is None]
+    silent = [str(r.number) for r in sweep.rows if r.ok and r.figures["completed"] is None and not r.own]
     if silent:
         yield f"Without results.json: {', '.join(silent)}; the observer 'report' writes it."
     failed: dict[str, list[str]] = defaultdict(list)

@@ -19,7 +19,7 @@ from servelab.core.api import Context, ServeLabError
 from servelab.plugins.tasks._cells import Cell, Found, Work
 from servelab.plugins.tasks._cells.cell import base_of
 from servelab.plugins.tasks._leave import leave
-from servelab.plugins.tasks._rows import Row, tally
+from servelab.plugins.tasks._rows import Column, Row, tally
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,6 +68,12 @@ class ManyRuns(ABC):
     def plots(self, found: Found) -> Mapping[str, Callable[[Axes], None]]:
         """Drawings by the name of their file; none where nothing is measured."""
         return {}
+
+    def columns(self, rows: Sequence[Row]) -> Sequence[Column]:
+        """What a sweep over such tasks compares: how many of the judged claims hold."""
+        counts = tally(rows)
+        judged = counts["hold"] + counts["do_not_hold"]
+        return [Column("claims", "hold %", 100 * counts["hold"] / judged, 1, 0)] if judged else []
 
     def extra(self, found: Found) -> Mapping[str, Any]:
         """What else goes into ``experiment.json``."""

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from textwrap import wrap
@@ -57,6 +58,7 @@ def leave(
                 "status": status,
                 "verdict": tally(rows),
                 "rows": [row.to_dict() for row in rows],
+                "columns": [asdict(column) for column in task.columns(rows)],
                 "deviations": list(spec.deviations),
                 **task.extra(found),
                 "settings": run.config.settings(),

@@ -93,6 +93,20 @@ class Row:
         }
 
 
+@dataclass(frozen=True)
+class Column:
+    """One figure of a run as a sweep over such runs shows it."""
+
+    name: str
+    label: str
+    """Below the name: what is counted, or its unit."""
+    value: float | None
+    """None: not measured."""
+    better: int = 0
+    """1: higher is better, -1: lower is; 0: neither."""
+    digits: int = 3
+
+
 def mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     """The mean, and half of its 95 % confidence interval (Student's t); None where there are too few."""
     if not values:

@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from servelab.core.api import ConfigError, Context
 from servelab.plugins.tasks._cells import Cell, Found
 from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig
-from servelab.plugins.tasks._rows import Row, measured
+from servelab.plugins.tasks._rows import Column, Row, measured
 from servelab.plugins.tasks._search import Criteria, Range, Search
 
 if TYPE_CHECKING:
@@ -136,6 +136,9 @@ class Capacity(ManyRuns):
                 **got,
             )
         ]
+
+    def columns(self, rows: Sequence[Row]) -> Sequence[Column]:
+        return [Column(row.name, row.unit, row.ours, 1) for row in rows]
 
     def _notes(self, found: Found) -> str:
         notes = [f"Holds: {self.searches[0].criteria.text}."]

@@ -11,11 +11,11 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from servelab.core.llm import LLM as LLM
-    from servelab.core.llm import Chunk as Chunk
-    from servelab.core.llm import Completion as Completion
-    from servelab.core.llm import Timings as Timings
     from servelab.core.sampling import SamplingParams as SamplingParams
+    from servelab.plugins.llm.llm import LLM as LLM
+    from servelab.plugins.llm.llm import Chunk as Chunk
+    from servelab.plugins.llm.llm import Completion as Completion
+    from servelab.plugins.llm.llm import Timings as Timings
 
 _here = _Path(__file__).resolve().parent
 _root = _here.parent.parent
@@ -24,11 +24,11 @@ if _here.parent.name == "src" and (_root / "core" / "__init__.py").is_file():
 
 
 _HOMES = {
-    "LLM": "llm",
-    "Chunk": "llm",
-    "Completion": "llm",
-    "Timings": "llm",
-    "SamplingParams": "sampling",
+    "LLM": "plugins.llm.llm",
+    "Chunk": "plugins.llm.llm",
+    "Completion": "plugins.llm.llm",
+    "Timings": "plugins.llm.llm",
+    "SamplingParams": "core.sampling",
 }
 
 
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'servelab' has no attribute {name!r}")
-    return getattr(import_module(f"servelab.core.{home}"), name)
+    return getattr(import_module(f"servelab.{home}"), name)
 
 
 def __dir__() -> list[str]:

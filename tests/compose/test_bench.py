@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from servelab.core import collector
 from servelab.core.compose import compose
 from servelab.core.config import validate
 from servelab.core.context import Context
@@ -18,6 +17,7 @@ from servelab.core.records import Record, RequestFinished, RunFinished, RunStart
 from servelab.core.registry import Registry
 from servelab.core.spec import PluginSpec
 from servelab.plugins.executors.scripted import ScriptedExecutor, ScriptedExecutorConfig
+from servelab.plugins.tasks import _collector as collector
 
 
 class Recorder:

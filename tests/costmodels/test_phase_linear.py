@@ -126,6 +126,7 @@ def test_no_row_makes_a_step_cheaper(preset: str) -> None:
         for changed in ((n + 1, p), (n + rng.randint(1, 500), p), (n, p + 1), (n, p + rng.randint(1, 5000))):
             assert ms(cost, [*rows[:i], changed, *rows[i + 1 :]]) >= price
         assert ms(cost, [*rows, (1, 0)]) >= price
+        assert ms(cost, rows[::-1]) == price
         assert ms(cost, rows, drafts=(1,)) >= price
 
 

@@ -305,6 +305,8 @@ def test_logits_are_gathered_by_hand() -> None:
     derived = roofline(LLAMA3, replace(A100, tp=4, all_reduce=())).breakdown(batch)
     assert operation(derived, "gather").ns == pytest.approx(5000 + 3 * 1900 + 0.75 * message / 300, rel=1e-12)
     assert cost.price(batch, 1) == [ceil(cost.breakdown(batch).ns)]
+    two = roofline(LLAMA3, replace(A100, tp=2)).breakdown(batch)
+    assert operation(two, "gather").ns == pytest.approx(36000 + 0.5 * message / 158, rel=1e-12)
     batch.samples[:] = [False] * 3
     assert "gather" not in {one.name for one in cost.breakdown(batch).operations}
     assert "gather" not in {one.name for one in roofline(LLAMA3, A100).breakdown(batch_of(rows)).operations}

@@ -80,6 +80,7 @@ def test_a_mixed_step_is_a_prompt_step_of_all_tokens_times_the_factor() -> None:
 
 def test_a_draft_counts_as_further_requests() -> None:
     assert ms(table(), [(1, 50)] * 60, drafts=(4,)) == pytest.approx(71.6)
+    assert ms(table(), [(1000, 0), (20, 0)], drafts=(4,)) == pytest.approx(1.1 * 154)  # beside prompts
 
 
 def test_a_chunk_never_costs_less_than_the_decodes_it_replaces() -> None:

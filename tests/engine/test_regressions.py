@@ -16,7 +16,7 @@ from servelab.core.errors import LedgerError, PlanError, PluginCallError
 from servelab.core.events import InstanceLost
 from servelab.core.families.scheduler import StepView
 from servelab.core.layout import Capacity
-from servelab.core.plan import Hold, Preemption, StepPlan, Tokens
+from servelab.core.plan import Hold, StepPlan, Tokens
 from servelab.core.records import Record, RequestFinished, StepDone
 from servelab.core.request import Arrival, Cancel, RequestSpec, RequestView, Truth
 from servelab.core.testing.fakes import (
@@ -132,52 +132,6 @@ def test_planning_ahead_a_hold_runs_one_step_per_launch_and_promises_nothing() -
     rig.schedule()
     assert rig.script.calls == 3, "two plans and an empty one; not asked again while it holds"  # type: ignore[attr-defined]
     rig.engine.check_integrity()
-
-
-@pytest.mark.parametrize("mode", ["swap", "pause", "recompute"])
-def test_a_held_request_that_another_lane_preempts_is_not_repeated(mode: Any) -> None:
-    """Lane 1 holds b one step at a time; between two steps lane 0, asked first, preempts b."""
-
-    def plan(view: StepView) -> StepPlan:
-        ids = [x.id for x in view.running]
-        if view.lane == 1 and view.waiting:
-            return StepPlan([Tokens(find(view, "b"), 1)])
-        if view.lane == 1 and "b" in ids:
-            return StepPlan([find(view, "b").next_token], hold=Hold(9))
-        if view.lane == 0 and "b" in ids and find(view, "b").generated_tokens == 2:
-            return StepPlan(preemptions=[Preemption(find(view, "b"), mode, "x")])
-        return StepPlan()
-
-    rig = Rig(
-        make_engine(
-            Script(then=plan), horizon=lambda b, s: 1, limits=toy_limits(lanes=2), host_pages=8, pages=16
-        )
-    )
-    rig.arrive("b", 1, 50)
-    rig.finish(1)
-    rig.finish(1)
-    assert rig.request("b").preemptions == 1
-    assert not rig.flights[1] or mode == "recompute"
-    rig.engine.check_integrity()
-
-
-def test_a_held_request_that_another_lane_runs_is_not_in_flight_twice() -> None:
-    def plan(view: StepView) -> StepPlan:
-        ids = [x.id for x in view.running]
-        if view.lane == 1 and view.waiting:
-            return StepPlan([Tokens(find(view, "b"), 4)])
-        if view.lane == 1 and "b" in ids:
-            return StepPlan([find(view, "b").next_token], hold=Hold(9))
-        if view.lane == 0 and "b" in ids and find(view, "b").generated_tokens == 2:
-            return StepPlan([find(view, "b").next_token])
-        return StepPlan()
-
-    rig = Rig(make_engine(Script(then=plan), horizon=lambda b, s: 1, limits=toy_limits(lanes=2)))
-    rig.arrive("b", 4, 50)
-    rig.finish(1)
-    rig.finish(1)
-    in_flight = [lane for lane, flights in rig.flights.items() for b in flights for r in b.requests]
-    assert in_flight == [0]
 
 
 def test_a_run_ends_when_its_last_event_does() -> None:

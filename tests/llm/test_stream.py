@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from servelab import LLM, SamplingParams
 from servelab.core.stops import stop_check, visible_text
-from servelab.core.stream_text import StreamText
+from servelab.plugins.llm.stream_text import StreamText
 
 EOS = 2
 

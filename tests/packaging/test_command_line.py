@@ -31,7 +31,9 @@ except SystemExit as exc:
     assert not exc.code, exc.code
 parts = {{name.split(".")[0] for name in sys.modules}}
 heavy = parts & {{"torch", "triton", "numpy", "transformers"}}
+commands = "servelab.plugins.commands."  # the command that looks is one itself
 loaded = [n for n in sys.modules if n.startswith("servelab.plugins.") and n.count(".") >= 3]
+loaded = [n for n in loaded if not n.startswith(commands)]
 print("LOADED", sorted(heavy), sorted(loaded), "hydra" in parts)
 """
 

@@ -37,4 +37,5 @@ def test_candidates_join_one_by_one(running: list[tuple[int, int]], waiting: lis
     future = FuturePeak(running)
     for k, (a, b) in enumerate(waiting, 1):
         future.add(a, b)
-        assert future.peak() == stepped(running + waiting[:k])
+        assert future.most == sum(map(sum, running + waiting[:k]))
+        assert future.most >= future.peak() == stepped(running + waiting[:k])

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from fractions import Fraction
+from pathlib import Path
 from random import Random
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from servelab.plugins.schedulers._past_lengths import PastLengths
+from servelab.plugins.schedulers.pastfuture import PastFutureConfig
 
 
 class Given(Random):
@@ -50,6 +54,35 @@ def test_it_begins_with_half_a_window_of_the_initial_length() -> None:
     made.record(6)
     rng.play(grid(10))
     assert [made.draw(99) for _ in range(10)] == [1, 2, 3, 4, 5, 6, 7, 7, 7, 7]
+
+
+def test_it_begins_with_as_many_copies_as_stated() -> None:
+    rng = Given()
+    made = PastLengths(10, 7, rng, copies=2)
+    for length in (1, 2):
+        made.record(length)
+    rng.play(grid(4))
+    assert [made.draw(99) for _ in range(4)] == [1, 2, 7, 7]
+    for length in range(3, 10):
+        made.record(length)
+    rng.play(grid(10))
+    assert [made.draw(99) for _ in range(10)] == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9], (
+        "it grows to the whole window"
+    )
+
+
+def test_from_the_command_line_the_window_is_the_papers_and_begins_with_two_entries() -> None:
+    file = Path(__file__).parents[2] / "configs" / "scheduler" / "pastfuture.yaml"
+    stated = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert stated.pop("name") == "pastfuture"
+    config = PastFutureConfig(**stated)
+    assert (config.window, config.initial_copies) == (1000, 2)
+    assert (PastFutureConfig().window, PastFutureConfig().initial_copies) == (1000, None)
+
+
+def test_copies_beyond_the_window_are_refused() -> None:
+    with pytest.raises(ValidationError, match="initial_copies=11 do not fit in window=10"):
+        PastFutureConfig(window=10, initial_copies=11)
 
 
 def test_the_oldest_goes_first() -> None:
@@ -95,7 +128,7 @@ def test_a_running_request_draws_uniformly_between_neighbours(
     left, right = points[int(u)], points[int(u) + 1]
     expected = min(round(left + (right - left) * (u - int(u))), cap)
     rng.play([float(u / (len(points) - 1)) + 1e-15])
-    (drawn,) = made.draw_longer(produced, cap, 1)
+    ((drawn,),) = made.draw_longer([(produced, cap)], 1)
     assert abs(drawn - expected) <= 1  # a tie may round either way
     assert produced <= drawn <= min(cap, max([cap, *lengths]))
 
@@ -106,7 +139,7 @@ def test_a_running_request_draws_uniformly_between_neighbours(
 def test_a_running_request_never_draws_less_than_it_has_produced(
     lengths: list[int], produced: int, more: int, rng: Random
 ) -> None:
-    drawn = past(lengths, rng).draw_longer(produced, produced + more, 50)
+    (drawn,) = past(lengths, rng).draw_longer([(produced, produced + more)], 50)
     assert all(produced <= x <= produced + more for x in drawn)
 
 
@@ -115,7 +148,7 @@ def test_each_gap_is_equally_likely() -> None:
     rng = Given()
     made = past([10, 20, 30, 2, 4], rng)
     rng.play(grid(4000))
-    drawn = made.draw_longer(5, 40, 4000)
+    (drawn,) = made.draw_longer([(5, 40)], 4000)
     shares = [sum(low < x <= high for x in drawn) for low, high in ((4, 10), (10, 20), (20, 30), (30, 40))]
     assert shares == pytest.approx([1000] * 4, abs=100)  # rounding moves some across each end
     assert (min(drawn), max(drawn)) == (5, 40)
@@ -125,12 +158,12 @@ def test_the_cap_is_a_neighbour_only_beyond_the_last() -> None:
     rng = Given()
     made = past([10, 20], rng)
     rng.play([0.999, 0.999])
-    assert made.draw_longer(15, 18, 1) == [18], "20 is the last: interpolated up to it, then cut"
-    assert made.draw_longer(25, 30, 1) == [30]
+    assert made.draw_longer([(15, 18)], 1) == [[18]], "20 is the last: interpolated up to it, then cut"
+    assert made.draw_longer([(25, 30)], 1) == [[30]]
 
 
 def test_nothing_longer_and_no_room_left() -> None:
-    assert past([10, 20]).draw_longer(30, 30, 2) == [30, 30]
+    assert past([10, 20]).draw_longer([(30, 30)], 2) == [[30, 30]]
 
 
 def test_it_says_how_much_is_known() -> None:
@@ -139,3 +172,11 @@ def test_it_says_how_much_is_known() -> None:
     for _ in range(3):
         made.record(1)
     assert made.describe() == "2 of 2 lengths known"
+
+
+def test_requests_drawn_together_draw_what_they_would_one_by_one() -> None:
+    lengths, requests = [3, 8, 8, 21, 40], [(0, 50), (9, 30), (40, 60), (45, 45)]
+    together = past(lengths, Random(4)).draw_longer(requests, 3)
+    alone = past(lengths, Random(4))
+    assert together == [alone.draw_longer([one], 3)[0] for one in requests]
+    assert past(lengths).draw_longer([], 3) == []

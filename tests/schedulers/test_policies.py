@@ -179,16 +179,23 @@ def test_with_the_true_constant_length_it_is_the_oracle(page_tokens: int, mixed:
     assert any(deferred for _, _, deferred, _, _ in admissions(ours))
 
 
-@given(seed=st.integers(0, 1 << 20), window=st.integers(2, 40), page_tokens=st.sampled_from([1, 16]))
+@given(
+    seed=st.integers(0, 1 << 20),
+    window=st.integers(2, 40),
+    copies=st.sampled_from([None, 1, 2]),
+    page_tokens=st.sampled_from([1, 16]),
+)
 @settings(max_examples=40, deadline=None)
-def test_a_cold_start_admits_no_more_than_conservative(seed: int, window: int, page_tokens: int) -> None:
+def test_a_cold_start_admits_no_more_than_conservative(
+    seed: int, window: int, copies: int | None, page_tokens: int
+) -> None:
     """(c): requests with one cap, none of which has begun."""
     rng = Random(seed)
     items = [arrival(f"r{k}", rng.randint(1, 60), rng.randint(1, 40), cap=50) for k in range(40)]
     common: dict[str, Any] = {"pages": 1600 // page_tokens, "page_tokens": page_tokens}
     assert (
         1
-        <= first_pass("pastfuture", items, window=window, **common)
+        <= first_pass("pastfuture", items, window=window, initial_copies=copies, **common)
         <= first_pass("conservative", items, **common)
     )
 

@@ -115,7 +115,10 @@ def test_a_model_larger_than_its_devices_is_refused_with_how_many_would_do() -> 
     assert "'llama2_70b' does not fit on 1 x 80 GiB" in told
     assert "weights take 128.5 GiB" in told
     assert "hardware.tp=2" in told
+    assert "memory_utilization" not in told
     assert pages(run(model=big, hardware={**DEVICE, "tp": 2}))[0] > 0
+    with pytest.raises(ConfigError, match=r"more of the memory \(executor\.memory_utilization\), more dev"):
+        run(executor={"name": "sim", "memory_utilization": 0.1})
 
 
 def test_without_a_device_it_says_what_to_choose() -> None:

@@ -175,3 +175,30 @@ def test_jobs_that_run_a_model_run_one_at_a_time_unless_asked(
 
 def test_launchers_without_such_a_setting_are_left_alone() -> None:
     sweeper._limit_parallel(object(), OmegaConf.create({}), [{"executor": {"name": "torch"}}])
+
+
+STRANGE = """
+from hydra.plugins.sweeper import Sweeper
+
+class Counts(Sweeper):
+    def __init__(self, unit="jobs", params=None):
+        self.unit, self.params = unit, params
+    def setup(self, *, hydra_context, task_function, config):
+        self.config = config
+    def sweep(self, arguments):
+        print(arguments, self.unit, type(self.params).__name__, self.config.seed)
+"""
+
+
+def test_the_configuration_names_a_sweeper_of_any_package(run_py: Command, tmp_path: Path) -> None:
+    (tmp_path / "strange.py").write_text(STRANGE)
+    (tmp_path / "hydra" / "sweeper").mkdir(parents=True)
+    file = tmp_path / "hydra" / "sweeper" / "strange.yaml"
+    file.write_text("_target_: strange.Counts\nunit: runs\nparams: {a: 1}\n")
+    args = ("-m", f"--config-dir={tmp_path}", "hydra/sweeper=strange", "seed=3,4", "hydra.sweep.dir=sweep")
+    done = run_py(*args, env={"PYTHONPATH": str(tmp_path)})
+    assert (done.stdout, done.returncode) == ("['seed=3,4'] runs dict 0\n", 0), done.stderr
+
+    file.write_text("_target_: strange.Nobody\n")
+    done = run_py(*args, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and "Error locating target 'strange.Nobody'" in done.stderr

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from servelab.core.errors import ServeLabError
-from servelab.core.llm import LLM
 from servelab.core.sampling import SamplingParams
+from servelab.plugins.llm.llm import LLM
 
 QUESTIONS = (
     "What is the capital of France?",

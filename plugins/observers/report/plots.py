@@ -20,6 +20,7 @@ from servelab.plugins.observers.report.series import Channel, Series
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import StepPatch
     from matplotlib.ticker import Formatter
 
 NAMES = ("ttft_tpot_e2e", "latency_over_time", "queue", "kv", "batch", "preemptions")
@@ -314,7 +315,7 @@ def _queue(series: Series) -> tuple[Figure, str] | str:
         ("arrived", series.arrived, style.INK, "dashed"),
         ("completed", series.completed, style.GREEN, "solid"),
     ):
-        _stairs(lower, series, series.upto(counts), name, color, dash)
+        _stairs(lower, series.upto(counts), series.edges_s, color, linestyle=dash, label=name)
     lower.set_title("Requests so far")
     lower.set_ylabel("requests")
     _time((upper, lower), series)
@@ -348,7 +349,7 @@ def _kv(series: Series, info: Mapping[str, Any]) -> tuple[Figure, str] | str:
         axes.set_ylabel("pages")
         axes.secondary_yaxis("right", functions=_share_of(pages)).set_ylabel("% of the pool")
     if evicted:
-        _stairs(panels[-1], series, series.upto(series.evicted), "evicted", style.RED, "solid")
+        _stairs(panels[-1], series.upto(series.evicted), series.edges_s, style.RED, label="evicted")
         panels[-1].set_title("Pages evicted from the prefix store so far, all pools")
         panels[-1].set_ylabel("pages")
     _time(panels, series)
@@ -386,10 +387,11 @@ def _batch(series: Series) -> tuple[Figure, str] | str:
     edges, prefill = series.edges_s, series.per_step(series.prefill)
     total = series.per_step(series.tokens)
     decode = [all_ - some for all_, some in zip(total, prefill, strict=True)]
-    tokens.stairs(prefill, edges, fill=True, color=style.ORANGE, alpha=0.65, lw=0, label="prefill")
-    tokens.stairs(decode, edges, color=style.BLUE, lw=1.2, baseline=None, label="decode")
+    _area(tokens, prefill, edges, 0, style.ORANGE, alpha=0.65, label="prefill")
+    _stairs(tokens, decode, edges, style.BLUE, label="decode")
     if max(total) >= MOST_LINEAR:
         tokens.set_yscale("symlog", linthresh=1, linscale=0.3)
+        tokens.autoscale_view()  # its margin is one of this scale
         tokens.yaxis.set_major_formatter(_commas())
         tokens.set_ylim(bottom=0)
     tokens.set_title("Tokens per step")
@@ -398,7 +400,7 @@ def _batch(series: Series) -> tuple[Figure, str] | str:
     requests.set_title("Requests per step")
     requests.set_ylabel("requests")
     borders, rates = series.rate(series.emitted, SLICES)
-    rate.stairs(rates, borders, color=style.PURPLE, lw=1.2, baseline=None)
+    _stairs(rate, rates, borders, style.PURPLE)
     rate.set_title("Output throughput")
     rate.set_ylabel("tokens/s")
     _time((tokens, requests, rate), series)
@@ -437,11 +439,11 @@ def _preemptions(series: Series) -> tuple[Figure, str] | str:
         for i, (name, values) in enumerate(lines.items()):
             _stairs(
                 axes,
-                series,
                 values,
-                style.label(name) if name else "",
+                series.edges_s,
                 style.PALETTE[1 if not name else i % 6],
-                style.DASHES[i % 6],
+                linestyle=style.DASHES[i % 6],
+                label=style.label(name) if name else None,
             )
         axes.set_title(title)
         axes.set_ylabel(unit)
@@ -459,12 +461,41 @@ def _band(
 ) -> None:
     """A line of means and a band up to the largest values."""
     edges, peaks = series.edges_s, series.peaks(channel)
-    axes.stairs(peaks, edges, baseline=means, fill=True, color=color, alpha=0.25, lw=0)
-    axes.stairs(means, edges, color=color, ls=dash, lw=1.2, label=name, baseline=None)
+    _area(axes, peaks, edges, means, color, alpha=0.25)
+    _stairs(axes, means, edges, color, linestyle=dash, label=name)
 
 
-def _stairs(axes: Axes, series: Series, values: Sequence[float], name: str, color: str, dash: Any) -> None:
-    axes.stairs(values, series.edges_s, color=color, ls=dash, lw=1.2, label=name or None, baseline=None)
+def _stairs(axes: Axes, values: Sequence[float], edges: Sequence[float], color: str, **look: Any) -> None:
+    """A line of one value between every two edges."""
+    look |= {"edgecolor": color, "fill": False, "linewidth": 1.2}
+    _steps(axes, values, edges, None, min(values), **look)
+
+
+def _area(
+    axes: Axes,
+    tops: Sequence[float],
+    edges: Sequence[float],
+    bottoms: Sequence[float] | float,
+    color: str,
+    **look: Any,
+) -> None:
+    """What lies between two such lines."""
+    lowest = bottoms if isinstance(bottoms, (int, float)) else min(bottoms)
+    look |= {"facecolor": color, "linewidth": 0}
+    _steps(axes, tops, edges, bottoms, lowest, **look).sticky_edges.y.append(lowest)
+
+
+def _steps(
+    axes: Axes, values: Sequence[float], edges: Sequence[float], baseline: Any, lowest: float, **look: Any
+) -> StepPatch:
+    """As ``axes.stairs``, which takes longer to find out what space that needs than to draw it."""
+    from matplotlib.patches import StepPatch
+
+    steps = StepPatch(values, edges, baseline=baseline, **look)
+    axes.add_artist(steps)
+    axes.update_datalim([(edges[0], lowest), (edges[-1], max(values))])
+    axes.autoscale_view()
+    return steps
 
 
 def _time(panels: Sequence[Axes], series: Series) -> None:

@@ -25,8 +25,8 @@ from servelab.core.records import RequestAdmitted, RequestArrived, RequestFinish
 from servelab.core.request import RequestSpec, sample_id
 from servelab.core.sampling import SamplingParams
 from servelab.core.stops import visible_text
-from servelab.core.stream_text import StreamText
 from servelab.core.text import Tokenizer
+from servelab.plugins.llm.stream_text import StreamText
 
 Prompt = str | Iterable[SupportsIndex]
 """A text, or token ids: whole numbers of any kind, also in an array or tensor."""
@@ -146,7 +146,7 @@ class LLM:
         **families: Plugin,
     ) -> None:
         from servelab.core.compose import compose
-        from servelab.core.llm_setup import configure, model_lines
+        from servelab.plugins.llm.setup import configure, model_lines
 
         lines = [*model_lines(model), f"seed={seed}"]
         if dtype is not None:
