@@ -186,7 +186,7 @@ def _header(result: Mapping[str, Any], info: Mapping[str, Any], title: str) -> I
             f"PARTIAL ({run['status']}{reason}). ",
             tag(
                 "span",
-                f"{number(counts['completed'])} of {number(counts['arrived'])} requests completed; "
+                f"{number(counts['completed'])} of {number(result['num_prompts'])} requests completed; "
                 "the figures are of these, and cover only part of the workload.",
             ),
             class_="partial",
