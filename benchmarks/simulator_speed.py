@@ -8,8 +8,9 @@ Set-up: the very command a user types, in a process of its own, with all default
 published statistics, whose outputs are scaled to about 3 million tokens in all, at a rate that fills about
 0.8 of the KV pages. What follows ``--`` is added to the command.
 
-CPU seconds are those of the process, user and system, start-up and imports included, as the operating system
-counts them: other programs on the machine change them far less than wall time, but they do, through shared
+CPU seconds are those of the process, user and system, start-up and imports included (of compiled modules: a
+short run comes first, and ``PYTHONDONTWRITEBYTECODE`` is not passed on), as the operating system counts them:
+other programs on the machine change them far less than wall time, but they do, through shared
 caches and hyper-threads. So each row is the least of ``--repeats`` runs, and parts are told as ratios of the
 same call: the same run without observers, without the report's plots, with every step planned (no hold), and
 one step per launch. The peer is a bare loop that appends one token and one time stamp per output token, as
@@ -93,6 +94,7 @@ def once(requests: int, scheduler: str, extra: list[str], profile: Path | None =
         ]
         python = [sys.executable, *(("-m", "cProfile", "-o", str(profile)) if profile else ("-c", CHILD))]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         start = perf_counter()
         done = subprocess.run([*python, *arguments], env=environment, capture_output=True, text=True)
         wall = perf_counter() - start
@@ -179,6 +181,8 @@ def main() -> None:
     print(f"{platform.python_implementation()} {platform.python_version()} on {platform.machine()}, one core")
     print("python run.py", *COMMAND, *args.extra)
     rows: dict[str, Any] = {}
+    for scheduler in args.schedulers.split(","):  # so that all modules are compiled, as after a first run
+        once(10, scheduler, args.extra)
     for scheduler in args.schedulers.split(","):
         print(f"\n{scheduler}, least of {args.repeats}:")
         whole = None

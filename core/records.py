@@ -8,9 +8,10 @@ type; ``from_dict`` reads it back. True output lengths never appear before a req
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
+from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 LOG_SCHEMA = 1
@@ -376,17 +377,20 @@ RECORDS: dict[str, type[Record]] = {
 def to_dict(record: Record) -> dict[str, Any]:
     """JSON-ready form; fields at their default are left out, but for the schema version."""
     out: dict[str, Any] = {"ev": record.ev}
-    for name, default in _fields(type(record)):  # type: ignore[arg-type] # python/mypy#11470: a class has a hash
-        value = getattr(record, name)
+    names, defaults, values = _fields(type(record))  # type: ignore[arg-type] # python/mypy#11470: a class has a hash
+    for name, default, value in zip(names, defaults, values(record), strict=True):
         if value != default or name == "schema":
             out[name] = value
     return out
 
 
 @cache
-def _fields(cls: type[Record]) -> tuple[tuple[str, Any], ...]:
-    """Names and defaults of the fields of a type of record."""
-    return tuple((f.name, f.default) for f in fields(cls))
+def _fields(
+    cls: type[Record],
+) -> tuple[tuple[str, ...], tuple[Any, ...], Callable[[Record], tuple[Any, ...]]]:
+    """Names and defaults of the fields of a type of record, at least two, and what reads them all."""
+    names = tuple(f.name for f in fields(cls))
+    return names, tuple(f.default for f in fields(cls)), attrgetter(*names)
 
 
 def from_dict(data: Mapping[str, Any]) -> Record:

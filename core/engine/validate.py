@@ -388,7 +388,7 @@ class PlanCheck:
                 "leave hold=None instead",
             )
         for item in plan.work:
-            if isinstance(item, Background) or not item.plain or item.n != 1 or item.request._r.pending != 1:
+            if type(item) is not Tokens or not item.plain or item.n != 1 or item.request._r.pending != 1:
                 self.refuse(
                     f"a hold repeats decodes only, not {item!r}",
                     "a held item runs one token per step and brings one",

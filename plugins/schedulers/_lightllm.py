@@ -182,14 +182,14 @@ class LightLLM(ABC):
         work, take = plan.work, pages.take
         last = len(running)  # running[:last] still run
         for index, request in enumerate(running[: self._config.max_num_seqs]):  # samples may be more
+            if request.slack_tokens < 1:
+                while index < last and not take(request, 1):
+                    last -= 1
+                    plan.preempt(running[last], "recompute", "out of KV pages; newest running request")
+                    pages.give_back(running[last])
             if index >= last:
                 break
-            while request.slack_tokens < 1 and index < last and not take(request, 1):
-                last -= 1
-                plan.preempt(running[last], "recompute", "out of KV pages; newest running request")
-                pages.give_back(running[last])
-            if index < last:
-                work.append(request.next_token)
+            work.append(request.next_token)
 
     def _admit(self, view: StepView, plan: StepPlan, running: list[RequestView], pages: KVBudget) -> int:
         """One pass over the queue: how many it admits. The first that cannot go stops it."""

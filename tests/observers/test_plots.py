@@ -398,3 +398,19 @@ def test_three_digits() -> None:
 def test_ticks_are_short() -> None:
     ticks = [plots._tick(x) for x in (0, 0.5, 250, 99_000, 150_000, 2_500_000, 3e10)]
     assert ticks == ["0", "0.5", "250", "99,000", "150k", "2.5M", "30G"]
+
+
+@pytest.mark.parametrize("baseline", [None, 0, [1.0, 0.5, 2.0]])
+def test_steps_take_the_room_that_matplotlib_gives_its_stairs(baseline: Any) -> None:
+    from matplotlib.figure import Figure
+
+    values, edges = [3.0, 1.0, 7.0], [0.5, 1.0, 2.0, 4.0]
+    ours, theirs = Figure().subplots(1, 2)
+    if baseline is None:
+        plots._stairs(ours, values, edges, "red", label="a line")
+    else:
+        plots._area(ours, values, edges, baseline, "red", label="a line")
+    theirs.stairs(values, edges, baseline=baseline, fill=baseline is not None)
+    assert ours.dataLim.extents.tolist() == theirs.dataLim.extents.tolist()
+    assert (ours.get_xlim(), ours.get_ylim()) == (theirs.get_xlim(), theirs.get_ylim())
+    assert ours.get_legend_handles_labels()[1] == ["a line"]

@@ -20,7 +20,6 @@ from servelab.plugins.observers.report.series import Channel, Series
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.patches import StepPatch
     from matplotlib.ticker import Formatter
 
 NAMES = ("ttft_tpot_e2e", "latency_over_time", "queue", "kv", "batch", "preemptions")
@@ -467,8 +466,9 @@ def _band(
 
 def _stairs(axes: Axes, values: Sequence[float], edges: Sequence[float], color: str, **look: Any) -> None:
     """A line of one value between every two edges."""
-    look |= {"edgecolor": color, "fill": False, "linewidth": 1.2}
-    _steps(axes, values, edges, None, min(values), **look)
+    _steps(
+        axes, values, edges, None, min(values), **look | {"edgecolor": color, "fill": False, "linewidth": 1.2}
+    )
 
 
 def _area(
@@ -481,21 +481,21 @@ def _area(
 ) -> None:
     """What lies between two such lines."""
     lowest = bottoms if isinstance(bottoms, (int, float)) else min(bottoms)
-    look |= {"facecolor": color, "linewidth": 0}
-    _steps(axes, tops, edges, bottoms, lowest, **look).sticky_edges.y.append(lowest)
+    _steps(axes, tops, edges, bottoms, lowest, **look | {"facecolor": color, "linewidth": 0})
 
 
 def _steps(
     axes: Axes, values: Sequence[float], edges: Sequence[float], baseline: Any, lowest: float, **look: Any
-) -> StepPatch:
+) -> None:
     """As ``axes.stairs``, which takes longer to find out what space that needs than to draw it."""
     from matplotlib.patches import StepPatch
 
     steps = StepPatch(values, edges, baseline=baseline, **look)
+    if baseline is not None:
+        steps.sticky_edges.y.append(lowest)  # no margin below an area
     axes.add_artist(steps)
     axes.update_datalim([(edges[0], lowest), (edges[-1], max(values))])
     axes.autoscale_view()
-    return steps
 
 
 def _time(panels: Sequence[Axes], series: Series) -> None:
