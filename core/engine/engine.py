@@ -456,7 +456,6 @@ class Engine:
             )
         self.break_holds(keep=lane)  # they did not count with its pages, nor with what it brings
         batch, step, start_ns, emitted, done = lane.land(event)
-        self._stirs += not lane.holds
         self.emit(
             StepDone(
                 t_ns=event.ends_ns[-1],

@@ -162,7 +162,9 @@ class WallDriver(Driver):
             self._open = False
         elif isinstance(mail, tuple):
             index, event, posted_ns = mail
-            at = event.ends_ns[-1] if isinstance(event, LaunchDone) else min(posted_ns, self.clock())
+            at = min(posted_ns, self.clock())
+            if isinstance(event, LaunchDone):  # its worker may have been stopped after it read the clock
+                at = event.ends_ns[-1] = max(event.ends_ns[-1], self._handed_ns)
             self._push(at, event.ORDER, index, event)
         elif isinstance(mail, ServeLabError | KeyboardInterrupt | SystemExit):
             raise mail

@@ -207,10 +207,12 @@ def test_a_held_run_is_the_one_planned_every_step(way: tuple[int, int]) -> None:
     assert tally["fewer calls"] > 30
 
 
-def serve(plan: Any, items: list[Arrival | Cancel], lanes: int = 2, foresight: bool = True) -> Ran:
-    """A worked case: every step takes 100 ns, however many tokens."""
+def serve(
+    plan: Any, items: list[Arrival | Cancel], lanes: int = 2, foresight: bool = True, token_ns: int = 0
+) -> Ran:
+    """A worked case: every step takes 100 ns, and what its tokens cost."""
     truths: dict[str, Truth] = {}
-    executor, cost = ToyExecutor(truths, foresight=foresight), ToyCost(step_ns=100, token_ns=0)
+    executor, cost = ToyExecutor(truths, foresight=foresight), ToyCost(step_ns=100, token_ns=token_ns)
     scheduler = Told(plan if not callable(plan) else Script(then=plan))
     records: list[Record] = []
     limits = toy_limits(lanes=lanes)
@@ -255,6 +257,16 @@ def test_what_another_lane_plans_or_ends_ends_a_hold() -> None:
         assert asked == [0, 100, 300, 400, 500, 600, 700][: len(asked)] and len(asked) > 4
         ends = [(x.lane, x.start_ns, x.ends_ns[-1]) for x in ran.records if isinstance(x, StepDone)]
         assert (1, 250, 350) in ends and (1, 350, 450) in ends and (0, 300, 400) in ends
+
+
+def test_what_another_lane_plans_at_the_same_instant_ends_a_hold() -> None:
+    """At 300 both lanes are asked: a's first, which holds and does not know of b's long step."""
+    for foresight in (True, False):
+        ran = serve(
+            one_each, [arrival("a", 4, 8), arrival("b", 12, 3, at=300)], foresight=foresight, token_ns=50
+        )
+        asked = [call[0] for call in ran.calls if call[1] == 0]
+        assert asked[:4] == [0, 300, 450, 1050], "asked after its first step, then when b's has ended"
 
 
 def test_requests_stay_on_their_lane() -> None:

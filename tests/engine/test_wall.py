@@ -12,7 +12,7 @@ import pytest
 from servelab.core.engine.swap import Transfer
 from servelab.core.engine.wall import WallDriver
 from servelab.core.errors import PluginCallError, PluginError, StallError
-from servelab.core.events import Abort, Batch
+from servelab.core.events import Abort, Batch, Event, LaunchDone
 from servelab.core.families.scheduler import StepView
 from servelab.core.plan import Outcome, StepPlan, Tokens
 from servelab.core.records import Record, RequestArrived, RequestFinished, StepDone
@@ -274,6 +274,25 @@ def test_control_c_ends_the_requests_and_the_threads() -> None:
     run.check()
     assert set(run.ends.values()) == {"unfinished"}
     assert {x.reason for x in run.records if isinstance(x, RequestFinished)} == {"interrupted"}
+
+
+def test_a_completion_that_is_told_late_does_not_turn_time_back() -> None:
+    """A worker reads the clock, and is stopped before it can say so; meanwhile requests arrive."""
+
+    class Late(WallDriver):
+        def post(self, event: Event, engine: int = 0) -> None:
+            if isinstance(event, LaunchDone):
+                sleep(0.003)
+            super().post(event, engine)
+
+    class Real(ToyExecutor):
+        simulated = False
+
+    items = [arrival(f"r{k}", 4, 3, at=k * MS) for k in range(12)]
+    run = Run(items, executor=lambda truths: Real(truths, foresight=False), limits=toy_limits(lanes=2))
+    run.driver.__class__ = Late
+    run.go()
+    assert set(run.ends.values()) == {"completed"}
 
 
 def test_a_stall_is_named() -> None:
