@@ -119,7 +119,7 @@ def job(cfg: DictConfig) -> float | None:
         raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         with taking(Interruptions()):
             return run(raw)  # type: ignore[arg-type]
-    except (ServeLabError, OmegaConfBaseException) as exc:
+    except (ServeLabError, OmegaConfBaseException, MemoryError) as exc:
         # of this class Hydra prints the message alone and exits with 1
         raise CompactHydraException(f"servelab: {_with_notes(_explained(exc))}") from (
             exc if _wants_traceback() else None
@@ -193,11 +193,23 @@ def _blocked(value: str) -> str:
 
 
 def _explained(exc: Exception) -> Exception:
-    """A value that a file leaves to the user, in our words; other errors as they are."""
+    """A value that a file leaves to the user, and used-up memory whoever met it, in our words; other errors
+    as they are.
+    """
     from omegaconf.errors import MissingMandatoryValue
 
-    from servelab.core.errors import ConfigError
+    from servelab.core.errors import ConfigError, ServeLabError
 
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return ServeLabError(
+                "the process may take no more memory",
+                where=str(exc).partition("\n")[0],
+                do="ask for fewer requests (workload.num_requests), leave logs out "
+                "('observers=[progress,report]'), or free memory (ulimit -v shows a limit)",
+            )
+        cause = cause.__cause__
     if not isinstance(exc, MissingMandatoryValue):
         return exc
     return ConfigError(f"{exc.full_key} must be stated", do=f"add {exc.full_key}=... to the command line")

@@ -71,7 +71,7 @@ class LogError(ServeLabError):
 
 
 class StallError(ServeLabError):
-    """Requests are waiting, nothing is in flight, and nothing will ever wake the engine."""
+    """Requests are waiting, nothing is in flight, and nothing will ever change: timers are left at most."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -174,6 +174,11 @@ class Cluster:
         """Whether a request is in no engine, or on its way to another."""
         return bool(self.held or self.moves.live)
 
+    @property
+    def changing(self) -> bool:
+        """Whether an instance starts or is drained, or a request is on its way to another."""
+        return self._restless or bool(self.moves.live)
+
     def arrived(self, spec: RequestSpec, now: int) -> None:
         """A request has arrived: it is dispatched, held or refused."""
         if any(one.id in self.held or self._driver.knows(one.id) for one in samples_of(spec)):
@@ -258,7 +263,7 @@ class Cluster:
     @property
     def _needs_steps(self) -> bool:
         """Whether the end of every step matters, also within held launches."""
-        return not self._interval and bool(self.held or self._rebalance or self.moves.waiting)
+        return not self._interval and bool(self.held or self._rebalance)
 
     def lost(self, index: int, now: int) -> None:
         """The device of an instance is gone."""
@@ -283,6 +288,7 @@ class Cluster:
             raise StallError(
                 f"{len(self.held)} requests wait at the router for ever",
                 where=f"router {self.name!r}, t={now} ns",
+                why=f"it holds {', '.join(list(self.held)[:3])}{', ...' * (len(self.held) > 3)}",
                 do="dispatch or reject them",
             )
 

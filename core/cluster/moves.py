@@ -97,15 +97,11 @@ class Moves:
 
     def begin(self, request: str, source: int, target: int, mode: Mode, now: int, stop: bool = False) -> None:
         """Begin a move; with ``stop`` the request stands still at once. One that cannot be is dropped."""
-        why = self._refusal(request, source, target)
+        why = self._refusal(request, source, target, now)
         if why is not None:
             self._tell_dropped(request, source, target, mode, why, now)
             return
-        self.driver.sync(source, now)
-        r = self._members[source].engine.requests.get(request)
-        if r is None:
-            self._tell_dropped(request, source, target, mode, "it has ended", now)
-            return
+        r = self._members[source].engine.requests[request]
         if r.phase is Phase.WAITING:
             mode = "recompute"  # there is nothing to copy
         move = self.live[request] = Move(request, source, target, mode, now, r.lease)
@@ -113,7 +109,7 @@ class Moves:
             self._stop(move, r, now)
         self.advance(move, now)
 
-    def _refusal(self, request: str, source: int, target: int) -> str | None:
+    def _refusal(self, request: str, source: int, target: int, now: int) -> str | None:
         ids = range(len(self._members))
         if source not in ids or target not in ids:
             return "there is no such instance"
@@ -121,12 +117,8 @@ class Moves:
             return f"instance {target} is {self._members[target].state}"
         if request in self.live:
             return "it is on its way already"
+        self.driver.sync(source, now)
         return self._members[source].engine.moving.why_not(request)
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a pull waits for room."""
-        return any(move.flow is None and move.mode == "pull" for move in self.live.values())
 
     # ----------------------------------------------------------------- stages
 
@@ -141,9 +133,9 @@ class Moves:
             return
         self.driver.sync(move.source, now)
         source, target = self._members[move.source].engine, self._members[move.target]
-        r = source.requests.get(move.request)
-        if r is None or r.lease is not move.lease or r.phase not in (*_MAY_MOVE, Phase.MOVING):
-            self.drop(move, "it has ended" if r is None else "it was taken off the device", now)
+        r = source.requests[move.request]  # when it ends its move is dropped
+        if r.lease is not move.lease or r.phase not in (*_MAY_MOVE, Phase.MOVING):
+            self.drop(move, "it was taken off the device", now)
             return
         if target.state not in ("active", "draining"):
             self.drop(move, f"instance {move.target} is {target.state}", now)
@@ -151,7 +143,7 @@ class Moves:
         if move.mode == "recompute":
             self._stop(move, r, now)
             if not r.launches:
-                move.guest = move.guest or self._invite(move, r, now)
+                move.guest = self._invite(move, r)
                 self._hand_over(move, r, now)
             return
         if move.ready:
@@ -162,7 +154,7 @@ class Moves:
             self.driver.sync(move.target, now)
             if move.mode == "pull" and not target.engine.moving.has_room(r, waited_for):
                 return  # asked again when something has happened
-            move.guest = self._invite(move, r, now)
+            move.guest = self._invite(move, r)
         if not self._reserve(move, waited_for, now):
             if move.mode == "pull":
                 self._uninvite(move, now)
@@ -188,9 +180,7 @@ class Moves:
 
     def _copy(self, move: Move, size: int, now: int) -> None:
         def done(at: int) -> None:
-            if self.live.get(move.request) is move:
-                move.flow = None
-                self.advance(move, at)
+            move.flow = None  # goes on when everything of this instant has happened
 
         move.stages += 1
         move.bytes += size
@@ -241,8 +231,8 @@ class Moves:
             self.drop(move, "it has ended", now)
 
     def lost(self, instance: int, now: int) -> None:
-        """An instance is gone with everything that came from it or went to it."""
-        for move in [m for m in self.live.values() if instance in (m.source, m.target)]:
+        """An instance is gone; requests that were on their way from it have ended with it."""
+        for move in [m for m in self.live.values() if m.target == instance]:
             self.drop(move, f"instance {instance} is lost", now)
 
     # ------------------------------------------------------------------ parts
@@ -253,7 +243,7 @@ class Moves:
             source = self._members[move.source].engine
             self.driver.apart(move.source, now, lambda: source.moving.stop(r))
 
-    def _invite(self, move: Move, r: Request, now: int) -> Request:
+    def _invite(self, move: Move, r: Request) -> Request:
         return self._members[move.target].engine.moving.invite(r)
 
     def _uninvite(self, move: Move, now: int) -> None:
@@ -276,8 +266,8 @@ class Moves:
         for pool, first in zip(self._members[0].engine.layout.pools, r.lease.first, strict=True):
             begin = max(copied // pool.page_tokens, first)
             end = upto // pool.page_tokens if full else -(-upto // pool.page_tokens)
-            size += max(0, end - begin) * pool.bytes_per_page
-            count += max(0, end - begin)
+            size += (end - begin) * pool.bytes_per_page
+            count += end - begin
         return size, count
 
     def _tell_dropped(self, request: str, source: int, target: int, mode: str, reason: str, now: int) -> None:

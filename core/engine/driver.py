@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 
 CLUSTER, LINKS = -1, -2
 """In place of an engine's index: entries that are the cluster's, and those of transfers."""
+MOST_IN_VAIN = 100_000
+"""Times in a row that somebody may ask to be woken for live requests without anything coming of it."""
+_FOR_EVER_NS = 24 * 3600 * 10**9
+_UNPLANNED = "plan them, reject them with a reason, or set wake_at"
 _SCHEDULE = Schedule()
 _TIMER = Timer()
 T = TypeVar("T")
@@ -119,6 +123,7 @@ class Driver:
         """Per engine, timed launches in flight by their number."""
         self._lane_end: dict[tuple[int, int], int] = {}
         self._touched: set[int] = set()
+        self._in_vain = 0
         self._joules = 0.0
         """Of steps that ended, beyond an idle device's."""
 
@@ -183,18 +188,41 @@ class Driver:
             return True
         return any(engine.requests or engine.in_flight for engine in self.engines)
 
-    def _check_stall(self) -> None:
-        """Nothing will ever happen again: every request must have ended."""
-        if self._cluster is not None:
-            self._cluster.check_stall(self.now_ns)
+    def _check_stall(self, woken: int = 0) -> None:
+        """Nothing will ever happen again: every request must have ended.
+
+        Args:
+            woken: how often in a row somebody was woken, and nothing came of it.
+        """
         for engine in self.engines:
             if engine.requests:
                 raise StallError(
                     f"engine {engine.index} has requests that nothing will ever run",
                     where=f"scheduler {engine.scheduler_name!r}, t={self.now_ns} ns",
-                    why=engine.stall_reason(),
-                    do="plan them, reject them with a reason, or set wake_at",
+                    why=engine.stall_reason() + f"; {woken} wake-ups in a row changed nothing" * (woken > 0),
+                    do="plan them, or reject them with a reason" if woken else _UNPLANNED,
                 )
+        if self._cluster is not None:
+            self._cluster.check_stall(self.now_ns)
+
+    def _check_progress(self) -> None:
+        """Nothing but timers is left, and they may go on for ever: a scheduler's that waits for nothing, a
+        router's for reports.
+        """
+        if any(engine.in_flight for engine in self.engines):
+            self._in_vain = 0
+            return
+        self._in_vain += 1
+        if self._in_vain < MOST_IN_VAIN:
+            return
+        self._in_vain = 0
+        pins = (x.until_ns for engine in self.engines for x in engine.contexts.kept.values())
+        if any(until is not None and until < self.now_ns + _FOR_EVER_NS for until in pins):
+            return  # when it is dropped, a request may find room
+        if any(isinstance(entry[4], Cancel) for entry in self._heap):
+            return  # the client will give up
+        if self._cluster is None or not self._cluster.changing:
+            self._check_stall(woken=MOST_IN_VAIN)
 
     # ------------------------------------------------------------ one instant
 
@@ -463,6 +491,7 @@ class Driver:
 
     def _finished(self, record: RequestFinished) -> None:
         """Forget a request and accept what follows from its end."""
+        self._in_vain = 0
         self.truths.pop(record.request, None)
         self._home.pop(record.request, None)
         follow = self._guard("workload", lambda: tuple(self.workload.react(record)))

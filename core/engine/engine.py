@@ -689,8 +689,16 @@ class Engine:
         return (
             f"{len(self.waiting)} waiting, {len(self.running)} running, {len(self.paused)} paused, "
             f"{len(self.swapped)} swapped; request {head.id} ({head.phase}) has {head.pending} tokens "
-            f"pending and needs {tuple(need)} pages, {self.ledger.free()} are free"
+            f"pending and needs {tuple(need)} pages, {self.ledger.free()} are free{self._holders()}"
         )
+
+    def _holders(self) -> str:
+        """Who holds most device pages, for ``stall_reason``."""
+        held = [(sum(map(len, r.lease.tables)), f"{r.id} ({r.phase})") for r in self.requests.values()]
+        kept = self.contexts.kept.values()
+        held += [(sum(map(len, x.lease.tables)), f"the kept context of program {x.program}") for x in kept]
+        most = sorted((x for x in held if x[0]), key=lambda x: -x[0])[:3]
+        return "; most are held by " + ", ".join(f"{who}: {pages}" for pages, who in most) if most else ""
 
     def check_integrity(self) -> None:
         """Recount pages, queues and terminal events. Linear; for tests and the end of a checked run.

@@ -118,7 +118,7 @@ class Links:
         copy = Links()
         for flow in self._connected(path):
             copy._add(other := _Flow(flow.path, flow.since_ns, flow.left, lambda at: None))
-            other.rate, other.next_ns = flow.rate, flow.next_ns
+            other.rate = flow.rate
         ended: list[int] = []
         copy.start(now, path, latency_ns, work_ns, ended.append)
         while not ended:
@@ -137,10 +137,7 @@ class Links:
     def _remove(self, number: int) -> _Flow:
         flow = self._flows.pop(number)
         for link in flow.path:
-            users = self._on[link]
-            users.remove(flow)
-            if not users:
-                del self._on[link]
+            self._on[link].remove(flow)
         return flow
 
     def _connected(self, links: Iterable[Link]) -> list[_Flow]:
@@ -149,10 +146,9 @@ class Links:
         todo, seen = list(links), set(links)
         while todo:
             for flow in self._on.get(todo.pop(), ()):
-                if flow not in found:
-                    found[flow] = None
-                    todo += [link for link in flow.path if link not in seen]
-                    seen.update(flow.path)
+                found[flow] = None
+                todo += [link for link in flow.path if link not in seen]
+                seen.update(flow.path)
         return list(found)
 
     def _share(self, links: Iterable[Link], now: int) -> None:

@@ -36,7 +36,7 @@ class Moving:
             return "it is not there"
         if r.spec.n > 1 or r.spec.sample:
             return "samples of one prompt stay together"
-        if r.phase is Phase.WAITING and (r.computed or r.lease.hit is not None):
+        if r.phase is Phase.WAITING and r.computed:
             return "it waits with KV that its program kept"
         if r.phase not in (Phase.RUNNING, Phase.WAITING):
             return f"it is {r.phase}"
@@ -55,7 +55,7 @@ class Moving:
         engine = self._engine
         engine.break_holds()
         del self.stopped[r.id]
-        if r.admitted_ns is None or not r.computed:
+        if not r.computed:
             r.phase = Phase.WAITING
             engine.waiting[r.id] = r
             engine.waiting.move_to_end(r.id, last=False)

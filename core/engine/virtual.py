@@ -22,4 +22,8 @@ class VirtualDriver(Driver):
             now = self.now_ns = heap[0][0]
             self._run_due(now)
             self._schedule_touched(now)
+            if self._events or self._upcoming is not None:
+                self._in_vain = 0
+            else:
+                self._check_progress()
         self._check_stall()

@@ -123,6 +123,10 @@ class WallDriver(Driver):
             if self._launched is not None:
                 batch, self._launched = self._launched, None
                 self.post(self._guard("executor", self._run_launch, self.executors[0], batch))
+            elif self._events or self._upcoming is not None or self._open or not self._mail.empty():
+                self._in_vain = 0
+            else:
+                self._check_progress()
 
     def _run_launch(self, executor: Executor, batch: Batch) -> LaunchDone:
         if batch.steps != 1:

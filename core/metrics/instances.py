@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from servelab.core.metrics.definitions import NS_PER_S, ratio
+from servelab.core.metrics.definitions import NS_PER_MS, NS_PER_S, ratio
 from servelab.core.metrics.timeline import EngineFacts, Timeline
 
 
@@ -17,6 +17,7 @@ def instances(timeline: Timeline) -> list[dict[str, Any]]:
     pools = (timeline.info.get("kv") or {}).get("pools") or []
     ended: Counter[int] = Counter()
     outputs: Counter[int] = Counter()
+    moves = timeline.router
     for facts in timeline.requests.values():
         ended[facts.engine] += 1
         outputs[facts.engine] += facts.output_tokens
@@ -24,12 +25,29 @@ def instances(timeline: Timeline) -> list[dict[str, Any]]:
         {
             "instance": str(i),
             "requests": ended[i],
+            "dispatched": ended[i] - moves.came[i] + moves.left[i],
+            "moved_in": moves.came[i],
+            "moved_out": moves.left[i],
             "output_tokens": outputs[i],
             "lasted": _lasted_ns(timeline, i) / NS_PER_S,
             **_work(timeline.engines.get(i) or EngineFacts(), pools),
         }
         for i in ids
     ]
+
+
+def router(timeline: Timeline) -> dict[str, Any]:
+    """What a router did besides choosing an instance at arrival."""
+    facts = timeline.router
+    moves = facts.came.total()
+    return {
+        "held_requests": facts.held,
+        "mean_held_ms": ratio(facts.held_ns / NS_PER_MS, facts.held - len(facts.waiting)),
+        "moves": moves,
+        "moved_bytes": facts.moved_bytes,
+        "mean_stop_ms": ratio(facts.stopped_ns / NS_PER_MS, moves),
+        "dropped_actions": facts.dropped,
+    }
 
 
 def _lasted_ns(timeline: Timeline, i: int) -> int:

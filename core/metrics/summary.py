@@ -19,7 +19,7 @@ from servelab.core.metrics.definitions import (
 from servelab.core.metrics.distribution import Distribution
 from servelab.core.metrics.goodput import Goodput, judge_all
 from servelab.core.metrics.identity import identity, notes, rest_of_info, stated_tbt_ns, vllm_identity
-from servelab.core.metrics.instances import instances
+from servelab.core.metrics.instances import instances, router
 from servelab.core.metrics.pages import kv_pages
 from servelab.core.metrics.timeline import STATES, EngineFacts, RequestFacts, Timeline
 from servelab.core.metrics.tracks import Coverage
@@ -121,6 +121,7 @@ def summarize(timeline: Timeline, options: SummaryOptions | None = None) -> dict
         "kv_pages": kv_pages(timeline),
         "instance_hours": sum(one["lasted"] for one in each) / 3600,
         "instances": each,
+        "router": router(timeline),
         "quality": _quality(timeline),
         "info": rest_of_info(timeline),
     }

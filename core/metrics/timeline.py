@@ -7,6 +7,7 @@ Memory: 8 bytes per step, a few hundred per request, none per output token (``tr
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
@@ -15,6 +16,8 @@ from servelab.core.metrics.definitions import e2el_ns, itl_chunk_ns, tpot_ns, tt
 from servelab.core.metrics.memory import MemoryFacts
 from servelab.core.metrics.tracks import Span, Track
 from servelab.core.records import (
+    ROUTER,
+    ActionDropped,
     Ending,
     InstanceChanged,
     PagesEvicted,
@@ -25,6 +28,7 @@ from servelab.core.records import (
     RequestArrived,
     RequestFinished,
     RequestForked,
+    RequestHeld,
     RequestMigrated,
     RequestPreempted,
     RequestRouted,
@@ -283,6 +287,43 @@ class EngineFacts:
         return self.last_ns - self.first_ns
 
 
+class RouterFacts:
+    """What a router did besides choosing an instance at arrival."""
+
+    __slots__ = ("came", "dropped", "held", "held_ns", "left", "moved_bytes", "stopped_ns", "waiting")
+
+    def __init__(self) -> None:
+        self.held = 0
+        """Requests that it did not place at arrival."""
+        self.held_ns = 0
+        """Time that they waited there, added up."""
+        self.waiting: dict[str, int] = {}
+        """Those that still wait, and since when."""
+        self.came: Counter[int] = Counter()
+        """Requests that moved to each instance."""
+        self.left: Counter[int] = Counter()
+        self.moved_bytes = 0
+        self.stopped_ns = 0
+        """Time that moved requests stood still, added up."""
+        self.dropped = 0
+        """Actions that were not carried out."""
+
+    def hold(self, record: RequestHeld) -> None:
+        self.held += 1
+        self.waiting[record.request] = record.t_ns
+
+    def release(self, record: RequestRouted | RequestFinished) -> None:
+        since = self.waiting.pop(record.request, None)
+        if since is not None:
+            self.held_ns += record.t_ns - since
+
+    def moved(self, record: RequestMigrated) -> None:
+        self.came[record.engine] += 1
+        self.left[record.source] += 1
+        self.moved_bytes += record.bytes
+        self.stopped_ns += record.t_ns - record.stopped_ns
+
+
 class Timeline:
     """Facts of one run. Feed it every record in order; ask at any time."""
 
@@ -295,6 +336,7 @@ class Timeline:
         """By instance; those that a router started."""
         self.stopped_ns: dict[int, int] = {}
         """By instance; those that stopped before the run ended."""
+        self.router = RouterFacts()
         self.info: dict[str, Any] = {}
         """What ``RunStarted`` said about the run."""
         self.finished: RunFinished | None = None
@@ -312,11 +354,13 @@ class Timeline:
             RunStarted.ev: self._run_started,
             RequestArrived.ev: self._arrived,
             RequestAdmitted.ev: self._admitted,
+            RequestHeld.ev: self.router.hold,
             RequestRouted.ev: self._routed,
             RequestMigrated.ev: self._migrated,
             RequestForked.ev: self._forked,
             StepDone.ev: self._step,
             RequestPreempted.ev: self._preempted,
+            ActionDropped.ev: self._dropped,
             PagesEvicted.ev: self._evicted,
             InstanceChanged.ev: self._instance,
             RequestFinished.ev: self._finished,
@@ -374,6 +418,7 @@ class Timeline:
 
     def _routed(self, record: RequestRouted) -> None:
         self._facts(record.request, record).engine = record.engine
+        self.router.release(record)
 
     def _migrated(self, record: RequestMigrated) -> None:
         facts = self._facts(record.request, record)
@@ -382,6 +427,10 @@ class Timeline:
         if record.source in self.engines:
             self.engines[record.source].memory.left(record.request)
         self._engine(record).memory.came(record.request, record.tokens)
+        self.router.moved(record)
+
+    def _dropped(self, record: ActionDropped) -> None:
+        self.router.dropped += 1
 
     def _forked(self, record: RequestForked) -> None:
         self._facts(record.request, record).add(array("q", [record.t_ns]), 1)
@@ -415,6 +464,8 @@ class Timeline:
         facts.leave()
         if record.engine in self.engines:
             self.engines[record.engine].memory.finished(record)
+        elif record.engine == ROUTER:
+            self.router.release(record)
 
     def _quality_began(self, record: QualityBegan) -> None:
         self.compared = True

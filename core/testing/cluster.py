@@ -116,6 +116,11 @@ class ClusterRun:
         for engine in self.engines:
             engine.check_integrity()
             assert engine.ledger.free() == engine.ledger.total(), f"engine {engine.index} keeps pages"
+            assert not engine.moving.stopped and not engine.moving.guests, (
+                f"engine {engine.index} keeps moves"
+            )
+            assert None not in engine.programs, f"engine {engine.index} has a program without a name"
+        assert not self.cluster.moves.live and not len(self.driver.links), "requests are still on their way"
 
     def of(self, kind: type[Record]) -> list[Any]:
         """Records of one type."""

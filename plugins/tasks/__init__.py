@@ -120,7 +120,7 @@ TABLE = (
             "An evicted request comes back with what it has produced; their scripts count only its prompt, "
             "or nothing, and so admit it again too early: they evict more.",
             "The preset quick divides lengths, capacity, tokens of a pass and the interval by scale and "
-            "takes fewer requests: filling and draining weigh more, and use is lower.",
+            "takes fewer requests, W with them: filling and draining weigh more, and use is lower.",
         ),
         runs=("sim",),
         requires=frozenset({"executor.sim"}),

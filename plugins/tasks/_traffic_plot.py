@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from servelab.core.metrics import Distribution
 from servelab.plugins.drawing import BLUE, DASHES, DPI, INK, RED, WIDTH_IN, label, png, styled
 from servelab.plugins.tasks._traffic import Traffic
 
@@ -59,18 +60,19 @@ def _rate(axes: Axes, traffic: Traffic) -> None:
 
 
 def _lengths(axes: Axes, traffic: Traffic) -> None:
-    columns = [(traffic.prompts, BLUE, "Prompt, median {:,}")]
-    if traffic.outputs:
-        columns.append((traffic.outputs, RED, "output, {:,} (dashed)"))
-    titles = []
-    for (values, colour, title), dashes in zip(columns, DASHES, strict=False):
+    for values, colour, dashes in ((traffic.prompts, BLUE, DASHES[0]), (traffic.outputs, RED, DASHES[1])):
         if values:
-            x, y = shares(values)
-            axes.step(x, y, where="post", color=colour, linestyle=dashes)
-            titles.append(title.format(x[_half(y)]))
-    axes.set_title("; ".join(titles) or "Lengths")
+            axes.step(*shares(values), where="post", color=colour, linestyle=dashes)
+    axes.set_title(medians(traffic))
     axes.set(xscale="log", ylim=(0, 100), xlabel="at most so many tokens", ylabel="% of requests")
     _plain(axes, "x")
+
+
+def medians(traffic: Traffic) -> str:
+    """Those of the table, by linear interpolation."""
+    columns = (("Prompt, median {:,g}", traffic.prompts), ("output, {:,g} (dashed)", traffic.outputs))
+    halves = ((title, Distribution.of(values).percentile(50)) for title, values in columns)
+    return "; ".join(title.format(half) for title, half in halves if half is not None) or "Lengths"
 
 
 def _pairs(axes: Axes, traffic: Traffic) -> None:
@@ -110,10 +112,6 @@ def shares(values: Sequence[int]) -> tuple[list[int], list[float]]:
     counts = Counter(values)
     x = sorted(counts)
     return x, [100 * n / len(values) for n in accumulate(counts[value] for value in x)]
-
-
-def _half(y: Sequence[float]) -> int:
-    return next(i for i, share in enumerate(y) if share >= 50)
 
 
 def _duration(seconds: float) -> str:

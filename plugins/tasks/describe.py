@@ -87,7 +87,8 @@ class Describe:
         try:
             picture = draw(traffic, title)
         except ImportError as exc:
-            return [f"{path.name}: left out, matplotlib is not installed (pip install matplotlib): {exc}"]
+            reason = str(exc).strip().splitlines()[-1:]  # numpy tells a long story
+            return [" ".join([f"{path.name}: left out; pip install matplotlib;", *reason])]
         write_file(path, picture)
         return []
 

@@ -44,11 +44,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from servelab.core.api import Context, hookimpl
 from servelab.core.metrics import Timeline
@@ -106,7 +106,9 @@ class GoodputStudyConfig(ManyRunsConfig):
         "full",
         description="full: 10 to 100 clients; quick: 10 and 60 for two minutes, drift at a small scale",
     )
-    clients: tuple[int, ...] | None = Field(None, min_length=2, description="clients; null: the preset's")
+    clients: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, min_length=2, description="numbers of clients, rising; null: the preset's"
+    )
     duration_s: float | None = Field(
         None, gt=0, description="requests are sent so long, seconds; null: the preset's, 1200 or 240"
     )
@@ -120,6 +122,23 @@ class GoodputStudyConfig(ManyRunsConfig):
         le=32,
         description="divides lengths and capacity of the drift run; null: 8, or 32 if quick",
     )
+
+    @property
+    def span_s(self) -> tuple[float, float]:
+        """When tokens are counted."""
+        warm, duration = (120, 240) if self.preset == "quick" else (300, 1200)
+        return warm if self.warm_s is None else self.warm_s, self.duration_s or duration
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.clients is not None and any(a >= b for a, b in pairwise(self.clients)):
+            raise ValueError(f"clients={list(self.clients)} must rise: the last are those of heavy load")
+        warm, duration = self.span_s
+        if warm >= duration:
+            raise ValueError(
+                f"warm_s={warm:g} must be below duration_s={duration:g}: no token would be counted"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -143,8 +162,7 @@ class GoodputStudy(ManyRuns):
         super().__init__(config, context)
         quick = config.preset == "quick"
         self._clients = config.clients or ((10, 60) if quick else (10, 20, 30, 40, 60, 100))
-        self._duration_s = config.duration_s or (240 if quick else 1200)
-        self._warm_s = (120 if quick else 300) if config.warm_s is None else config.warm_s
+        self._warm_s, self._duration_s = config.span_s
         self._scale = config.scale or (32 if quick else 8)
         self._seeds = range(context.seed, context.seed + (config.seeds or (1 if quick else 3)))
 

@@ -21,7 +21,7 @@ Deviations:
 2. An evicted request comes back with what it has produced; their scripts count only its prompt, or
    nothing, and so admit it again too early: they evict more.
 3. The preset ``quick`` divides lengths, capacity, tokens of a pass and the interval by ``scale`` and takes
-   fewer requests: filling and draining weigh more, and use is lower.
+   fewer requests, W with them: filling and draining weigh more, and use is lower.
 
 Faithful when: every mean KV use is within 2 points of theirs; KV use is conservative < pastfuture <= oracle <
 aggressive; neither the oracle nor conservative at 100 % ever evicts.
@@ -111,7 +111,7 @@ class ToyStudyConfig(ManyRunsConfig):
     """Settings of ``+experiment=pastfuture_toy``."""
 
     preset: Literal["quick", "full"] = Field(
-        "full", description="full: the study's size; quick: 400 requests, lengths and capacity divided by 16"
+        "full", description="full: the study's size; quick: 800 requests, lengths and capacity divided by 32"
     )
     requests: int | None = Field(None, ge=1, description="requests (study: 3000); null: the preset's")
     scale: int | None = Field(
@@ -133,8 +133,8 @@ class ToyStudy(ManyRuns):
         super().__init__(config, context)
         quick = config.preset == "quick"
         self._laws = config.laws
-        self._requests = config.requests or (400 if quick else REQUESTS)
-        self._scale = config.scale or (16 if quick else 1)
+        self._requests = config.requests or (800 if quick else REQUESTS)
+        self._scale = config.scale or (32 if quick else 1)
         self._seeds = range(context.seed, context.seed + config.seeds)
 
     def cells(self, found: Found) -> Sequence[Cell]:
@@ -150,7 +150,8 @@ class ToyStudy(ManyRuns):
             "max_num_batched_tokens": tokens,
         }
         if scheduler["name"] == "pastfuture":
-            scheduler |= {"window": WINDOW, "initial_length": FIRST // scale}
+            window = max(1, WINDOW * self._requests // REQUESTS)
+            scheduler |= {"window": window, "initial_length": FIRST // scale}
         if scheduler["name"] == "conservative":
             scheduler["assumed_output_tokens"] = ASSUMED // scale
         longest = (prompt[1] + output[1]) // scale

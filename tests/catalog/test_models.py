@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +121,13 @@ def test_the_file_says_what_it_is_and_where_from(name: str) -> None:
 def test_linears_of_the_layers(name: str, billions: float) -> None:
     linears = sum(site.n * site.k for site in linear_sites(facts(name)) if site.role != "head")
     assert linears / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_the_last_linear_is_the_head(name: str) -> None:
+    model = facts(name)
+    *_, head = linear_sites(replace(model, layers=1, dense_layers=()))
+    assert (head.role, head.n, head.k) == ("head", model.vocab, model.hidden)
 
 
 def test_latent_attention_by_hand() -> None:

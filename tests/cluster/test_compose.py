@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 from tests.cluster.runs import MODEL, PAGES, composed, served
 
 from servelab.core.errors import CapabilityError, ConfigError
-from servelab.core.families.router import ClusterView
+from servelab.core.families.router import ClusterView, Dispatch, Hold, Migrate
 from servelab.core.layout import Capacity, KVLayout
-from servelab.core.records import StepDone
+from servelab.core.records import RequestArrived, RequestMigrated, RequestRouted, StepDone
 from servelab.core.registry import Registry
 from servelab.core.request import RequestSpec
 from servelab.core.spec import PluginSpec
@@ -162,6 +163,59 @@ def test_figures_per_instance_add_up_to_the_runs(tmp_path: Path) -> None:
     assert "instances 4" in text and "in each of 4 instances" in text
     assert text.count("mean KV %") == 1
     assert "Instances: requests that ended there" in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_the_report_tells_what_a_router_did_later(tmp_path: Path) -> None:
+    """Every tenth request is held, two are moved, one move is dropped: seen in results, text and page."""
+    registry = Registry.load()
+    spec = PluginSpec(name="busy", factory="toy:toy", provides=frozenset({"router.migrates"}))
+    registry.add("router", spec, provider="test", factory=Busy)
+    _, records, result = served(
+        tmp_path / "a",
+        registry=registry,
+        router="busy",
+        cluster={"instances": 3, "network_gb_per_s": 1, "report_interval_ms": 2},
+        observers=["jsonl", "report"],
+        workload={"num_requests": 40, "request_rate": 40},
+    )
+    extra = result["servelab"]
+    moved = [x for x in records if isinstance(x, RequestMigrated)]
+    did, rows = extra["router"], extra["instances"]
+    assert (did["held_requests"], did["moves"], did["dropped_actions"]) == (4, 2, 1)
+    assert did["moved_bytes"] == sum(x.bytes for x in moved) > 0
+    assert did["mean_stop_ms"] == pytest.approx(sum(x.t_ns - x.stopped_ns for x in moved) / 2e6)
+    arrived = {x.request: x.t_ns for x in records if isinstance(x, RequestArrived)}
+    waits = [x.t_ns - arrived[x.request] for x in records if isinstance(x, RequestRouted)]
+    assert len(waits) == 4 and 0 < did["mean_held_ms"] == pytest.approx(sum(waits) / 4e6)
+    assert [row["dispatched"] for row in rows] == [40, 0, 0]
+    assert [(row["moved_in"], row["moved_out"]) for row in rows] == [(0, 2), (1, 0), (1, 0)]
+    assert [row["requests"] for row in rows] == [38, 1, 1]
+    text, page = "\n".join(render(result, (99.0,), None)), (tmp_path / "a" / "report.html").read_text()
+    assert "instances 3, of which the router knows what they report every 2 ms" in " ".join(text.split())
+    for told in ("held 4 requests", "moved requests 2 times with", "1 of its actions were dropped"):
+        assert told in " ".join(text.split()) and told in page, told
+    assert "dispatched" in page and re.search(r"0 +40 +0 +2 +38", text)
+
+
+class Busy:
+    """To instance 0, every tenth later; at two ends of a step a request moves, another has gone."""
+
+    def __init__(self, config: None, ctx: Any) -> None:
+        self.asked, self.moved = 0, 0
+
+    def route(self, request: RequestSpec, moment: Any, view: ClusterView) -> Any:
+        self.asked += moment == "arrival"
+        if moment == "arrival" and self.asked % 10 == 0:
+            return Hold(view.now_ns + 10_000_000)
+        return Dispatch(prefill=0)
+
+    def rebalance(self, view: ClusterView) -> list[Any]:
+        running = [name for name, context, output, _ in view.row(0).candidates if output > 1]
+        if self.moved > 1 or not running:
+            return []
+        self.moved += 1
+        gone = [Migrate(request="nobody", source=0, target=1)] if self.moved == 1 else []
+        return [Migrate(request=running[0], source=0, target=self.moved, mode="blocking"), *gone]
 
 
 def test_one_instance_has_no_table_of_instances(tmp_path: Path) -> None:

@@ -212,6 +212,7 @@ def test_a_full_target_refuses_and_the_request_goes_on() -> None:
     run = ClusterRun(items, router).go()
     (dropped,) = run.of(ActionDropped)
     assert dropped.reason == "instance 1 has no room for 33 tokens" and dropped.request == "a"
+    assert (dropped.action, dropped.engine) == ("migrate a from 0 to 1, blocking", 0)
     assert run.ends()["a"][:2] == (0, "completed") and not run.of(RequestMigrated)
 
 
@@ -233,7 +234,9 @@ def test_a_pull_waits_for_room() -> None:
         (Migrate(request="x", source=0, target=1), "it is not there"),
         (Migrate(request="a", source=1, target=0), "it is not there"),
         (Migrate(request="a", source=0, target=9), "there is no such instance"),
+        (Migrate(request="a", source=9, target=1), "there is no such instance"),
         (Migrate(request="s", source=0, target=1), "samples of one prompt stay together"),
+        (Migrate(request="s#1", source=0, target=1, mode="pull"), "samples of one prompt stay together"),
         (SetRole(9, "prefill"), "there is no such instance"),
         (Drain(9), "there is no such instance"),
         (ScaleUp("h100"), "this cluster is made of one kind of device"),
@@ -244,6 +247,9 @@ def test_actions_that_cannot_be_are_dropped_with_the_reason(action: Action, reas
     run = ClusterRun([arrival("a", 4, 9), arrival("s", 4, 9, n=2)], Acts((3500, [action])), shares=True).go()
     (dropped,) = run.of(ActionDropped)
     assert dropped.reason == reason and dropped.t_ns == 3500 and dropped.action
+    if isinstance(action, Migrate):
+        told = f"migrate {action.request} from {action.source} to {action.target}, {action.mode}"
+        assert (dropped.action, dropped.engine, dropped.request) == (told, action.source, action.request)
 
 
 def test_the_second_of_two_moves_of_a_request_is_dropped() -> None:
@@ -572,11 +578,12 @@ def test_a_router_hears_nothing_before_the_report() -> None:
 # ------------------------------------------------------------------ anything
 
 
-class Anything:
-    """Routes and acts in every way there is."""
+class RoutesAnyhow:
+    """Routes in every way there is, and does nothing later: no step needs to be looked at for its sake."""
 
     def __init__(self, seed: int) -> None:
         self.rng = Random(seed)
+        self.now = 0
 
     def route(self, request: RequestSpec, moment: Any, view: ClusterView) -> Any:
         rng, ids = self.rng, view.instances()
@@ -597,8 +604,12 @@ class Anything:
             return Reject("nobody decodes")
         return Dispatch(prefill=prefill)
 
+
+class Anything(RoutesAnyhow):
+    """Acts in every way there is, too."""
+
     def rebalance(self, view: ClusterView) -> Sequence[Action]:
-        rng, out = self.rng, list[Action]()
+        rng, out, self.now = self.rng, list[Action](), view.now_ns
         ids = list(view.instances())
         for i in ids:
             for name, *_ in view.row(i).candidates:
@@ -615,7 +626,7 @@ class Anything:
         return out
 
     def wake_at(self) -> int | None:
-        return None
+        return self.rng.choice((None, self.now + self.rng.randrange(1, 3000)))
 
 
 def traffic(seed: int) -> list[Arrival | Cancel]:
@@ -674,14 +685,30 @@ def test_whatever_a_router_does_nothing_is_lost_or_doubled(
     assert result["completed"] == sum(1 for _, how, _ in once.ends().values() if how == "completed")
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 3))
-def test_holds_change_nothing_that_a_router_does(seed: int, instances: int) -> None:
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(2, 3),
+    st.sampled_from([0, 700, 4000, 10**6]),
+    st.sampled_from([Anything, RoutesAnyhow]),
+)
+def test_holds_change_nothing_that_a_router_does(
+    seed: int, instances: int, report_ns: int, router: type[RoutesAnyhow]
+) -> None:
+    """Also where steps within a held launch are not reported, and the router acts in the middle of one."""
     from servelab.core.testing.fakes import step_by_step
 
     runs = [
         ClusterRun(
-            traffic(seed), Anything(seed), instances, hold=16, foresight=foresight, shares=True, pages=24
+            traffic(seed),
+            router(seed),
+            instances,
+            hold=16,
+            report_ns=report_ns,
+            foresight=foresight,
+            shares=True,
+            pages=24,
+            cluster={"network_bytes_per_s": 1e7},
         ).go()
         for foresight in (True, False)
     ]

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import pytest
 
+from servelab.core.context import Context
 from servelab.core.events import InstanceLost
-from servelab.core.families.router import Action, ClusterView, Dispatch, Migrate
-from servelab.core.plan import StepPlan, Tokens
+from servelab.core.families.router import Action, ClusterView, Dispatch, Drain, Migrate
+from servelab.core.plan import Pin, StepPlan, Tokens
 from servelab.core.records import ActionDropped, RequestAdmitted, RequestMigrated, RequestPreempted
-from servelab.core.request import Cancel, RequestSpec
+from servelab.core.request import Cancel, Phase, RequestSpec
 from servelab.core.testing.cluster import ClusterRun
-from servelab.core.testing.fakes import Fcfs, Script, ToyKV, arrival, toy_layout
+from servelab.core.testing.fakes import (
+    TOY_MODEL,
+    Fcfs,
+    Script,
+    ToyCost,
+    ToyKV,
+    arrival,
+    toy_layout,
+    toy_limits,
+)
+from servelab.plugins.kvcache.contiguous import ContiguousConfig, TrueLengths
 
 # a step of the toys takes 1000 ns and 10 per token; the network 100 ns and 1 per byte, 8 bytes per page of 4
 
@@ -105,10 +117,37 @@ def test_pages_are_held_on_both_sides_until_the_request_is_there() -> None:
     assert seen[0] == (14, 14) and seen[1][0] == 16
 
 
-def test_the_last_page_of_the_target_may_be_taken() -> None:
+@pytest.mark.parametrize("mode", ["blocking", "pull"])
+def test_the_last_page_of_the_target_may_be_taken(mode: str) -> None:
     """15 tokens: 4 pages, which is all there are."""
-    run = ClusterRun([arrival("a", 12, 5, cap=5)], Acts(3500, [move("a", 0, 1)]), pages=4).go()
+    run = ClusterRun([arrival("a", 12, 5, cap=5)], Acts(3500, [move("a", 0, 1, mode)]), pages=4).go()
     assert run.where() == {"a": 1} and not run.of(ActionDropped)
+
+
+def test_every_pool_must_have_room() -> None:
+    """12 pages of 4 tokens, 5 of 8: beside b one pool has room for a and the other has not."""
+    items = [arrival("a", 20, 9, cap=9), arrival("b", 19, 7, cap=7)]
+    for mode in ("blocking", "pull"):
+        kvcaches = [ToyKV(toy_layout(4, 8)) for _ in range(2)]
+        run = ClusterRun(
+            items,
+            Acts(3500, [move("a", 0, 1, mode)]),
+            kvcaches=kvcaches,
+            pages=(12, 5),  # type: ignore[arg-type]
+        ).go()
+        if mode == "blocking":
+            assert [x.reason for x in run.of(ActionDropped)] == ["instance 1 has no room for 23 tokens"]
+        else:
+            (moved,) = run.of(RequestMigrated)
+            assert moved.t_ns > run.ends()["b"][2] and run.where()["a"] == 1 and moved.tokens < 28
+
+
+def test_a_pull_needs_no_room_for_what_left_the_window() -> None:
+    """Of 48 tokens 3 pages are in the window of 8, and 13 of 16 pages are free beside b."""
+    items = [arrival("a", 44, 20), arrival("b", 45, 20)]
+    kvcaches = [ToyKV(toy_layout(4, windows=(8,))) for _ in range(2)]
+    run = ClusterRun(items, Acts(4400, [move("a", 0, 1, "pull")]), kvcaches=kvcaches, pages=16).go()
+    assert run.where()["a"] == 1 and not run.of(ActionDropped)
 
 
 # ---------------------------------------------------------- what it takes along
@@ -119,14 +158,16 @@ def test_a_moved_request_keeps_what_it_has(mode: str) -> None:
     """Output, times of its tokens, when it was admitted first and how often it was preempted."""
     seen: list[Any] = []
     items = [
-        arrival("a old", 20, 8),
-        arrival("a", 4, 20, at=5, priority=3),
+        arrival("a old", 20, 8, program="p", turn=0, is_last_turn=False),
+        arrival("a", 4, 20, at=5, priority=3, program="p", turn=1),
         arrival("look", at=16_500),
         arrival("look2", at=19_700),
     ]
 
     def look(view: ClusterView) -> None:
         r = next(e.requests["a"] for e in run.engines if "a" in e.requests)
+        if not seen:
+            r.accepted, r.drafted, r.cached = 5, 6, 2
         seen.append(
             (
                 r.output[:3],
@@ -134,8 +175,11 @@ def test_a_moved_request_keeps_what_it_has(mode: str) -> None:
                 r.token_times[:3],
                 r.admitted_ns,
                 r.preemptions,
-                r.arrival_ns,
+                (r.arrival_ns, r.program_arrival_ns),
                 r.spec.priority,
+                2 if mode == "recompute" and seen else r.cached,  # counted anew when it is admitted again
+                (r.accepted, r.drafted),
+                r.computed + r.pending == r.prompt_tokens + r.generated,
             )
         )
         seen.append(run.engines.index(r.home))
@@ -144,6 +188,7 @@ def test_a_moved_request_keeps_what_it_has(mode: str) -> None:
     run.go()
     assert len(run.of(RequestPreempted)) == 1 and len(run.of(RequestMigrated)) == 1
     assert seen[0] == seen[2] and seen[0][:2] == ([0, 1, 2], True) and seen[0][4] == 1
+    assert seen[0][5:] == ((5, 0), 3, 2, (5, 6), True)
     assert (seen[1], seen[3]) == (0, 1)
     first, *more = [x for x in run.of(RequestAdmitted) if x.request == "a"]
     assert not first.resumed and all(x.resumed for x in more)
@@ -276,3 +321,265 @@ def test_pages_that_left_the_window_stay_behind() -> None:
     run = ClusterRun(items, Acts(3500, [move("a", 0, 1)], look), kvcaches=kvcaches).go()
     (moved,) = run.of(RequestMigrated)
     assert moved.bytes <= 3 * 8 and moved.tokens > 40 and pages[0] <= 3, (moved, pages)
+
+
+# -------------------------------------------------------- stages, to the token
+
+
+@pytest.mark.parametrize(("prompt", "stages"), [(59, 1), (60, 2)])
+def test_a_live_move_stops_at_once_with_fewer_than_sixteen_pages_to_copy(prompt: int, stages: int) -> None:
+    """Of 61 tokens, one of them new, the last is in the 16th page; of 60 there are 15. Asked for at 2000."""
+    at = 1000 + 10 * prompt + 1010  # the second token is out, and the third in flight
+    limits = toy_limits(tokens=512, model_len=1000)
+    run = ClusterRun(
+        [arrival("a", prompt, 30)], Acts(at, [move("a", 0, 1, "live")]), pages=64, limits=limits
+    ).go()
+    (moved,) = run.of(RequestMigrated)
+    assert moved.stages == stages and moved.bytes == 8 * -(-moved.tokens // 4), moved
+
+
+def test_room_is_needed_for_what_is_there_and_in_flight_and_no_more() -> None:
+    """A prompt of 40 in chunks of 16, the second in flight: 32 tokens are 8 pages, and 8 are free."""
+    items = [arrival("a", 40, 4, cap=4), arrival("b", 31, 9, cap=9)]
+    limits = toy_limits(tokens=16, model_len=64)
+    router = Acts(2000, [move("a", 0, 1)])
+    run = ClusterRun(items, router, pages=16, limits=limits).go()
+    (moved,) = run.of(RequestMigrated)
+    assert moved.tokens == 32 and not run.of(ActionDropped) and run.where()["a"] == 1
+
+
+def test_a_chunk_that_is_between_layers_when_the_copy_ends_stays() -> None:
+    """It runs on beside its live copy, a token in two halves, and should stop between two."""
+    calls: list[int] = []
+
+    def halves(view: Any) -> StepPlan:
+        rs = [*view.waiting, *view.running]
+        plan = StepPlan()
+        if rs and rs[0].computed_tokens < 80:
+            return Fcfs().plan(view)
+        if rs:
+            calls.append(view.step)
+            plan.work.append(Tokens(rs[0], 1, layers=(2 * (len(calls) - 1) % 4, 2 * len(calls) % 4 or 4)))
+        return plan
+
+    cluster = {"network_bytes_per_s": 3e7}  # the copy ends in the first half of a token
+    run = ClusterRun(
+        [arrival("a", 80, 9)],
+        Acts(1850, [move("a", 0, 1, "live")]),
+        schedulers=[Script(then=halves), Fcfs()],
+        pages=64,
+        limits=toy_limits(tokens=512, model_len=1000),
+        cluster=cluster,
+    ).go()
+    assert [x.reason for x in run.of(ActionDropped)] == ["its chunk is between layers"]
+    assert run.ends()["a"][:2] == (0, "completed") and len(calls) == 16
+
+
+def test_recompute_copies_nothing() -> None:
+    """Nothing is on the links when the request is there."""
+    seen: list[tuple[int, int]] = []
+    items = [arrival("a", 4, 10), arrival("look", at=4071)]
+    look = lambda view: seen.append((len(run.driver.links), view.row(1).waiting + view.row(1).running))  # noqa: E731
+    run = ClusterRun(items, Acts(3500, [move("a", 0, 1, "recompute")], look))
+    run.go()
+    assert seen == [(0, 1)]
+
+
+def test_a_request_that_waits_stands_still_from_the_moment_it_is_asked_to() -> None:
+    items = [arrival("a", 50, 12), arrival("a2", 30, 3, at=10)]
+    (moved,) = ClusterRun(items, Acts(1500, [move("a2", 0, 1)])).go().of(RequestMigrated)
+    assert (moved.started_ns, moved.stopped_ns, moved.t_ns) == (1500, 1500, 1500)
+
+
+# ----------------------------------------------------------------- who cannot go
+
+
+def swapper(view: Any) -> StepPlan:
+    """``a`` is swapped out at its fourth token, and in again as soon as it is out."""
+    plan = StepPlan()
+    for request in view.running:
+        if request.id == "a" and request.generated_tokens == 4 and not request.preemptions:
+            plan.preempt(request, "swap", "the test says so")
+            return plan
+    for request in view.swapped:
+        plan.swap_in(request, "back")
+    return plan if view.swapped else Fcfs().plan(view)
+
+
+@pytest.mark.parametrize(
+    ("at", "mode", "reason"),
+    [(9_000, "blocking", "it is swap"), (4_000, "live", "it was taken off the device")],
+)
+def test_a_request_that_is_swapped_out_stays(at: int, mode: str, reason: str) -> None:
+    """Before its move began, or while its pages were copied."""
+    costs = [SlowSwap(), SlowSwap()]
+    run = ClusterRun(
+        [arrival("a", 80, 9)],
+        Acts(at, [move("a", 0, 1, mode)]),
+        schedulers=[Script(then=swapper), Fcfs()],
+        costs=costs,
+        pages=64,
+        host_pages=64,
+        limits=toy_limits(tokens=512, model_len=1000),
+        cluster={"network_bytes_per_s": 2e7},
+    ).go()
+    assert [x.reason[: len(reason)] for x in run.of(ActionDropped)] == [reason]
+    assert run.ends()["a"][:2] == (0, "completed") and len(run.of(RequestPreempted)) == 1
+
+
+class SlowSwap(ToyCost):
+    def transfer_time(self, transfer: Any) -> int:
+        return 5000
+
+
+def test_a_turn_that_waits_with_kept_kv_stays() -> None:
+    class Keeps(Fcfs):
+        def on_turn_end(self, request: Any) -> Pin:
+            return Pin(10**9, "tool call")
+
+        def plan(self, view: Any) -> StepPlan:
+            if view.now_ns > 20_000 and view.now_ns < 22_000:
+                return StepPlan(wake_at=22_000)
+            return super().plan(view)
+
+    turns = [
+        arrival("a0", 8, 3, program="p", turn=0, is_last_turn=False),
+        arrival("a1", 16, 3, at=20_100, program="p", turn=1, context_tokens=10),
+    ]
+    run = ClusterRun(turns, Acts(20_500, [move("a1", 0, 1)]), schedulers=[Keeps(), Keeps()]).go()
+    assert [x.reason for x in run.of(ActionDropped)] == ["it waits with KV that its program kept"]
+    assert run.where() == {"a0": 0, "a1": 0}
+
+
+# -------------------------------------------------------- what becomes of others
+
+
+def test_a_target_that_stops_before_anybody_is_there_is_no_target() -> None:
+    """The request waits for its step to end; meanwhile its target is drained, and has nothing to do."""
+    router = Acts(3500, [move("a", 0, 1, "recompute"), Drain(1)])
+    run = ClusterRun([arrival("a", 4, 9)], router).go()
+    assert [x.reason for x in run.of(ActionDropped)] == ["instance 1 is stopped"]
+    assert run.ends()["a"] == (0, "completed", 1040 + 8 * 1010)
+
+
+def test_the_loss_of_a_third_instance_concerns_nobody() -> None:
+    slow = {"network_latency_ns": 50_000}
+    run = ClusterRun([arrival("a", 4, 9)], Acts(3500, [move("a", 0, 1)]), 3, cluster=slow)
+    run.driver.post(20_000, InstanceLost("gone"), 2)
+    run.go()
+    assert run.where() == {"a": 1} and not run.of(ActionDropped)
+
+
+def test_whoever_waits_where_nothing_runs_is_admitted_when_the_pages_come_back() -> None:
+    """At the source when the other has gone; at the target when it does not come. Not a nanosecond later."""
+    slow = {"network_latency_ns": 50_000}
+    items = [arrival("a", 24, 20), arrival("a waits", 40, 3, at=10)]
+    run = ClusterRun(items, Acts(3500, [move("a", 0, 1)]), cluster=slow).go()
+    (moved,) = run.of(RequestMigrated)
+    assert [x.t_ns for x in run.of(RequestAdmitted) if x.request == "a waits"] == [moved.t_ns]
+    items = [arrival("a", 24, 20), arrival("b waits", 60, 3, at=4500)]
+    run = ClusterRun([*items, Cancel(9200, "a")], Acts(3500, [move("a", 0, 1)]), cluster=slow).go()
+    assert [x.t_ns for x in run.of(RequestAdmitted) if x.request == "b waits"] == [9200]
+
+
+def test_a_copy_goes_faster_when_another_is_given_up() -> None:
+    """Two of 4000 ns each at half speed from 4270; one is given up at 5000, the other has 3635 left."""
+    moves = [move("a", 0, 1), move("a2", 0, 2)]
+    items = [arrival("a", 4, 10), arrival("a2", 4, 10), Cancel(5000, "a2")]
+    run = ClusterRun(items, Acts(3500, moves), 3, cluster={"network_bytes_per_s": 4e6}).go()
+    (moved,) = run.of(RequestMigrated)
+    began = moved.stopped_ns + 100
+    assert moved.t_ns == 5000 + 4000 - (5000 - began) // 2
+
+
+# ------------------------------------------------------------ what is left behind
+
+
+def test_what_has_left_is_dead_and_what_came_is_alive() -> None:
+    kept: list[Any] = []
+    phases: list[Phase] = []
+    items = [arrival("a", 4, 10), *(arrival(f"look{at}", at=at) for at in (1500, 4100, 6000))]
+
+    def look(view: ClusterView) -> None:
+        kept.append(next(e.requests["a"] for e in run.engines if "a" in e.requests))
+        phases.append(kept[-1].phase)
+
+    run = ClusterRun(items, Acts(3500, [move("a", 0, 1)], look))
+    run.go()
+    assert phases == [Phase.RUNNING, Phase.MOVING, Phase.RUNNING]
+    assert kept[0] is not kept[2] and (kept[0].phase, kept[0].home) == (Phase.FINISHED, None)
+
+
+@pytest.mark.parametrize("mode", ["blocking", "recompute"])
+def test_a_program_leaves_with_its_last_turn(mode: str) -> None:
+    """Its turns count where they are served, and its old instance forgets it."""
+    seen: list[Any] = []
+    turns = [arrival(f"a{k}", 4, 10, at=20_000 * k, program="p", turn=k, is_last_turn=k == 1) for k in (0, 1)]
+    look = lambda view: seen.extend([(p.turns, p.live) for p in e.programs.values()] for e in run.engines)  # noqa: E731
+    run = ClusterRun([*turns, arrival("look", at=28_000)], Acts(23_500, [move("a1", 0, 1, mode)], look))
+    run.go()
+    assert seen == [[], [(1, 1)]]
+    assert not any(e.programs for e in run.engines)
+
+
+@pytest.mark.parametrize(("name", "left"), [("a1", (2, 1)), ("a0", (1, 0))])
+def test_a_program_stays_where_a_turn_of_it_is_left_or_is_to_come(name: str, left: tuple[int, int]) -> None:
+    """Its last turn goes while the one before still runs; and one goes that is not the last."""
+    seen: list[Any] = []
+    turns = [arrival(f"a{k}", 4, 10, at=5 * k, program="p", turn=k, is_last_turn=k == 1) for k in (0, 1)]
+    items = [x for x in turns if x.spec.id <= name]
+    look = lambda view: seen.extend([(p.turns, p.live) for p in e.programs.values()] for e in run.engines)  # noqa: E731
+    run = ClusterRun([*items, arrival("look", at=6000)], Acts(3500, [move(name, 0, 1)], look))
+    run.go()
+    assert seen == [[left], [(1, 1)]]
+
+
+def test_pages_that_left_the_window_during_a_live_copy_are_free_when_it_is_there() -> None:
+    """A window of 80 tokens and a copy that takes 40 steps: the first pages are behind it by then."""
+    pages: list[int] = []
+    items = [arrival("a", 90, 150, cap=200), arrival("b", 4, 400, cap=500)]
+    kvcaches = [ToyKV(toy_layout(4, windows=(80,))) for _ in range(2)]
+    run = ClusterRun(
+        items,
+        Acts(4500, [move("a", 0, 1, "live")]),
+        kvcaches=kvcaches,
+        pages=64,
+        limits=toy_limits(tokens=512, model_len=1000),
+        cluster={"network_bytes_per_s": 4e6},
+    )
+    emit = run.driver._emit
+
+    def watch(record: Any) -> None:
+        emit(record)
+        if isinstance(record, RequestMigrated):
+            guest = run.engines[1].requests["a"]
+            pages.append(len(guest.lease.tables[0]) - guest.lease.first[0])
+
+    run.driver._emit = watch
+    run.go()
+    assert pages and pages[0] <= 21, pages
+
+
+def test_a_pull_waits_until_there_is_a_place_in_one_piece() -> None:
+    """At the target 16 of 24 places are free, 8 and 8, and it needs 12: it waits for the one between them."""
+
+    def contiguous() -> TrueLengths:
+        context = Context(
+            kind="kvcache",
+            name="contiguous_oracle",
+            rng=Random(0),
+            model=TOY_MODEL,
+            hardware=None,
+            limits=toy_limits(),
+            oracle=lambda name: run.truths[name],
+        )
+        return TrueLengths(ContiguousConfig(page_tokens=1), context)
+
+    items = [arrival(name, 6, 2) for name in ("b one", "b three")]
+    items = [items[0], arrival("b two", 2, 6), items[1], arrival("a", 2, 10)]
+    router = Acts(3500, [move("a", 0, 1, "pull")])
+    run = ClusterRun(items, router, kvcaches=[contiguous(), contiguous()], pages=24)
+    run.go()
+    (moved,) = run.of(RequestMigrated)
+    assert run.ends()["b one"][2] < 3500 < run.ends()["b two"][2] <= moved.stopped_ns + 1010
+    assert run.where()["a"] == 1 and not run.of(ActionDropped)

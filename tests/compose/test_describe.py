@@ -189,6 +189,13 @@ def test_pictures_of_odd_traffic(items: list[Arrival | Cancel]) -> None:
     assert _traffic_plot.draw(Traffic(items), "a $name$").startswith(b"\x89PNG")
 
 
+def test_medians_of_the_picture_are_those_of_the_table() -> None:
+    traffic = Traffic([item(0, 0, 5, 3), item(1, 1, 7_000, 4)])
+    assert _traffic_plot.medians(traffic) == "Prompt, median 3,502.5; output, 3.5 (dashed)"
+    assert traffic.figures()["prompt_tokens"]["p50"] == 3502.5
+    assert _traffic_plot.medians(Traffic([])) == "Lengths"
+
+
 def test_without_matplotlib(
     describe: Describe,
     tmp_path: Path,
@@ -199,7 +206,7 @@ def test_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     describe({"name": "synthetic", "num_requests": 3, "prompt_length": 20})
     told = capsys.readouterr().out
-    assert "requests" in told and "workload.png: left out" in told and "(pip install matplotlib)" in told
+    assert "requests" in told and "workload.png: left out" in told and "pip install matplotlib" in told
     assert (tmp_path / JSON_FILE).is_file() and not (tmp_path / PLOT_FILE).exists()
 
 

@@ -76,6 +76,18 @@ def test_latency_uses_no_bandwidth() -> None:
     assert ends([(0, ("a",), 0, 1000), (400, ("a",), 500, 1000)]) == {0: 1100, 1: 2000}
 
 
+def test_one_that_was_alone_when_it_began_shares_when_its_latency_is_over() -> None:
+    """A would have ended at 1100; from 100 on B, which began at 50, has half of its link."""
+    assert ends([(0, ("a",), 100, 1000), (50, ("a",), 0, 5000)]) == {0: 2100, 1: 6050}
+
+
+def test_a_prediction_counts_what_is_done_already() -> None:
+    """As one that joins late, by hand."""
+    links = Links()
+    links.start(0, ("a",), 0, 1000, lambda now: None)
+    assert links.predict(400, ("a",), 0, 1000) == 2000
+
+
 def test_the_fullest_link_of_a_path_decides() -> None:
     """1 and 2 leave by a; 2 and 3 arrive at y. All share with one other until one of them ends."""
     paths = [("a", "x"), ("a", "y"), ("b", "y")]
@@ -131,6 +143,14 @@ def test_no_rate_can_be_raised_without_lowering_one_that_is_no_higher(paths: lis
 
 def test_one_that_is_given_up_leaves_its_share() -> None:
     assert ends([(0, ("a",), 0, 1000), (0, ("a",), 0, 1000)], {1: 500}) == {0: 1250}
+
+
+def test_one_that_has_ended_may_be_given_up() -> None:
+    links = Links()
+    number = links.start(0, ("a",), 0, 10, lambda now: None)
+    assert len(links.due(10)) == 1
+    links.cancel(number, 10)
+    assert links.next_ns() is None and not len(links)
 
 
 def test_thirds_are_not_rounded_on_the_way() -> None:

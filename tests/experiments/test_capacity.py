@@ -40,6 +40,9 @@ def test_a_queue_without_chance_has_its_exact_capacity(do: Do, tmp_path: Path) -
     assert 95.0 <= row["ours"] <= 100.3  # 1 ms of waiting is allowed
     assert row["spread"] == 0.0 and row["seeds"] == 2 and row["holds"] is None
     assert told["status"] == "ok" and told["task"] == "capacity"
+    assert told["columns"] == [
+        {"name": "capacity", "label": row["unit"], "value": row["ours"], "better": 1, "digits": 3}
+    ], "what a sweep shows"
     assert "p99_queueing_ms <= 1" in row["setup"]
     for search in told["searches"]:
         assert search["status"] == "found" and search["non_monotone"] == []

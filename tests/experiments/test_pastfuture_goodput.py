@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tests.experiments.conftest import Do
 from tests.experiments.test_pastfuture_toy import context
 
@@ -150,6 +151,21 @@ def test_the_servers_are_the_artifacts() -> None:
     assert SERVERS["past-future"] == {
         "name": "pastfuture", "window": 40, "initial_length": 6000, "reserve": 0.05, **ends,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"clients": (40, 10)}, r"clients=\[40, 10\] must rise"),
+        ({"clients": (10, 10)}, r"clients=\[10, 10\] must rise"),
+        ({"clients": (0, 10)}, "greater than or equal to 1"),
+        ({"warm_s": 1200}, "warm_s=1200 must be below duration_s=1200"),
+        ({"duration_s": 100, "preset": "quick"}, "warm_s=120 must be below duration_s=100"),
+    ],
+)
+def test_settings_that_measure_nothing_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        GoodputStudyConfig(**settings)
 
 
 def test_tokens_outside_the_window_do_not_count() -> None:

@@ -56,6 +56,16 @@ def test_the_full_study_is_the_papers() -> None:
     assert cells["D3 oracle seed 0"]["workload"]["max_new_tokens"] == 4096
 
 
+def test_the_window_shrinks_with_the_requests() -> None:
+    """Else a short study would be over before the window forgets what it began with."""
+    made = study(preset="quick", laws=("D1",)).cells({})
+    (one,) = (cell.changes for cell in made if "past-future 3" in cell.name)
+    assert one["workload"]["num_requests"] == 800 and one["scheduler"]["window"] == 1000 * 800 // 3000
+    assert (
+        one["scheduler"]["initial_length"] == 512 // 32 and one["executor"]["num_kv_pages"] == 120_000 // 32
+    )
+
+
 def test_a_seed_serves_every_policy_the_same_requests() -> None:
     cells = [cell.changes for cell in study(seeds=2, laws=("D1",)).cells({})]
     assert {cell["seed"] for cell in cells} == {0, 1}

@@ -160,6 +160,10 @@ def test_a_partial_run_says_so_first_with_its_reason() -> None:
     partial = page.text.index("PARTIAL (interrupted: stopped <script>")
     assert partial < page.text.index("ServeLab run", 40)
     assert "0 of 1 requests completed" in page.text
+    page = page_of(
+        [started(workload={"requests": 500}), arrived(0, "a", ttft=5), ended(3, "interrupted", "stopped")]
+    )
+    assert "0 of 500 requests completed" in page.text  # as in report.txt, and not of those that had come
 
 
 def test_machine_and_libraries_are_shown() -> None:

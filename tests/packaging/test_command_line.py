@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from servelab.core.cli import _explained
+from servelab.core.errors import ServeLabError
 from servelab.core.logs import read_log
 from servelab.core.overrides import USUAL_OBSERVERS
 
@@ -403,3 +405,18 @@ def test_a_run_goes_on_without_a_broken_package(
     assert "\nNot loaded:\n  bad (fake-bad 0.9): fake_bad.plugin: it called" in listed.stdout
     blocked = run_py("-p", "no:bad", *SHORT, "hydra.run.dir=blocked", env=env)
     assert (blocked.returncode, blocked.stderr) == (0, "")
+
+
+def test_used_up_memory_is_no_plugins_fault() -> None:
+    try:
+        try:
+            raise MemoryError
+        except MemoryError as exc:
+            raise ServeLabError("observer 'report' raised MemoryError", do="mend the plugin") from exc
+    except ServeLabError as exc:
+        said = str(_explained(exc))
+    assert "no more memory" in said and "observer 'report'" in said and "workload.num_requests" in said
+    assert "mend" not in said
+    assert "no more memory" in str(_explained(MemoryError()))
+    plain = ServeLabError("another")
+    assert _explained(plain) is plain

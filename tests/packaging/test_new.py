@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in OFFERS:
         main([kind, name_of(kind), "--dir", str(folder / kind)])
     return folder
+
+
+def test_what_they_import_exists(made: Path) -> None:
+    """Also the modules of the core that are no part of ``core.api``, which move."""
+    found = 0
+    for file in made.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("servelab."):
+                for one in node.names:
+                    assert hasattr(import_module(str(node.module)), one.name), (
+                        f"{file}: {node.module}.{one.name}"
+                    )
+                    found += 1
+    assert found > 50
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.sweeps.folders import leave, results
 
-from servelab.core.errors import ConfigError
+from servelab.core.errors import ConfigError, ServeLabError
 from servelab.plugins.sweeps import plots, table
 from servelab.plugins.sweeps.command import main
 from servelab.plugins.sweeps.comparison import compare, summary, write
@@ -168,3 +169,63 @@ def test_a_job_in_a_few_words(tmp_path: Path) -> None:
     folder = leave(tmp_path, 0, found=results(output_throughput=1234.5, p99_ttft_ms=10.4))
     assert summary(folder) == "3 completed, 1,234 tok/s, p99 TTFT 10 ms"
     assert summary(leave(tmp_path, 1)) == ""
+
+
+# -------------------------------------------------------------------- what a task names for comparison
+
+
+def named(sweep: Path, number: int, value: float | None, **more: Any) -> None:
+    """A job of a task that leaves one column, and no results.json."""
+    folder = leave(sweep, number, f"+scheduler=s{number}", "task=capacity", task={"name": "capacity"}, **more)
+    column = {"name": "capacity", "label": "requests/s", "value": value, "better": 1, "digits": 3}
+    (folder / "experiment.json").write_text(json.dumps({"columns": [column]}), encoding="utf-8")
+
+
+def test_a_tasks_own_figure_is_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, value in enumerate((2.5, 4.25, None)):
+        named(tmp_path, number, value)
+    compare(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    i = next(i for i, line in enumerate(lines) if line.startswith("  job"))
+    assert lines[i - 1].split() == ["capacity"]
+    assert lines[i].split() == ["job", "scheduler", "requests/s", "status"], "and none of the usual ones"
+    assert [line.split() for line in lines[i + 1 : i + 4]] == [
+        ["0", "s0", "2.500", "ok"],
+        ["1", "s1", "4.250*", "ok"],
+        ["2", "s2", "-", "ok"],
+    ]
+    assert not any("results.json" in line or "Latencies" in line for line in lines)
+    assert (tmp_path / "sweep.md").read_text().splitlines()[
+        0
+    ] == "| scheduler | capacity requests/s | status |"
+    told = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    assert [job["results"]["task.capacity"] for job in told] == [2.5, 4.25, None]
+    assert [job["best"] for job in told] == [[], ["task.capacity"], []]
+    assert (tmp_path / "sweep.csv").read_text().splitlines()[0] == "job,scheduler,task.capacity,status,reason"
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["bars.png"]
+    assert summary(tmp_path / "1") == "capacity 4.250 requests/s"
+
+
+def test_columns_of_different_tasks_stand_beside_the_usual(tmp_path: Path) -> None:
+    leave(tmp_path, 0, "task=bench", found=results(output_throughput=100.0))
+    named(tmp_path, 1, 3.0)
+    sweep = read_sweep(tmp_path)
+    keys = [metric.key for metric in sweep.metrics]
+    assert keys[:3] == ["task.capacity", "completed", "output_throughput"]
+    assert [row.figures["task.capacity"] for row in sweep.rows] == [None, 3.0]
+    assert all(not row.best for row in sweep.rows), "they do not measure the same"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"columns": [{"name": "x"}]}', '{"columns": 3}'])
+def test_a_damaged_experiment_is_told_with_its_file(tmp_path: Path, content: str) -> None:
+    folder = leave(tmp_path, 0)
+    (folder / "experiment.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ServeLabError, match=r"experiment\.json cannot be read") as caught:
+        read_sweep(tmp_path)
+    assert caught.value.where == str(folder / "experiment.json")
+
+
+def test_an_experiment_of_before_has_no_columns(tmp_path: Path) -> None:
+    folder = leave(tmp_path, 0, found=results())
+    (folder / "experiment.json").write_text('{"rows": []}', encoding="utf-8")
+    assert not read_sweep(tmp_path).named

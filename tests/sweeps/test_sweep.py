@@ -202,3 +202,10 @@ def test_the_configuration_names_a_sweeper_of_any_package(run_py: Command, tmp_p
     file.write_text("_target_: strange.Nobody\n")
     done = run_py(*args, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1 and "Error locating target 'strange.Nobody'" in done.stderr
+
+
+def test_hydras_own_sweeper_can_be_chosen(run_py: Command, tmp_path: Path) -> None:
+    job = ("-m", "+experiment=scripted", "workload.num_requests=2", "observers=[]", "seed=0,1")
+    done = run_py(*job, "hydra/sweeper=basic", "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]

@@ -46,6 +46,24 @@ def device_line(info: Mapping[str, Any]) -> str | None:
     return ", ".join([f"{stated.get('tp', 1)} x {stated.get('name', '?')}", *each])
 
 
+def routing(extra: Mapping[str, Any]) -> str | None:
+    """What the router did after or in place of a dispatch at arrival; None: nothing."""
+    did = extra.get("router") or {}
+    parts = []
+    if held := did.get("held_requests"):
+        wait = did["mean_held_ms"]
+        mean = f", for {number(wait, 2)} ms each on average" if wait is not None else ""
+        parts.append(f"held {number(held)} requests before it placed them{mean}")
+    if moves := did.get("moves"):
+        parts.append(
+            f"moved requests {number(moves)} times with {mib(did['moved_bytes'])} MiB of KV, and each stood "
+            f"still for {number(did['mean_stop_ms'], 2)} ms on average"
+        )
+    if dropped := did.get("dropped_actions"):
+        parts.append(f"{number(dropped)} of its actions were dropped (records action_dropped)")
+    return "; ".join(parts) or None
+
+
 def flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     """Nested mappings as dotted names, in order; a list of mappings counts its items."""
     if isinstance(value, Mapping) and value:

@@ -186,7 +186,7 @@ def _header(result: Mapping[str, Any], info: Mapping[str, Any], title: str) -> I
             f"PARTIAL ({run['status']}{reason}). ",
             tag(
                 "span",
-                f"{number(counts['completed'])} of {number(counts['arrived'])} requests completed; "
+                f"{number(counts['completed'])} of {number(result['num_prompts'])} requests completed; "
                 "the figures are of these, and cover only part of the workload.",
             ),
             class_="partial",
@@ -397,10 +397,13 @@ def _pools(result: Mapping[str, Any]) -> Iterator[Markup]:
 
 
 def _instances(result: Mapping[str, Any]) -> Iterator[Markup]:
-    """What each did, where there are several."""
+    """What each did, where there are several, and what the router did later."""
+    extra = result["servelab"]
+    moved = (extra.get("router") or {}).get("moves", 0) > 0
     rows = [
         (
             one["instance"],
+            *(map(number, (one["dispatched"], one["moved_in"], one["moved_out"])) if moved else ()),
             number(one["requests"]),
             number(one["output_tokens"]),
             number(one["run_tokens"]),
@@ -409,14 +412,16 @@ def _instances(result: Mapping[str, Any]) -> Iterator[Markup]:
             percent(one["mean_kv_use"]),
             percent(one["peak_kv_use"]),
         )
-        for one in result["servelab"].get("instances") or ()
+        for one in extra.get("instances") or ()
     ]
     if len(rows) > 1:
         head = (
-            *("instance", "requests", "output tokens", "tokens run", "steps", "requests per step"),
-            *("mean KV %", "peak KV %"),
+            *("instance", *(("dispatched", "moved in", "moved out") if moved else ()), "requests"),
+            *("output tokens", "tokens run", "steps", "requests per step", "mean KV %", "peak KV %"),
         )
         yield table(head, rows, range(1, len(head)), "Instances: requests that ended there, and its work.")
+    if told := facts.routing(extra):
+        yield tag("p", f"The router {told}.")
 
 
 def _plots(drawn: Sequence[Plot | Missing], no_plots: str) -> Iterator[Markup]:

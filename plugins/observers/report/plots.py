@@ -73,7 +73,7 @@ def unavailable() -> str:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:  # numpy is missing, or does not fit
-        return f"matplotlib cannot be imported: {error}"
+        return f"matplotlib cannot be imported: {str(error).strip().rpartition(chr(10))[2]}"
     return ""
 
 

@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from servelab.core.metrics.definitions import percentile_name
-from servelab.plugins.observers.report.facts import device_line, figures
+from servelab.plugins.observers.report.facts import device_line, figures, routing
 
 WIDTH = 100
 """Columns the report keeps to."""
@@ -72,7 +72,7 @@ def _head(extra: Mapping[str, Any]) -> Iterator[str]:
         "model": info.get("model"),
         "clock": extra["clock"],
         "executor": (extra["plugins"].get("executor") or {}).get("name"),
-        "instances": (info.get("cluster") or {}).get("instances"),
+        "instances": _cluster(info),
         "traffic": (info.get("workload") or {}).get("traffic"),
         "seed": extra["seed"],
         "stamps": _words(extra["stamps"]) or "none",
@@ -94,6 +94,13 @@ def _head(extra: Mapping[str, Any]) -> Iterator[str]:
             f"  {'kv':<9} pool {pool.get('id', '?')}: {_number(pages)} pages of {_number(tokens)} tokens, "
             f"{_number(size)} bytes each" + (f", in each of {_number(many)} instances" if many > 1 else "")
         )
+
+
+def _cluster(info: Mapping[str, Any]) -> str | None:
+    many = (info.get("cluster") or {}).get("instances")
+    every = ((info.get("settings") or {}).get("cluster") or {}).get("report_interval_ms")
+    told = f", of which the router knows what they report every {every:,g} ms" if every else ""
+    return None if many is None else f"{_number(many)}{told}"
 
 
 def _machine(machine: Mapping[str, Any]) -> str | None:
@@ -261,12 +268,12 @@ def _classes(extra: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _instances(extra: Mapping[str, Any]) -> Iterator[str]:
-    """What each did, where there are several."""
-    if len(extra["instances"]) < 2:
-        return
+    """What each did, where there are several, and what the router did later."""
+    moved = extra["router"]["moves"] > 0
     rows = [
         (
             one["instance"],
+            *(map(_number, (one["dispatched"], one["moved_in"], one["moved_out"])) if moved else ()),
             _number(one["requests"]),
             _number(one["output_tokens"]),
             _number(one["run_tokens"]),
@@ -277,9 +284,19 @@ def _instances(extra: Mapping[str, Any]) -> Iterator[str]:
         )
         for one in extra["instances"]
     ]
-    head = ("instance", "requests", "output tok", "tok run", "steps", "req/step", "mean KV %", "peak KV %")
-    yield from _table(head, rows, numbers_from=1)
-    yield ""
+    if len(rows) > 1:
+        yield from _table(
+            (
+                *("instance", *(("sent", "in", "out") if moved else ()), "requests", "output tok"),
+                *("tok run", "steps", "req/step", "mean KV %", "peak KV %"),
+            ),
+            rows,
+            numbers_from=1,
+        )
+        yield ""
+    if told := routing(extra):
+        yield from _wrapped(f"  the router {told}", "    ")
+        yield ""
 
 
 def _outcomes(extra: Mapping[str, Any]) -> str:
