@@ -1,4 +1,4 @@
-"""Goodput of Past-Future against closed-loop clients: flat at its peak, where aggressive admission collapses.
+"""Goodput of Past-Future against closed-loop clients: flat at its peak, where aggressive admission loses.
 
 Source: Gong et al., "Past-Future Scheduler for LLM Serving under SLA Guarantees", ASPLOS 2025, arXiv
 2507.10150, and its artifact WuSiYu/lightllm-ae at d93ff69 (``client-*.sh``, ``lightllm-server-*``):
