@@ -1,4 +1,4 @@
-"""Goodput of Past-Future against closed-loop clients: flat at its peak, where aggressive admission collapses.
+"""Goodput of Past-Future against closed-loop clients: flat at its peak, where aggressive admission loses.
 
 Source: Gong et al., "Past-Future Scheduler for LLM Serving under SLA Guarantees", ASPLOS 2025, arXiv
 2507.10150, and its artifact WuSiYu/lightllm-ae at d93ff69 (``client-*.sh``, ``lightllm-server-*``):
@@ -302,9 +302,16 @@ class GoodputStudy(ManyRuns):
                 **measured(each[least] if least else []),
             )
         )
-        rows += [
-            Row(name=f"{compared}, {law}", setup=self._setup(law), **measured(each[law])) for law in LAWS
-        ]
+        for law in LAWS:
+            rows.append(Row(name=f"{compared}, {law}", setup=self._setup(law), **measured(each[law])))
+            rows += [
+                Row(
+                    name=f"{other} over past-future at {most} clients, {law}",
+                    setup=self._setup(law),
+                    **measured(self._best_over(found, law, (other,))),
+                )
+                for other in OTHERS
+            ]
         for point in self._points:
             rows.append(
                 Row(
@@ -353,10 +360,10 @@ class GoodputStudy(ManyRuns):
         ours = self._curves(found, "conservative")
         return [float(saturates(one) - saturates(theirs[seed])) for seed, one in ours if seed in theirs]
 
-    def _best_over(self, found: Found, law: str) -> list[float]:
-        """With most clients, the better of the artifact's other servers, seed by seed."""
+    def _best_over(self, found: Found, law: str, names: Sequence[str] = OTHERS) -> list[float]:
+        """With most clients, the best of these over past-future, seed by seed."""
         most = self._clients[-1]
-        others = [self._by_seed(found, Point(name, most, law)) for name in OTHERS]
+        others = [self._by_seed(found, Point(name, most, law)) for name in names]
         ours = self._by_seed(found, Point("past-future", most, law))
         return [
             max(other[seed] for other in others) / goodput

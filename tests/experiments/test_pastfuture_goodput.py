@@ -120,8 +120,10 @@ def test_up_to_is_said_of_the_law_with_the_largest_gain(theirs: float, holds: bo
     rows = {row.name: row for row in study(clients=(10, 100), warm_s=100, duration_s=200).rows(cells)}
     (judged,) = [row for name, row in rows.items() if name.endswith("least of all laws")]
     assert judged.ours == theirs / 1000 and judged.holds is holds and "D3" in judged.setup
-    (under_d1,) = [row for name, row in rows.items() if name.endswith("past-future at 100 clients, D1")]
+    under_d1 = rows["the better of aggressive and conservative over past-future at 100 clients, D1"]
     assert under_d1.ours == 0.9 and under_d1.holds is None
+    assert rows["aggressive over past-future at 100 clients, D1"].ours == 0.1
+    assert rows["conservative over past-future at 100 clients, D3"].ours == theirs / 1000
 
 
 def test_up_to_is_not_said_before_every_law_is_measured() -> None:
