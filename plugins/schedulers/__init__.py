@@ -52,6 +52,8 @@ TABLE = (
             "the loop.",
             "Planning a step ahead (engine.max_in_flight=2), a request in flight is not a victim: the "
             "step waits for its pages instead.",
+            "With several lanes (engine.lanes), the oldest request of a plan waits for pages that other "
+            "lanes hold and does not give up its own.",
         ),
         tier="stable",
         provides=frozenset({"scheduler.chunks", "scheduler.lanes", "scheduler.ahead"}),
