@@ -8,6 +8,7 @@ launch at a time), and in worker threads otherwise; launches of executors that t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from threading import Thread
 from time import monotonic_ns
@@ -164,7 +165,8 @@ class WallDriver(Driver):
             index, event, posted_ns = mail
             at = min(posted_ns, self.clock())
             if isinstance(event, LaunchDone):  # its worker may have been stopped after it read the clock
-                at = event.ends_ns[-1] = max(event.ends_ns[-1], self._handed_ns)
+                at = max(event.ends_ns[-1], self._handed_ns)
+                event = replace(event, ends_ns=[*event.ends_ns[:-1], at])
             self._push(at, event.ORDER, index, event)
         elif isinstance(mail, ServeLabError | KeyboardInterrupt | SystemExit):
             raise mail
