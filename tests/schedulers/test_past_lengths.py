@@ -61,8 +61,8 @@ def test_it_begins_with_as_many_copies_as_stated() -> None:
     made = PastLengths(10, 7, rng, copies=2)
     for length in (1, 2):
         made.record(length)
-    rng.play(grid(4))
-    assert [made.draw(99) for _ in range(4)] == [1, 2, 7, 7]
+    rng.play(grid(8))
+    assert [made.draw(99) for _ in range(8)] == [1, 1, 2, 2, 7, 7, 7, 7]
     for length in range(3, 10):
         made.record(length)
     rng.play(grid(10))

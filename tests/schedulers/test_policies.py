@@ -52,6 +52,12 @@ def test_aggressive_fills_up_to_the_watermark(prompts: list[int], pages: int) ->
     assert admitted == max(1, sum(total <= 0.25 * pages for total in sums))
 
 
+def test_aggressive_starts_nobody_when_exactly_as_much_is_used() -> None:
+    items = queue((50, 2), (1, 2))
+    assert first_pass("aggressive", items, pages=100, watermark=1.0, start_below=0.5) == 1
+    assert first_pass("aggressive", items, pages=101, watermark=1.0, start_below=0.5) == 2
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(64, 300))
 @settings(max_examples=50, deadline=None)
 def test_aggressive_starts_nobody_beyond_what_the_server_keeps(prompts: list[int], pages: int) -> None:
