@@ -33,4 +33,5 @@ def take_level(args: Sequence[str]) -> list[str]:
             do="give one: -q warnings only, -v debugging of ServeLab and its plugins, -vv of all libraries",
         )
     rest = [arg for arg in args if LONG.get(arg, arg) not in LEVELS]
-    return [*rest, *LEVELS.get(level, ())]
+    at = next((i for i, arg in enumerate(rest) if "=" in arg and arg[0] != "-"), len(rest))
+    return [*rest[:at], *LEVELS.get(level, ()), *rest[at:]]  # among overrides: Hydra takes one run of them
