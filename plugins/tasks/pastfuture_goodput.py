@@ -104,16 +104,16 @@ class GoodputStudyConfig(ManyRunsConfig):
 
     preset: Literal["quick", "full"] = Field(
         "full",
-        description="full: 10 to 100 clients; quick: 10 and 60 for two minutes, drift at a small scale",
+        description="full: 10 to 100 clients; quick: 10, 30 and 100, half as long, drift at a small scale",
     )
     clients: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, min_length=2, description="numbers of clients, rising; null: the preset's"
     )
     duration_s: float | None = Field(
-        None, gt=0, description="requests are sent so long, seconds; null: the preset's, 1200 or 240"
+        None, gt=0, description="requests are sent so long, seconds; null: the preset's, 1200 or 600"
     )
     warm_s: float | None = Field(
-        None, ge=0, description="tokens are counted from then on, seconds; null: the preset's, 300 or 120"
+        None, ge=0, description="tokens are counted from then on, seconds; null: the preset's, 300 or 240"
     )
     seeds: int | None = Field(None, ge=1, description="seeds per point; null: the preset's, 3 or 1")
     scale: int | None = Field(
@@ -126,7 +126,7 @@ class GoodputStudyConfig(ManyRunsConfig):
     @property
     def span_s(self) -> tuple[float, float]:
         """When tokens are counted."""
-        warm, duration = (120, 240) if self.preset == "quick" else (300, 1200)
+        warm, duration = (240, 600) if self.preset == "quick" else (300, 1200)
         return warm if self.warm_s is None else self.warm_s, self.duration_s or duration
 
     @model_validator(mode="after")
@@ -161,7 +161,7 @@ class GoodputStudy(ManyRuns):
     def __init__(self, config: GoodputStudyConfig, context: Context) -> None:
         super().__init__(config, context)
         quick = config.preset == "quick"
-        self._clients = config.clients or ((10, 60) if quick else (10, 20, 30, 40, 60, 100))
+        self._clients = config.clients or ((10, 30, 100) if quick else (10, 20, 30, 40, 60, 100))
         self._warm_s, self._duration_s = config.span_s
         self._scale = config.scale or (32 if quick else 8)
         self._seeds = range(context.seed, context.seed + (config.seeds or (1 if quick else 3)))
