@@ -240,10 +240,12 @@ def test_which_way_is_better(key: str, base: float | None, value: float, word: s
     assert verdict(key, base, value) == word
 
 
-def test_units_of_every_figure_of_a_run(runs: dict[str, Path]) -> None:
+def test_units_of_every_figure_of_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
     """A new figure needs a line in the table; these few have no unit."""
+    serve(tmp_path / "run", observers=REPORT, cluster={"instances": 2}, router={"name": "round_robin"})
+    runs = {"bounds": runs["bounds"], "cluster": tmp_path / "run"}
     bare = {"servelab.preemptions", "servelab.length_capped_requests", "servelab.run.engines"}
-    for key in read_run(RunFolder(runs["bounds"])).figures:
+    for key in {key for run in runs.values() for key in read_run(RunFolder(run)).figures}:
         assert measure(key).unit or key in bare or key.startswith("servelab.batch."), key
 
 

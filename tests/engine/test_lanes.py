@@ -21,6 +21,7 @@ from servelab.core.records import (
     Planned,
     Record,
     RequestAdmitted,
+    RequestFinished,
     RequestForked,
     StepDone,
     TransferEnded,
@@ -284,10 +285,27 @@ def test_requests_stay_on_their_lane() -> None:
         assert lanes == {"a": 0, "b": 1}
 
 
-def test_lanes_do_not_drop_their_own_in_turn_for_ever() -> None:
-    """Seed 26 once never ended: two lanes, each with one request, gave its pages up whenever they ran out."""
-    for seed in (26, 84):
-        run(seed, (3, 1), True, hold=1000)
+@pytest.mark.parametrize("step_ns", [100, 101])
+@pytest.mark.parametrize("lanes", [2, 3])
+@pytest.mark.timeout(30)
+def test_lanes_do_not_drop_their_own_in_turn_for_ever(lanes: int, step_ns: int) -> None:
+    """Each fits alone, and all begin together: the oldest of a lane must wait and not give up its pages."""
+    limits = toy_limits(tokens=12, requests=1, model_len=40, lanes=lanes)
+    truths: dict[str, Truth] = {}
+    executor = ToyExecutor(truths)
+    cost = ToyCost(step_ns=step_ns, token_ns=0)
+    engine = make_engine(vllm(limits), pages=10, limits=limits, cost=cost, horizon=executor.horizon)
+    records: list[Record] = []
+    driver = VirtualDriver(
+        engines=[engine],
+        executors=[executor],
+        costs=[cost],
+        workload=ListWorkload([arrival(f"r{k}", 8, 25, at=k) for k in range(3)]),
+        truths=truths,
+        emit=records.append,
+    )
+    driver.run()
+    assert [x.outcome for x in records if isinstance(x, RequestFinished)] == ["completed"] * 3
 
 
 @pytest.mark.slow
