@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 CLUSTER, LINKS = -1, -2
 """In place of an engine's index: entries that are the cluster's, and those of transfers."""
 MOST_IN_VAIN = 100_000
-"""Times in a row that somebody may ask to be woken for live requests without anything coming of it."""
-_FOR_EVER_NS = 24 * 3600 * 10**9
+"""Times in a row that somebody may ask to be woken for live requests without anything coming of it (ours)."""
+_FOR_EVER_NS = 24 * 3600 * 10**9  # a pin that lasts longer is not waited for; a day is ours
 _UNPLANNED = "plan them, reject them with a reason, or set wake_at"
 _SCHEDULE = Schedule()
 _TIMER = Timer()
