@@ -7,7 +7,7 @@ it there have ``engine=-1``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -222,13 +222,11 @@ class Cluster:
 
     def woke(self, now: int) -> None:
         """A time has come that was asked for: a report, or the end of a step that may bring one."""
-        if not self._interval:
-            if self._needs_steps:
-                for member in self.members:
-                    self._driver.sync(member.id, now)
-        elif not now % self._interval:
+        if self._interval and not now % self._interval:
             self._report_all(now)
             self._driver.wake_cluster(now + self._interval)
+        for index in self._watched:
+            self._driver.sync(index, now)
 
     def settle(self, now: int) -> None:
         """Everything of this instant has happened, and nothing is planned yet."""
@@ -261,21 +259,27 @@ class Cluster:
                 self._change(member, now, state="stopped")
 
     @property
-    def _needs_steps(self) -> bool:
-        """Whether the end of every step matters, also within held launches."""
-        return not self._interval and bool(self.held or self._rebalance)
+    def _watched(self) -> Iterable[int]:
+        """Instances of which the end of every step matters, also within held launches."""
+        if not self._interval and (self.held or self._rebalance):
+            return range(len(self.members))
+        return sorted(self.moves.watched)
 
     def lost(self, index: int, now: int) -> None:
         """The device of an instance is gone."""
         self.moves.lost(index, now)
         self._change(self.members[index], now, state="stopped")
 
-    def arrange(self, now: int) -> None:
-        """Everything of this instant is planned: when must something be done next?"""
-        if self._needs_steps:
-            at = self._driver.next_step_end(now)
-            if at is not None:
-                self._driver.wake_cluster(at)
+    def arrange(self, now: int) -> bool:
+        """Everything of this instant is planned: when must something be done next?
+
+        Returns: whether the plans let a request move on, so that its engines are to be planned again.
+        """
+        begun = self.moves.settle_pulls(now)
+        at = self._driver.next_step_end(now, self._watched)
+        if at is not None:
+            self._driver.wake_cluster(at)
+        return begun
 
     def stop(self, now: int, reason: str) -> list[Record]:
         """The run is over: the terminal records of requests that wait here."""

@@ -51,6 +51,11 @@ class Move:
     ready: bool = False
     """Everything is copied."""
 
+    @property
+    def wants_room(self) -> bool:
+        """Whether it waits until the target has pages for it."""
+        return self.mode == "pull" and self.guest is None
+
 
 class Moves:
     """All moves in progress.
@@ -127,6 +132,18 @@ class Moves:
         for move in list(self.live.values()):
             self.advance(move, now)
 
+    def settle_pulls(self, now: int) -> bool:
+        """A plan may have made room: go on with pulls that waited for it. Whether there was one."""
+        waiting = [move for move in self.live.values() if move.wants_room]
+        for move in waiting:
+            self.advance(move, now)
+        return any(not move.wants_room or move.request not in self.live for move in waiting)
+
+    @property
+    def watched(self) -> set[int]:
+        """Instances of which every step matters, also within held launches: pulls wait for room."""
+        return {i for move in self.live.values() if move.wants_room for i in (move.source, move.target)}
+
     def advance(self, move: Move, now: int) -> None:
         """Take the next steps of a move."""
         if move.flow is not None:
@@ -153,12 +170,9 @@ class Moves:
         if move.guest is None:
             self.driver.sync(move.target, now)
             if move.mode == "pull" and not target.engine.moving.has_room(r, waited_for):
-                return  # asked again when something has happened
+                return  # asked again when a step of either has ended, and when it is planned
             move.guest = self._invite(move, r)
         if not self._reserve(move, waited_for, now):
-            if move.mode == "pull":
-                self._uninvite(move, now)
-                return
             self.drop(move, f"instance {move.target} has no room for {waited_for} tokens", now)
             return
         rest = self._bytes(r, move.copied, r.computed, full=False)[1]

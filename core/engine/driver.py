@@ -7,7 +7,7 @@ posted; when none is left, each engine that was touched gets ``Schedule``, in or
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import accumulate
@@ -265,14 +265,15 @@ class Driver:
 
     def _schedule_touched(self, now: int) -> None:
         now = self._handed_ns = max(now, self._handed_ns)
-        if self._cluster is not None:
-            self._cluster.settle(now)
-        touched = sorted(self._touched)
-        self._touched.clear()
-        for index in touched:
-            self._do(index, self.engines[index].handle(_SCHEDULE, now), now)
-        if self._cluster is not None:
-            self._cluster.arrange(now)
+        more = True
+        while more:
+            if self._cluster is not None:
+                self._cluster.settle(now)
+            touched = sorted(self._touched)
+            self._touched.clear()
+            for index in touched:
+                self._do(index, self.engines[index].handle(_SCHEDULE, now), now)
+            more = self._cluster is not None and self._cluster.arrange(now)
         self._skip_void()
 
     def _fire(self, index: int, what: Any, now: int) -> None:
@@ -533,12 +534,12 @@ class Driver:
         self.costs.append(cost)
         self._flying.append({})
 
-    def next_step_end(self, now: int) -> int | None:
-        """When a step of any launch in flight ends next, if that is known."""
+    def next_step_end(self, now: int, engines: Iterable[int]) -> int | None:
+        """When a step of any launch in flight of these engines ends next, if that is known."""
         ends = [
             flying.ends_ns[bisect_right(flying.ends_ns, now)]
-            for flights in self._flying
-            for flying in flights.values()
+            for index in engines
+            for flying in self._flying[index].values()
             if flying.ends_ns[-1] > now
         ]
         return min(ends, default=None)

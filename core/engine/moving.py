@@ -5,6 +5,7 @@ The cluster decides when; these are the few steps it takes, each between two eve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from servelab.core.engine.pages import place
@@ -86,25 +87,27 @@ class Moving:
         return guest
 
     def has_room(self, r: Request, tokens: int) -> bool:
-        """Whether pages for so many tokens of a request from elsewhere are free, wherever they are."""
-        ledger = self._engine.ledger
-        return all(
-            ledger.kvcache.pages_for(pool, r.view, tokens) - first <= left
-            for pool, first, left in zip(ledger.pools, r.lease.first, ledger.free(), strict=True)
-        )
+        """Whether ``reserve`` would find pages for so many tokens of a request from elsewhere."""
+        ledger, first = self._engine.ledger, r.lease.first
+        counts = (ledger.chooser.ask(ledger.kvcache.pages_for, pool, r.view, tokens) for pool in ledger.pools)
+        return self._fits([n - gone for n, gone in zip(counts, first, strict=True)], [[] for _ in first])
 
     def reserve(self, guest: Request, tokens: int) -> bool:
         """Pages for so many tokens of a guest, or none and False."""
         ledger = self._engine.ledger
-        needs = ledger.missing(guest, tokens)
-        if any(need > left for need, left in zip(needs, ledger.free(), strict=True)):
-            return False
-        scratches = ledger.scratches()
-        if scratches is not None and not place(scratches, needs, guest.lease.tables):
+        if not self._fits(ledger.missing(guest, tokens), guest.lease.tables):
             return False
         self._engine.break_holds()  # free pages are fewer than a plan that is being repeated may think
         ledger.reserve(guest, tokens)
         return True
+
+    def _fits(self, needs: Sequence[int], tables: Sequence[Sequence[int]]) -> bool:
+        """Whether so many further pages per pool are free where these tables can use them."""
+        ledger = self._engine.ledger
+        if any(need > left for need, left in zip(needs, ledger.free(), strict=True)):
+            return False
+        scratches = ledger.scratches()
+        return scratches is None or place(scratches, needs, tables)
 
     def uninvite(self, guest: Request) -> None:
         """It does not come: its pages are free."""
