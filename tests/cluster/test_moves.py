@@ -653,7 +653,7 @@ def traffic(seed: int) -> list[Arrival | Cancel]:
     return items
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([0, 700, 4000]), st.sampled_from([1, 16]))
 def test_whatever_a_router_does_nothing_is_lost_or_doubled(
     seed: int, instances: int, report_ns: int, hold: int
@@ -685,7 +685,7 @@ def test_whatever_a_router_does_nothing_is_lost_or_doubled(
     assert result["completed"] == sum(1 for _, how, _ in once.ends().values() if how == "completed")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.integers(0, 10**6),
     st.integers(2, 3),

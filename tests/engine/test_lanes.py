@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.draws import seeds
 
 from servelab.core.context import Context, seeded
 from servelab.core.engine.virtual import VirtualDriver
@@ -194,7 +195,7 @@ def compare_with_planning_every_step(seed: int, way: tuple[int, int], tally: Cou
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_held_run_is_the_stepped_run(way: tuple[int, int]) -> None:
     tally: Counter[str] = Counter()
-    for seed in range(120):
+    for seed in seeds(120):
         compare(seed, way, tally)
     assert (tally["fewer launches"] > 5) == (way[1] == 1), "nothing was held"
 
@@ -203,7 +204,7 @@ def test_a_held_run_is_the_stepped_run(way: tuple[int, int]) -> None:
 def test_a_held_run_is_the_one_planned_every_step(way: tuple[int, int]) -> None:
     """As far as the scheduler holds only what it would plan again, which vLLM's does."""
     tally: Counter[str] = Counter()
-    for seed in range(60):
+    for seed in seeds(60):
         compare_with_planning_every_step(seed, way, tally)
     assert tally["fewer calls"] > 30
 
@@ -313,6 +314,6 @@ def test_lanes_do_not_drop_their_own_in_turn_for_ever(lanes: int, step_ns: int) 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_long(way: tuple[int, int]) -> None:
     tally: Counter[str] = Counter()
-    for seed in range(1000, 6000):
+    for seed in seeds(5000):
         compare(seed, way, tally)
         compare_with_planning_every_step(seed, way, tally)

@@ -7,6 +7,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import pytest
+from tests.draws import seeds
 
 from servelab.core.engine.ledger import Ledger
 from servelab.core.engine.state import Request
@@ -613,7 +614,7 @@ def test_the_random_scheduler_can_account_for_swap_ins_exactly() -> None:
     """``KVBudget.take`` counts the pages a swapped request brings back with its next token."""
     from random import Random
 
-    for seed in range(30):
+    for seed in seeds(30):
         rig = Rig(make_engine(RandomPlans(Random(seed)), pages=6, host_pages=6))
         for k in range(5):
             rig.arrive(f"r{k}", 1 + k, 4)

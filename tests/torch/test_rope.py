@@ -102,7 +102,7 @@ def test_a_float64_rotation_is_a_product_of_complex_numbers(name: str) -> None:
     torch.testing.assert_close(pairs, torch.full_like(pairs, rotary.scale), rtol=1e-12, atol=0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     name=st.sampled_from(sorted(CASES)),
     a=st.integers(0, 2000),
