@@ -124,7 +124,6 @@ def run_py(tmp_path: Path) -> Command:
             env={**os.environ, **(env or {})},
             capture_output=True,
             text=True,
-            timeout=100,
             check=False,
         )
 

@@ -617,7 +617,6 @@ def test_paged_wastes_less_than_a_page_and_conserves_the_pool(paged: Callable[..
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_paged_conserves_the_pool_over_1e5_operations(paged: Callable[..., Paged]) -> None:
     _conserve(paged, 100_000)
 
