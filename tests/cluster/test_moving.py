@@ -547,6 +547,19 @@ def test_a_program_stays_where_a_turn_of_it_is_left_or_is_to_come(name: str, lef
     assert seen == [[left], [(1, 1)]]
 
 
+def test_a_turn_may_outlive_the_last_one_elsewhere() -> None:
+    seen: list[Any] = []
+    items = [
+        arrival("a", 4, 20, program="p", turn=0, is_last_turn=False),
+        arrival("b", 4, 3, program="p", turn=1),
+        arrival("look", at=9000),
+    ]
+    look = lambda view: seen.extend([(p.turns, p.live) for p in e.programs.values()] for e in run.engines)  # noqa: E731
+    run = ClusterRun(items, Acts(10**9, [], look)).go()
+    assert run.ends()["b"][2] < 9000 < run.ends()["a"][2]
+    assert seen == [[(1, 1)], []]
+
+
 class Keeps(Fcfs):
     """Keeps every turn for as long as it takes."""
 
