@@ -555,7 +555,8 @@ def test_a_turn_may_outlive_the_last_one_elsewhere() -> None:
         arrival("look", at=9000),
     ]
     look = lambda view: seen.extend([(p.turns, p.live) for p in e.programs.values()] for e in run.engines)  # noqa: E731
-    run = ClusterRun(items, Acts(10**9, [], look)).go()
+    run = ClusterRun(items, Acts(10**9, [], look))
+    run.go()
     assert run.ends()["b"][2] < 9000 < run.ends()["a"][2]
     assert seen == [[(1, 1)], []]
 
