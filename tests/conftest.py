@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +58,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Before hypothesis reads its options: one seed for all that is drawn anew."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it puts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.hypothesis_profile == "explore":
         if config.option.hypothesis_seed is None:
             config.option.hypothesis_seed = str(secrets.randbelow(1 << 32))

@@ -1,16 +1,17 @@
-"""What tests draw is theirs alone: not the clock's, the machine's, nor that of tests that ran before."""
+"""What tests draw, and hear, does not depend on who starts them, where, and what ran before."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 INNER = """
-import json, os
+import json, os, signal
 from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,9 @@ class TestInAClass:
     def test_is_a_method(self, n):
         drawn.append({"n": n})
 
+def test_ctrl_c_is_heard():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
 def test_tells():
     found = {"drawn": drawn, "seeds": list(seeds(4))}
     Path(os.environ["TOLD"]).write_text(json.dumps(found))
@@ -48,6 +52,7 @@ def draws(folder: Path, repository: Path, *options: str, **env: str) -> Any:
          *options, "-p", "no:cacheprovider", str(folder / "test_inner.py")],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(repository), "TOLD": str(told), **env},
         capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in the background of a shell
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(told.read_text("utf-8"))
