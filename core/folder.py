@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from servelab.core.config import RunConfig
 from servelab.core.environment import environment
-from servelab.core.run_folder import check_unused, write_file
+from servelab.core.errors import ServeLabError
+from servelab.core.run_folder import BASES, check_unused, write_file
 
 CONFIG_FILE = "resolved_config.yaml"
 ENV_FILE = "env.json"
@@ -24,6 +27,37 @@ HEADER = """\
 """
 DEFAULTS = ["config", "_self_"]
 """Hydra's own settings come from ``configs/config.yaml``; the sections below stand over it."""
+
+
+def check_place(argv: Sequence[str]) -> None:
+    """Refuse a place for the run's folder where none can be made, before Hydra tries and shows a traceback.
+
+    Args:
+        argv: Hydra's arguments.
+
+    Raises:
+        ServeLabError: a file is in the way, or the folder may not be written.
+    """
+    sweep = bool({"-m", "--multirun"} & set(argv))
+    key, stated = ("hydra.sweep.dir", BASES[1]) if sweep else ("hydra.run.dir", BASES[0])
+    for arg in argv:
+        name, _, value = arg.partition("=")
+        stated = value.strip("'\"") if name.lstrip("+") == key else stated
+    known, reference, _ = stated.partition("${")
+    folder = Path(known)
+    if reference and not known.endswith("/"):
+        folder = folder.parent  # the last name goes on with what Hydra fills in
+    there = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path())
+    try:
+        with TemporaryDirectory(dir=there):
+            return
+    except OSError as error:
+        raise ServeLabError(
+            "the run's folder cannot be made",
+            where=f"{key}={stated}",
+            why=f"{there.absolute()}: {error.strerror or error}",
+            do=f"start in a folder that can be written, or name another: {key}=FOLDER",
+        ) from error
 
 
 def begin(folder: Path, config: RunConfig, overrides: Sequence[str]) -> None:
