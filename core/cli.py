@@ -139,8 +139,8 @@ def run(raw: dict[str, Any]) -> float | None:
 
     from servelab.core.compose import compose
     from servelab.core.config import validate
-    from servelab.core.folder import begin
     from servelab.core.registry import Registry
+    from servelab.core.run_folder import begin
 
     registry = Registry.load()
     for broken in registry.broken:

@@ -25,8 +25,8 @@ from servelab.core.compose import compose
 from servelab.core.config import RunConfig, validate
 from servelab.core.environment import _usable_cores, checkout, environment
 from servelab.core.errors import ConfigError, ServeLabError
-from servelab.core.folder import CONFIG_FILE, DEFAULTS, ENV_FILE, ENV_SCHEMA, begin, config_text
 from servelab.core.registry import Registry
+from servelab.core.run_folder import CONFIG_FILE, DEFAULTS, ENV_FILE, ENV_SCHEMA, begin, config_text
 from servelab.core.usage import Usage
 from servelab.plugins.executors.scripted import ScriptedExecutor
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from servelab.core.config import validate
 from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.processes import context, died, forks, settle, start
 from servelab.core.registry import Registry
+from servelab.core.run_folder import write_file
 from servelab.plugins.tasks._cells.cell import CELL_SCHEMA, Cell, CellResult, Found, changed, key_of, measure
 
 log = logging.getLogger("servelab.cells")
@@ -159,21 +159,9 @@ class Work:
 
     def _keep(self, result: CellResult) -> None:
         self.found[result.name] = result
-        if self._folder is None or not result.ok:
-            return
-        path = self._folder / CELLS / f"{result.key}.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        except OSError as error:
-            raise ServeLabError(
-                "what a cell measured cannot be written",
-                where=str(path),
-                why=error.strerror or str(error),
-                do="free space, or choose another run folder (hydra.run.dir=...)",
-            ) from error
+        if self._folder is not None and result.ok:
+            text = json.dumps(result.to_dict(), indent=1) + "\n"
+            write_file(self._folder / CELLS / f"{result.key}.json", text)
 
     def _end(self) -> None:
         """Give up what still runs."""
