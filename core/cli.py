@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from servelab.core.interrupt import Interruptions, Terminated, taking
+from servelab.core.stdout import flush
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -58,7 +59,7 @@ def main() -> None:
         sys.stderr.write(f"servelab: {exc}\n")
         sys.exit(1)
     finally:
-        _flush_stdout()
+        flush()
 
 
 def _command(argv: Sequence[str]) -> None:
@@ -77,16 +78,6 @@ def _command(argv: Sequence[str]) -> None:
         show_help()
     else:
         _hydra(args)
-
-
-def _flush_stdout() -> None:
-    """Now rather than at exit, where Python would complain about a reader that has gone."""
-    if sys.stdout is None:  # closed before we began, as by `>&-`
-        return
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _hydra(args: Sequence[str]) -> None:
