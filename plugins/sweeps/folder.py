@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from servelab.core.errors import ConfigError, ServeLabError
+from servelab.core.processes import in_one_line
 from servelab.core.run_folder import put_file
 
 JOB_FILE = "job.json"
@@ -134,8 +135,7 @@ def put_aside(folder: Path, keep: str) -> Path | None:
 def fail(folder: Path, state: JobState, text: str, wall_s: float) -> JobState:
     """Note that a job failed, with the whole text in ``error.txt``."""
     put_file(folder / ERROR_FILE, text.rstrip() + "\n")
-    first, *more = text.strip().removeprefix("servelab: ").splitlines() or ["no reason given"]
-    reason = f"{first} {more[0].strip(' -')}" if first.endswith(":") and more else first
+    reason = in_one_line(text.strip().removeprefix("servelab: ")) or "no reason given"
     ended = replace(state, status="failed", reason=reason, wall_s=wall_s)
     ended.write(folder)
     return ended

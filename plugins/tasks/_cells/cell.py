@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Mapping
 from copy import deepcopy
@@ -17,6 +16,7 @@ from servelab.core.config import RunConfig, validate
 from servelab.core.errors import ConfigError, PluginError
 from servelab.core.hookspecs import hookimpl
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
+from servelab.core.processes import in_one_line
 from servelab.core.records import (
     PagesEvicted,
     RequestAdmitted,
@@ -28,7 +28,7 @@ from servelab.core.records import (
     RunStarted,
     StepDone,
 )
-from servelab.core.registry import Registry
+from servelab.core.registry import Registry, import_target
 
 CELL_SCHEMA = 1
 """Version of a cell's file; raised when what it holds changes meaning, so that old files are not reused."""
@@ -76,8 +76,7 @@ class CellResult:
     @property
     def reason(self) -> str:
         """Its error in one line."""
-        first, *more = self.error.strip().splitlines() or [""]
-        return f"{first} {more[0].strip(' -')}" if first.endswith(":") and more else first
+        return in_one_line(self.error)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -159,8 +158,7 @@ def measure(
 
 
 def _meter(path: str) -> Any:
-    module, _, name = path.partition(":")
-    made = getattr(importlib.import_module(module), name)()
+    made = import_target(path)()
     if not hasattr(made, "figures"):
         raise PluginError(
             f"meter {path} has no figures()", do="give it what Meter in _cells/cell.py asks for"

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from servelab.core.config import validate
 from servelab.core.errors import ConfigError, ServeLabError
-from servelab.core.processes import context, died, forks, settle, start
+from servelab.core.processes import context, died, duration, forks, settle, start
 from servelab.core.registry import Registry
 from servelab.core.run_folder import write_file
 from servelab.plugins.tasks._cells.cell import CELL_SCHEMA, Cell, CellResult, Found, changed, key_of, measure
@@ -155,7 +155,7 @@ class Work:
             weight = sum(cell.weight for cell in (*(one.cell for one in self._running), *new))
         if not weight or not self._measured:
             return ""
-        return f"; about {_time((monotonic() - self._began) / self._measured * weight)} left"
+        return f"; about {duration((monotonic() - self._began) / self._measured * weight)} left"
 
     def _keep(self, result: CellResult) -> None:
         self.found[result.name] = result
@@ -213,8 +213,3 @@ def _read_cells(folder: Path) -> dict[str, CellResult]:
             do="name the folder of an earlier run of this task, or leave task.resume out",
         )
     return found
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
