@@ -17,17 +17,7 @@ from servelab.core.errors import ConfigError, PluginError
 from servelab.core.hookspecs import hookimpl
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
 from servelab.core.processes import in_one_line
-from servelab.core.records import (
-    PagesEvicted,
-    RequestAdmitted,
-    RequestArrived,
-    RequestFinished,
-    RequestForked,
-    RequestPreempted,
-    RunFinished,
-    RunStarted,
-    StepDone,
-)
+from servelab.core.records import Record
 from servelab.core.registry import Registry, import_target
 
 CELL_SCHEMA = 1
@@ -173,37 +163,10 @@ class _Facts:
         self.timeline = Timeline()
 
     @hookimpl
-    def servelab_on_run_started(self, record: RunStarted) -> None:
+    def servelab_on_run_started(self, record: Record) -> None:
         self.timeline.feed(record)
 
-    @hookimpl
-    def servelab_on_request_arrived(self, record: RequestArrived) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_request_admitted(self, record: RequestAdmitted) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_request_forked(self, record: RequestForked) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_after_step(self, record: StepDone) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_request_preempted(self, record: RequestPreempted) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_pages_evicted(self, record: PagesEvicted) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_request_finished(self, record: RequestFinished) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_run_finished(self, record: RunFinished) -> None:
-        self.timeline.feed(record)
+    servelab_on_request_arrived = servelab_on_request_admitted = servelab_on_run_started
+    servelab_on_request_forked = servelab_on_request_preempted = servelab_on_run_started
+    servelab_on_request_finished = servelab_after_step = servelab_on_run_started
+    servelab_on_pages_evicted = servelab_on_run_finished = servelab_on_run_started
