@@ -226,7 +226,7 @@ def test_a_held_run_is_the_one_planned_every_step(way: tuple[int, int]) -> None:
 @pytest.mark.parametrize("way", WAYS[2:], ids=str)
 def test_a_held_run_is_the_stepped_run_when_lanes_share_the_device(way: tuple[int, int]) -> None:
     tally: Counter[str] = Counter()
-    for seed in range(5000, 5060):
+    for seed in seeds(60):
         compare(seed, way, tally, shared=True)
         compare_with_planning_every_step(seed, way, tally, shared=True)
         alone, beside = (run(seed, way, True, hold=1000, shared=shared) for shared in (False, True))
