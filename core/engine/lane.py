@@ -138,34 +138,34 @@ class Lane:
         engine = self._engine
         items = [item for item in work if type(item) is Tokens]
         requests = [item.request._r for item in items]
-        starts: list[int] = []
+        starts = [r.computed + r.flying for r in requests]
         samples = [True] * len(requests)
         extras: dict[int, Tokens] = {}
         forks: dict[int, list[Request]] = {}
         running, reserve, index = Phase.RUNNING, engine.ledger.reserve, self.index
-        for r, item in zip(requests, items, strict=True):
+        for i, (r, item) in enumerate(zip(requests, items, strict=True)):
             if r.phase is not running:
                 engine.admit(r)
-            if not item.plain:
-                at = len(starts)
-                extras[at] = item
-                start, samples[at] = self._book_special(item, r)
-                starts.append(start)
-            else:
-                n, flying = item.n, r.flying
+            if item.plain:
+                n = item.n
                 if n > r.slack:
                     reserve(r, n)
-                starts.append(r.computed + flying)
                 r.slack -= n
-                r.flying = flying + n
-                if n != r.pending:
-                    r.pending -= n
-                    samples[len(starts) - 1] = False
-                else:
+                r.flying += n
+                if n == r.pending:
                     r.expected += 1
-                    r.pending = 1 if r.generated + r.expected < r.max_new_tokens else 0
-            if r.forks and samples[len(starts) - 1] and r.generated + r.expected == 1:
-                forks[len(starts) - 1] = list(r.forks)
+                    if r.generated + r.expected < r.max_new_tokens:
+                        r.pending = 1
+                    else:
+                        r.pending = 0
+                else:
+                    r.pending -= n
+                    samples[i] = False
+            else:
+                extras[i] = item
+                starts[i], samples[i] = self._book_special(item, r)
+            if r.forks and samples[i] and r.generated + r.expected == 1:
+                forks[i] = list(r.forks)
             r.launches += 1
             r.lane = index
             r.lease.in_flight += 1  # the fence; landed() takes it down
