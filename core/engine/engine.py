@@ -631,6 +631,7 @@ class Engine:
             self.contexts.keep(r, retain)
         for orphan in self.samples.ended(r, was):
             self._end(orphan, outcome, reason)
+        r.untie()
 
     def command(self, command: Command) -> None:
         """Send a command with the answer to the current event."""

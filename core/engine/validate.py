@@ -205,12 +205,12 @@ class PlanCheck:
                 )
             r = item.request._r
             n = item.n
-            if item is not r.one:
-                _check_types(item)
             # the common case, inlined: live here, first time, not on another lane
             if r.mark == mark or r.home is not engine or (r.launches and r.lane != lane):
                 self._own(item.request, "work")
             r.mark = mark
+            if item is not r.one:
+                _check_types(item)
             if r.phase is not running and r.phase not in may_run:
                 self.refuse(
                     f"request {r.id} cannot run",
