@@ -59,7 +59,7 @@ def costs() -> dict[str, RooflineCost]:
 
 
 every = pytest.mark.parametrize("name", list(costs()))
-few = settings(deadline=None, max_examples=25, derandomize=True)
+few = settings(max_examples=25)
 chunk = st.one_of(st.just(1), st.just(1), st.integers(1, 700))
 context = st.one_of(st.integers(0, 40), st.integers(0, 4000), st.integers(0, 131_072))
 rows_of = st.lists(st.tuples(chunk, context), min_size=1, max_size=12)
