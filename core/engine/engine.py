@@ -218,7 +218,7 @@ class Engine:
         lane.lengthen(batch)
         for command in self._out:  # of a plan made at this instant
             record = command.record if isinstance(command, Emit) else None
-            if isinstance(record, Planned) and record.step == batch.first_step and record.work:
+            if isinstance(record, Planned) and record.step == batch.first_step and record.requests:
                 record.held = batch.steps
 
     def _plan_lane(self, lane: Lane) -> bool:
@@ -633,6 +633,7 @@ class Engine:
             self.contexts.keep(r, retain)
         for orphan in self.samples.ended(r, was):
             self._end(orphan, outcome, reason)
+        r.untie()
 
     def command(self, command: Command) -> None:
         """Send a command with the answer to the current event."""
@@ -651,6 +652,7 @@ class Engine:
     def _log_plan(self, lane: Lane, plan: StepPlan, step: int, held: int) -> None:
         if not self.plan_log:
             return
+        work = [i for i in plan.work if type(i) is Tokens]
         self._out.append(
             Emit(
                 Planned(
@@ -658,7 +660,8 @@ class Engine:
                     engine=self.index,
                     lane=lane.index,
                     step=step,
-                    work=[(i.request._r.id, i.n) for i in plan.work if type(i) is Tokens],
+                    requests=[i.request._r.id for i in work],
+                    tokens=[i.n for i in work],
                     preempted=[(p.request.id, p.mode, p.reason) for p in plan.preemptions],
                     swapped_in=_verdicts(plan.swap_ins),
                     rejected=_verdicts(plan.rejections),

@@ -65,3 +65,17 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, run_py: Command) -> None
     assert more.stderr.count("taken from the earlier run") == len(
         kept & {one["key"] for one in told["cells"]}
     )
+
+
+def test_a_reader_that_has_gone_ends_nothing(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = ["+experiment=pastfuture_toy", "task.requests=20", "task.scale=32", "task.laws=[D3]"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *words, f"hydra.run.dir={tmp_path / 'run'}"],
+        cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "experiment.html").exists()

@@ -294,6 +294,7 @@ def test_two_runs_do_not_share_a_folder(run_py: Command, tmp_path: Path) -> None
         ),
         (("seed=???",), "seed must be stated"),
         (("model=local",), "add model.path=... to the command line"),
+        (("hydra.run.dir=/dev/null/out",), "/dev/null: Not a directory"),
         (("executor.num_kv_pages=3",), "4096 tokens need 256 pages of 16 tokens, the pool has 3"),
     ],
 )

@@ -233,13 +233,6 @@ def test_the_outlook(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "; 1 left, about 13." in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (60, "1 min 00 s"), (3725, "1 h 02 min")]
-)
-def test_times(seconds: float, text: str) -> None:
-    assert module._time(seconds) == text
-
-
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"number": 1, "x": 2}'])
 def test_a_job_file_that_is_not_ours_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "job.json").write_text(text)
