@@ -17,7 +17,6 @@ import copy
 import functools
 import inspect
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,12 +26,12 @@ from typing import Any, ClassVar, NoReturn
 import pytest
 
 from servelab.core.capabilities import Selected, select
-from servelab.core.compose import members
 from servelab.core.config import Choice, choice_of
 from servelab.core.context import Context, seeded
 from servelab.core.errors import PluginError, ServeLabError, nearest
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.families import KINDS
+from servelab.core.given import is_factory, spec_of
 from servelab.core.registry import Registry, blocked_names
 from servelab.core.request import Truth
 from servelab.core.spec import PluginSpec
@@ -186,7 +185,7 @@ class PluginSuite:
                 do=self.advice,
                 cause=exc,
             )
-        lacking = [n for n in members(KINDS[self.kind].protocol) if not hasattr(made, n)]
+        lacking = [n for n in KINDS[self.kind].members if not hasattr(made, n)]
         if lacking:
             self.fail(
                 f"{self.name} has no {', '.join(lacking)}",
@@ -373,7 +372,8 @@ def _registered(kind: str, plugin: Any) -> tuple[Registry, str]:
     if isinstance(plugin, PluginSpec):
         spec, factory = plugin, None
     else:
-        spec, factory = _declared(plugin), _factory(kind, plugin)
+        spec = spec_of(plugin, "given to a suite")
+        factory = plugin if is_factory(kind, plugin) else lambda config, context: copy.deepcopy(plugin)
     while (kind, spec.name) in own.specs:
         spec = replace(spec, name=f"{spec.name}.suite")
     try:
@@ -386,27 +386,3 @@ def _registered(kind: str, plugin: Any) -> tuple[Registry, str]:
             do=exc.do or "correct its PluginSpec",
         ) from exc
     return own, spec.name
-
-
-def _declared(plugin: Any) -> PluginSpec:
-    """The spec a class or object has, or a plain one."""
-    spec = getattr(plugin, "spec", None)
-    if isinstance(spec, PluginSpec):
-        return spec
-    made_by = plugin if hasattr(plugin, "__qualname__") else type(plugin)
-    path = re.sub(r"[^\w.]", "", made_by.__qualname__)
-    return PluginSpec(
-        name=re.sub(r"[^a-z0-9_]", "", made_by.__name__.lower()).strip("_") or "python",
-        factory=f"{made_by.__module__}:{path}",
-        summary="given to a suite",
-    )
-
-
-def _factory(kind: str, plugin: Any) -> Callable[[Any, Context], Any]:
-    wanted = members(KINDS[kind].protocol)
-    if isinstance(plugin, type) or (
-        callable(plugin) and not (wanted and all(hasattr(plugin, name) for name in wanted))
-    ):
-        factory: Callable[[Any, Context], Any] = plugin
-        return factory
-    return lambda config, context: copy.deepcopy(plugin)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from servelab.core.environment import environment
 from servelab.core.run_folder import unwritable, write_file
+from servelab.core.stdout import say
 from servelab.plugins.tasks._cells import Found
 from servelab.plugins.tasks._rows import Row, tally
 
@@ -73,8 +73,7 @@ def leave(
             write_file(folder / PAGE_FILE, page(task.title, status, rows, spec.deviations, drawn or {}))
             lines.append(f"artefacts: {folder / PAGE_FILE}, {EXPERIMENT_FILE}")
     finally:  # what was measured is said even if the disk is full
-        if sys.stdout is not None:
-            print("\n".join(lines), flush=True)
+        say("\n".join(lines))
 
 
 def _cell(one: Any) -> dict[str, Any]:

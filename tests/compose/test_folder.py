@@ -25,7 +25,8 @@ from servelab.core.compose import compose
 from servelab.core.config import RunConfig, validate
 from servelab.core.environment import _usable_cores, checkout, environment
 from servelab.core.errors import ConfigError, ServeLabError
-from servelab.core.folder import (
+from servelab.core.registry import Registry
+from servelab.core.run_folder import (
     CONFIG_FILE,
     DEFAULTS,
     ENV_FILE,
@@ -34,7 +35,6 @@ from servelab.core.folder import (
     check_place,
     config_text,
 )
-from servelab.core.registry import Registry
 from servelab.core.usage import Usage
 from servelab.plugins.executors.scripted import ScriptedExecutor
 
