@@ -50,7 +50,7 @@ def normalize(argv: Sequence[str]) -> list[str]:
     """Rewrite the overrides among Hydra's arguments.
 
     Raises:
-        ConfigError: an override names a section that does not exist.
+        ConfigError: an override names a section that does not exist, or is none; a technique is chosen twice.
     """
     if any(arg.partition("=")[0] in _OTHER_CONFIG for arg in argv):
         return list(argv)  # another primary configuration has its own sections
@@ -58,6 +58,8 @@ def normalize(argv: Sequence[str]) -> list[str]:
     skip = False
     keys = [arg.partition("=")[0].lstrip("+") for arg in argv]
     for arg in argv:
+        if not skip and not arg.startswith(("-", "~")):
+            _check_form(arg)
         match = None if skip or arg.startswith("-") else _OVERRIDE.fullmatch(arg)
         skip = arg in _TAKES_VALUE
         if match is None:
@@ -68,7 +70,36 @@ def normalize(argv: Sequence[str]) -> list[str]:
         if beside and "." in stated["key"] and _NAMES.fullmatch(stated["value"]):
             stated["key"] += ".name"  # the name and the settings go into one mapping
         out.append(_rewrite(arg, **stated))
+    chosen = [arg.partition("=")[0] for arg in out if arg.partition("=")[0][1:] in TECHNIQUES]
+    if twice := next((group[1:] for group in chosen if chosen.count(group) > 1), None):
+        names = [arg.partition("=")[2] for arg in out if arg.startswith(f"+{twice}=")]
+        raise ConfigError(
+            f"{twice} is chosen twice",
+            where=f"command line: {', '.join(f'{twice}={name}' for name in names)}",
+            do=f"keep one; to compare them: -m {twice}={','.join(names)}",
+        )
     return out
+
+
+def _check_form(arg: str) -> None:
+    """What the shell has cut or the user has written apart, which Hydra answers in its parser's words."""
+    key, stated, value = arg.partition("=")
+    if not stated:
+        raise ConfigError(
+            f"{arg!r} is no setting",
+            where="command line",
+            why="settings are written KEY=VALUE",
+            do=f"write {key}=... without spaces, or see python run.py --help",
+        )
+    if not any(quote in value for quote in "'\"\\") and any(
+        value.count(left) != value.count(right) for left, right in ("[]", "{}")
+    ):
+        raise ConfigError(
+            "a bracket is not closed",
+            where=f"command line: {arg}",
+            why="the shell cuts what is not quoted at its spaces",
+            do=f"quote the whole setting: '{key}=...'",
+        )
 
 
 def _rewrite(arg: str, sign: str, key: str, value: str) -> str:

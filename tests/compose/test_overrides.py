@@ -145,3 +145,38 @@ def test_ones_own_folder_must_be_there(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="there is no folder") as missing:
             check_choices([f"--config-dir={tmp_path / name}", "+hardware=mine"])
         assert missing.value.why == f"{tmp_path / name} {why}"
+
+
+@pytest.mark.parametrize(
+    ("args", "what", "do"),
+    [
+        (["model", "=", "toy"], "'model' is no setting", "write model=... without spaces"),
+        (["executor:sim"], "'executor:sim' is no setting", "--help"),
+        (
+            ["workload.steps=[{step:", "scale}]"],
+            "a bracket is not closed",
+            "quote the whole setting: 'workload.steps=",
+        ),
+        (
+            ["+hardware=l4", "hardware=h100"],
+            "hardware is chosen twice",
+            "keep one; to compare them: -m hardware=l4,h100",
+        ),
+    ],
+)
+def test_what_the_shell_has_cut_or_is_there_twice(args: list[str], what: str, do: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        normalize(args)
+    assert error.value.what == what and do in error.value.do
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--cfg", "job", "~quant", "-m"],
+        ["workload.steps=[{step: scale, by: 2}]", "workload.path='a[b'", "model.path=a\\{b"],
+        ["scheduler=orca", "scheduler.max_num_seqs=3", "hydra/launcher=joblib", "model=toy", "model=toy"],
+    ],
+)
+def test_what_is_written_as_hydra_reads_it_passes(args: list[str]) -> None:
+    assert len(normalize(args)) == len(args)
