@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -25,6 +26,7 @@ from servelab.plugins.observers.report.facts import (
     quality_note,
     routing,
 )
+from servelab.plugins.tables import aligned
 
 WIDTH = 100
 """Columns the report keeps to."""
@@ -370,10 +372,5 @@ def _table(
         cells = [
             wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(row, widths, strict=True)
         ]
-        for line in range(max(map(len, cells))):
-            texts = [cell[line] if line < len(cell) else "" for cell in cells]
-            aligned = (
-                text.rjust(width) if i in numbers else text.ljust(width)
-                for i, (text, width) in enumerate(zip(texts, widths, strict=True))
-            )
-            yield ("  " + "  ".join(aligned)).rstrip()
+        lines = list(zip_longest(*cells, fillvalue=""))
+        yield from (f"  {line}".rstrip() for line in aligned(lines, numbers, widths))
