@@ -88,9 +88,13 @@ def _hydra(args: Sequence[str]) -> None:
     from servelab.core.searchpath import install
     from servelab.core.verbosity import take_level
 
+    sys.argv[1:] = check_choices(normalize(take_level(args)))
     if PRINTS & {arg.partition("=")[0] for arg in args}:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Hydra would print a traceback
-    sys.argv[1:] = check_choices(normalize(take_level(args)))
+    else:
+        from servelab.core.run_folder import check_place
+
+        check_place(sys.argv[1:])
     install()
     sweeper.install()
     if _wants_traceback():

@@ -44,8 +44,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from operator import sub
+from itertools import accumulate, compress, count
+from operator import ne, sub
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,7 +109,7 @@ def _change(gone: list[int], came: list[tuple[int, Item]]) -> dict[str, Any]:
 def _dropped(old: Sequence[Item], new: Sequence[Item]) -> list[int] | None:
     """The places in ``old`` without which ``new`` begins with it; None: it does not, or they are many.
 
-    Slices are compared instead of items, which is much faster.
+    Items are compared at C speed, which is much faster.
     """
     gone: list[int] = []
     i, size = 0, len(old)
@@ -117,15 +117,9 @@ def _dropped(old: Sequence[Item], new: Sequence[Item]) -> list[int] | None:
         j = i - len(gone)
         if old[i:] == new[j : j + size - i]:
             return gone
-        low, high = 0, size - i  # items in common from here on: at least so many, and fewer than
-        while high - low > 1:
-            middle = (low + high) // 2
-            if old[i : i + middle] == new[j : j + middle]:
-                low = middle
-            else:
-                high = middle
-        gone.append(i + low)
-        i += low + 1
+        i += next(compress(count(), map(ne, old[i:], new[j:])), len(new) - j)  # items in common from here on
+        gone.append(i)
+        i += 1
     return None
 
 
@@ -208,9 +202,10 @@ class Encoder:
             line["engine"] = r.engine
         line |= {"lane": r.lane, "step": r.step}
         key = (r.ev, r.engine, r.lane)
-        names, counts = zip(*r.work, strict=True) if r.work else ((), ())
-        self._code_requests(line, key, list(names))
-        tokens = encode_counts(counts, 1)
+        if len(r.requests) != len(r.tokens):
+            raise ValueError("requests and tokens differ in length")
+        self._code_requests(line, key, r.requests)
+        tokens = encode_counts(r.tokens, 1)
         if tokens:
             line["tokens"] = tokens
         before = self._deferred.get(key, [])
@@ -268,10 +263,7 @@ class Decoder:
 
     def _planned(self, line: dict[str, Any]) -> None:
         requests = self._decode_requests(line)
-        del line["requests"]
-        line["work"] = list(
-            zip(requests, decode_counts(len(requests), line.pop("tokens", ()), 1), strict=True)
-        )
+        line["tokens"] = decode_counts(len(requests), line.get("tokens", ()), 1)
         key = _key(line)
         deferred = [tuple(item) for item in decode_list(self._deferred.get(key, []), line.get("deferred"))]
         line["deferred"] = self._deferred[key] = deferred

@@ -178,8 +178,10 @@ class Planned(Record):
     ev = "planned"
     lane: int
     step: int
-    work: list[tuple[str, int]]
-    """(request, tokens), in the plan's order."""
+    requests: list[str]
+    """Who runs, in the plan's order."""
+    tokens: list[int]
+    """How many tokens each."""
     preempted: list[tuple[str, str, str]]
     """(request, mode, reason)."""
     swapped_in: list[tuple[str, str]]
@@ -192,6 +194,11 @@ class Planned(Record):
     held: int
     """Steps the launch may repeat; 1 without a hold."""
     wake_at: int | None = None
+
+    @property
+    def work(self) -> list[tuple[str, int]]:
+        """(request, tokens), in the plan's order."""
+        return list(zip(self.requests, self.tokens, strict=True))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -408,6 +415,6 @@ def from_dict(data: Mapping[str, Any]) -> Record:
     if cls is TokensEmitted and values.get("logprobs"):  # JSON has only text as keys
         values["logprobs"] = [{int(k): v for k, v in one.items()} for one in values["logprobs"]]
     if cls is Planned:
-        for name in ("work", "preempted", "swapped_in", "rejected", "aborted", "deferred", "unpinned"):
+        for name in ("preempted", "swapped_in", "rejected", "aborted", "deferred", "unpinned"):
             values[name] = [tuple(item) for item in values[name]]
     return cls(**values)

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 from servelab.core.environment import environment
@@ -49,6 +50,37 @@ WRITABLE = "free space, or choose another run folder (hydra.run.dir=...)"
 
 
 # ---------------------------------------------------------------- writing
+
+
+def check_place(argv: Sequence[str]) -> None:
+    """Refuse a place for the run's folder where none can be made, before Hydra tries and shows a traceback.
+
+    Args:
+        argv: Hydra's arguments.
+
+    Raises:
+        ServeLabError: a file is in the way, or the folder may not be written.
+    """
+    sweep = bool({"-m", "--multirun"} & set(argv))
+    key, stated = ("hydra.sweep.dir", BASES[1]) if sweep else ("hydra.run.dir", BASES[0])
+    for arg in argv:
+        name, _, value = arg.partition("=")
+        stated = value.strip("'\"") if name.lstrip("+") == key else stated
+    known, reference, _ = stated.partition("${")
+    folder = Path(known)
+    if reference and not known.endswith("/"):
+        folder = folder.parent  # the last name goes on with what Hydra fills in
+    there = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path())
+    try:
+        with TemporaryDirectory(dir=there):
+            return
+    except OSError as error:
+        raise ServeLabError(
+            "the run's folder cannot be made",
+            where=f"{key}={stated}",
+            why=f"{there.absolute()}: {error.strerror or error}",
+            do=f"start in a folder that can be written, or name another: {key}=FOLDER",
+        ) from error
 
 
 def begin(folder: Path, config: RunConfig, overrides: Sequence[str]) -> None:

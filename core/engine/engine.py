@@ -218,7 +218,7 @@ class Engine:
         lane.lengthen(batch)
         for command in self._out:  # of a plan made at this instant
             record = command.record if isinstance(command, Emit) else None
-            if isinstance(record, Planned) and record.step == batch.first_step and record.work:
+            if isinstance(record, Planned) and record.step == batch.first_step and record.requests:
                 record.held = batch.steps
 
     def _plan_lane(self, lane: Lane) -> bool:
@@ -561,6 +561,13 @@ class Engine:
         """The driver has cut the launch of a lane after the step that is running, its first."""
         self._lanes[lane].shorten()
 
+    def program_over(self, id: str) -> None:
+        """Its last turn has ended, here or in another engine: forget it, unless another turn is here."""
+        if not self.programs[id].live:
+            del self.programs[id]
+            if id in self.contexts.kept:
+                self.contexts.drop(id, "its program is over")
+
     def apart(self, now_ns: int, action: Callable[[], object]) -> list[Command]:
         """Do something between two events; returns what the driver must do."""
         out: list[Command] = []
@@ -603,13 +610,8 @@ class Engine:
         r.phase = Phase.FINISHED
         self.ended[outcome] += 1
         self.contexts.forget_heir(r)
-        over = None
         if spec.program is not None:
-            program = self.programs[spec.program]
-            program.live -= 1
-            if spec.is_last_turn and not program.live:
-                del self.programs[program.id]
-                over = program.id
+            self.programs[spec.program].live -= 1
         self.emit(
             RequestFinished(
                 t_ns=self.now_ns,
@@ -623,14 +625,15 @@ class Engine:
             )
         )
         # pages go back only now: what a plugin raises must not take the record away
-        if over is not None and over in self.contexts.kept:
-            self.contexts.drop(over, "its program is over")
+        if spec.program is not None and spec.is_last_turn:
+            self.program_over(spec.program)
         if retain is None:
             self.ledger.release(r.lease)
         else:
             self.contexts.keep(r, retain)
         for orphan in self.samples.ended(r, was):
             self._end(orphan, outcome, reason)
+        r.untie()
 
     def command(self, command: Command) -> None:
         """Send a command with the answer to the current event."""
@@ -649,6 +652,7 @@ class Engine:
     def _log_plan(self, lane: Lane, plan: StepPlan, step: int, held: int) -> None:
         if not self.plan_log:
             return
+        work = [i for i in plan.work if type(i) is Tokens]
         self._out.append(
             Emit(
                 Planned(
@@ -656,7 +660,8 @@ class Engine:
                     engine=self.index,
                     lane=lane.index,
                     step=step,
-                    work=[(i.request._r.id, i.n) for i in plan.work if type(i) is Tokens],
+                    requests=[i.request._r.id for i in work],
+                    tokens=[i.n for i in work],
                     preempted=[(p.request.id, p.mode, p.reason) for p in plan.preemptions],
                     swapped_in=_verdicts(plan.swap_ins),
                     rejected=_verdicts(plan.rejections),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Done = list[tuple[Request, str]]
 """Requests that finished, and why."""
 
+_NO_OUTPUT = "none: its prompt is not finished"
+
 
 def position(item: Tokens, r: Request, layers: int) -> tuple[int, bool]:
     """Where an item that is about to be launched starts, and whether it ends with a new output token."""
@@ -134,58 +136,41 @@ class Lane:
     def launch(self, work: list[Tokens | Background]) -> Batch:
         """Reserve pages, fence them, put the batch in flight; a held plan runs as many steps as it can."""
         engine = self._engine
-        requests: list[Request] = []
-        leases: list[Lease] = []
-        starts: list[int] = []
-        unsampled: list[int] = []
+        items = [item for item in work if type(item) is Tokens]
+        requests = [item.request._r for item in items]
+        starts = [r.computed + r.flying for r in requests]
+        samples = [True] * len(requests)
         extras: dict[int, Tokens] = {}
         forks: dict[int, list[Request]] = {}
-        background: tuple[Background, ...] = ()
         running, reserve, index = Phase.RUNNING, engine.ledger.reserve, self.index
-        for item in work:
-            if type(item) is Background:
-                background += (item,)
-                continue
-            r = item.request._r
+        for i, (r, item) in enumerate(zip(requests, items, strict=True)):
             if r.phase is not running:
                 engine.admit(r)
             if item.plain:
-                n, slack, flying = item.n, r.slack, r.flying
-                if n > slack:
+                n = item.n
+                if n > r.slack:
                     reserve(r, n)
-                    slack = r.slack
-                r.slack = slack - n
-                starts.append(r.computed + flying)
-                r.flying = flying + n
-                left = r.pending - n
-                if left:
-                    r.pending = left
-                    unsampled.append(len(requests))
+                r.slack -= n
+                r.flying += n
+                if n == r.pending:
+                    r.expected += 1
+                    if r.generated + r.expected < r.max_new_tokens:
+                        r.pending = 1
+                    else:
+                        r.pending = 0
                 else:
-                    expected = r.expected + 1
-                    r.expected = expected
-                    r.pending = 1 if r.generated + expected < r.max_new_tokens else 0
-                    if r.forks and r.generated + expected == 1:
-                        forks[len(requests)] = list(r.forks)
+                    r.pending -= n
+                    samples[i] = False
             else:
-                at = len(requests)
-                extras[at] = item
-                start, sample = self._book_special(item, r)
-                starts.append(start)
-                if not sample:
-                    unsampled.append(at)
-                elif r.forks and r.generated + r.expected == 1:
-                    forks[at] = list(r.forks)
+                extras[i] = item
+                starts[i], samples[i] = self._book_special(item, r)
+            if r.forks and samples[i] and r.generated + r.expected == 1:
+                forks[i] = list(r.forks)
             r.launches += 1
             r.lane = index
-            lease = r.lease
-            lease.in_flight += 1  # the fence; landed() takes it down
-            leases.append(lease)
-            requests.append(r)
-        tokens = [item.n for item in work if type(item) is Tokens]
-        samples = [True] * len(requests)
-        for i in unsampled:
-            samples[i] = False
+            r.lease.in_flight += 1  # the fence; landed() takes it down
+        leases = [r.lease for r in requests]
+        background = tuple([item for item in work if type(item) is Background])
         engine.launches += 1
         batch = Batch(
             index,
@@ -194,7 +179,7 @@ class Lane:
             1,
             requests,
             leases,
-            tokens,
+            [item.n for item in items],
             starts,
             samples,
             extras,
@@ -356,48 +341,34 @@ class Lane:
         ends = event.ends_ns
         steps = len(ends)
         reserve = self._engine.ledger.reserve
-        extras, end, finished = batch.extras, ends[-1], Phase.FINISHED
-        emitted: list[int] = []
+        extras, finished, more = batch.extras, Phase.FINISHED, steps - 1
+        emitted = [steps if sampled else 0 for sampled in batch.samples]
         done: Done = []
-        rows = zip(batch.requests, batch.leases, event.outcomes, batch.tokens, batch.samples, strict=True)
-        for r, lease, out, n, sampled in rows:
+        rows = zip(batch.requests, batch.leases, event.outcomes, batch.tokens, emitted, strict=True)
+        for i, (r, lease, out, n, count) in enumerate(rows):
             if r.lease is not lease or r.phase is finished:
-                emitted.append(0)  # preempted or ended meanwhile: its outcome is dropped
+                emitted[i] = 0  # preempted or ended meanwhile: its outcome is dropped
                 continue
             r.launches -= 1
-            new = out.tokens
-            count = len(new)
-            if extras and len(emitted) in extras:
-                i = len(emitted)
-                emitted.append(self._commit_special(extras[i], r, out, end, batch, i))
-                if out.finish is not None or r.generated >= r.max_new_tokens:
-                    done.append((r, out.finish or "length"))
-                continue
-            emitted.append(count)
-            r.flying -= n
-            if not sampled:
-                r.computed += n
-                if count:
-                    self._bad_outcome(r, batch, count, "none: its prompt is not finished")
-                continue
-            if count != steps:
-                self._bad_outcome(r, batch, count, f"{steps}, one per step")
-            r.expected -= 1
-            generated = r.generated + count
-            r.generated = generated
-            r.output += new
-            if steps == 1:
-                r.computed += n
-                r.token_times.append(end)
+            if i in extras:
+                emitted[i] = self._commit_special(extras[i], r, out, ends[-1], batch, i)
             else:
-                r.token_times += ends
-                more = steps - 1
+                if len(out.tokens) != count:
+                    self._bad_outcome(r, batch, out, f"{steps}, one per step" if count else _NO_OUTPUT)
+                r.flying -= n
                 r.computed += n
-                if more > r.slack:
-                    reserve(r, more)
-                r.slack -= more
-                r.computed += more
-            if out.finish is not None or generated >= r.max_new_tokens:
+                if not count:
+                    continue
+                r.expected -= 1
+                r.generated += count
+                r.output += out.tokens
+                r.token_times += ends
+                if more:
+                    if more > r.slack:
+                        reserve(r, more)
+                    r.slack -= more
+                    r.computed += more
+            if out.finish is not None or r.generated >= r.max_new_tokens:
                 done.append((r, out.finish or "length"))
         return emitted, done
 
@@ -406,7 +377,7 @@ class Lane:
         count = len(out.tokens)
         if item.advance != "append":
             if count:
-                self._bad_outcome(r, batch, count, "none: rewritten tokens bring no output")
+                self._bad_outcome(r, batch, out, "none: rewritten tokens bring no output")
             return 0
         final = not item.layers or item.layers[1] == self._engine.model.layers
         sampled = batch.samples[i]
@@ -414,7 +385,7 @@ class Lane:
             self._bad_outcome(
                 r,
                 batch,
-                count,
+                out,
                 f"{1 + out.accepted if sampled else 0} with {out.accepted} of {item.draft} drafts",
             )
         if not final:
@@ -435,9 +406,9 @@ class Lane:
             r.pending = max(0, r.prompt_tokens + r.generated + r.expected - r.computed - r.flying)
         return len(new)
 
-    def _bad_outcome(self, r: Request, batch: Batch, count: int, wanted: str) -> None:
+    def _bad_outcome(self, r: Request, batch: Batch, out: Outcome, wanted: str) -> None:
         raise PluginError(
-            f"the executor reported {count} output tokens for request {r.id}",
+            f"the executor reported {len(out.tokens)} output tokens for request {r.id}",
             where=f"launch {batch.launch}, lane {batch.lane}",
             why=f"expected {wanted}",
             do="mend the executor's launch()",

@@ -167,6 +167,10 @@ class Request:
     def num_forks(self) -> int:
         return len(self.forks)
 
+    def untie(self) -> None:
+        """It has ended: nothing in it refers back to it, so its memory is free without a garbage collector."""
+        del self.view, self.seen, self.one
+
     def forget_progress(self, lease: Lease) -> int:
         """Back to nothing computed, output so far kept (recompute). Returns the tokens lost."""
         lost = self.computed

@@ -192,7 +192,7 @@ class PlanCheck:
     def _work(self, work: list[Tokens | Background], freed: list[Lease], taken: list[int] | None) -> None:
         engine = self.engine
         mark, lane = self.mark, self.lane
-        running, waiting, paused = Phase.RUNNING, Phase.WAITING, Phase.PAUSED
+        running, may_run = Phase.RUNNING, (Phase.RUNNING, Phase.WAITING, Phase.PAUSED)
         tokens = count = 0
         needy: list[tuple[Request, int]] = []
         groups: dict[str, int] = {}
@@ -204,19 +204,18 @@ class PlanCheck:
                     f"work item {item!r}", "Tokens or Background is expected", "use plan.run(request, n)"
                 )
             r = item.request._r
-            if item is not r.one:
-                _check_types(item)
             n = item.n
-            # the common case, inlined: live here, first time, running or waiting, not on another lane
+            # the common case, inlined: live here, first time, not on another lane
             if r.mark == mark or r.home is not engine or (r.launches and r.lane != lane):
                 self._own(item.request, "work")
             r.mark = mark
-            phase = r.phase
-            if phase is not running and phase is not waiting and phase is not paused:
+            if item is not r.one:
+                _check_types(item)
+            if r.phase is not running and r.phase not in may_run:
                 self.refuse(
                     f"request {r.id} cannot run",
-                    f"its phase is {phase}",
-                    "swap it in first and wait for the transfer" if phase is Phase.SWAPPED else "wait",
+                    f"its phase is {r.phase}",
+                    "swap it in first and wait for the transfer" if r.phase is Phase.SWAPPED else "wait",
                     r,
                 )
             count += 1

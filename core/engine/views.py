@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from operator import attrgetter
 from types import MappingProxyType
@@ -145,6 +145,15 @@ class KVBudget:
         if r.lease.hit is not None:
             self._hits.append(r.lease)
         return True
+
+    def take_decodes(self, requests: Sequence[RequestView]) -> list[Tokens]:
+        taken = []
+        for request in requests:
+            r = request._r
+            if r.pending != 1 or not (r.slack or self.take(request, 1)):
+                break
+            taken.append(r.one)
+        return taken
 
     def give_back(self, request: RequestView) -> None:
         lease = request._r.lease

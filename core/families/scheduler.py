@@ -18,7 +18,7 @@ lossless plugins greedy tokens do not depend on the schedule; the same seed give
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -75,6 +75,12 @@ class KVBudget(Protocol):
         """Set aside what ``n`` more tokens of it need, in every pool; False (and nothing) if short.
 
         A waiting or swapped request leaves ``KVView.watermark_pages`` free, unless nobody runs.
+        """
+        ...
+
+    def take_decodes(self, requests: Sequence[RequestView]) -> list[Tokens]:
+        """``take`` of one token of each, from the first on, up to one that has not just one token pending or
+        finds no page: the items to plan. Faster than asking one by one.
         """
         ...
 

@@ -179,17 +179,18 @@ class LightLLM(ABC):
 
     def _decode(self, plan: StepPlan, running: list[RequestView], pages: KVBudget) -> None:
         """One token of every running request; the newest go until the rest fits."""
-        work, take = plan.work, pages.take
+        seats = running[: self._config.max_num_seqs]  # samples may be more
+        ready = pages.take_decodes(seats)
+        plan.work += ready
         last = len(running)  # running[:last] still run
-        for index, request in enumerate(running[: self._config.max_num_seqs]):  # samples may be more
-            if request.slack_tokens < 1:
-                while index < last and not take(request, 1):
-                    last -= 1
-                    plan.preempt(running[last], "recompute", "out of KV pages; newest running request")
-                    pages.give_back(running[last])
+        for index, request in enumerate(seats[len(ready) :], len(ready)):
+            while index < last and not pages.take(request, 1):
+                last -= 1
+                plan.preempt(running[last], "recompute", "out of KV pages; newest running request")
+                pages.give_back(running[last])
             if index >= last:
                 break
-            work.append(request.next_token)
+            plan.work.append(request.next_token)
 
     def _admit(self, view: StepView, plan: StepPlan, running: list[RequestView], pages: KVBudget) -> int:
         """One pass over the queue: how many it admits. The first that cannot go stops it."""

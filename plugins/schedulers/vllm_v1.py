@@ -77,18 +77,19 @@ class VllmV1:
 
     def plan(self, view: StepView) -> StepPlan:
         config = self.config
-        plan = StepPlan()
-        work = plan.work
         budget = config.max_num_batched_tokens
         longest = config.long_prefill_token_threshold or budget
         pages = view.kv.budget()
-        take = pages.take
         victims: list[RequestView] = []
         steady, short = True, False
 
         running = list(view.running)
         last = len(running)  # running[:last] are still running in this plan
-        for index, request in enumerate(running[: config.max_num_seqs]):  # with lanes there may be more
+        seats = running[: config.max_num_seqs]  # with lanes there may be more
+        work = pages.take_decodes(seats[:budget])
+        plan = StepPlan(work)
+        budget -= len(work)
+        for index, request in enumerate(seats[len(work) :], len(work)):  # the first of them is no such decode
             if index >= last or not budget:
                 steady = False
                 break
@@ -98,7 +99,7 @@ class VllmV1:
                 if not n:
                     continue
                 n = min(n, longest, budget)
-            if n > request.slack_tokens and not take(request, n):
+            if not pages.take(request, n):
                 last, fits = self._make_room(request, n, running[:last], pages, victims)
                 if not fits:
                     short = True

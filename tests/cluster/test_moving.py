@@ -10,10 +10,16 @@ import pytest
 
 from servelab.core.context import Context
 from servelab.core.events import InstanceLost
-from servelab.core.families.router import Action, ClusterView, Dispatch, Drain, Migrate
+from servelab.core.families.router import Action, ClusterView, Dispatch, Drain, Hold, Migrate, Reject
 from servelab.core.plan import Pin, StepPlan, Tokens
-from servelab.core.records import ActionDropped, RequestAdmitted, RequestMigrated, RequestPreempted
-from servelab.core.request import Cancel, Phase, RequestSpec
+from servelab.core.records import (
+    ActionDropped,
+    ContextEnded,
+    RequestAdmitted,
+    RequestMigrated,
+    RequestPreempted,
+)
+from servelab.core.request import Cancel, Phase, RequestSpec, RequestView
 from servelab.core.testing.cluster import ClusterRun
 from servelab.core.testing.fakes import (
     TOY_MODEL,
@@ -518,14 +524,14 @@ def test_what_has_left_is_dead_and_what_came_is_alive() -> None:
 
 
 @pytest.mark.parametrize("mode", ["blocking", "recompute"])
-def test_a_program_leaves_with_its_last_turn(mode: str) -> None:
-    """Its turns count where they are served, and its old instance forgets it."""
+def test_a_program_is_over_everywhere_when_its_last_turn_ends(mode: str) -> None:
+    """Its turns count where they are served, and then its old instance forgets it too."""
     seen: list[Any] = []
     turns = [arrival(f"a{k}", 4, 10, at=20_000 * k, program="p", turn=k, is_last_turn=k == 1) for k in (0, 1)]
     look = lambda view: seen.extend([(p.turns, p.live) for p in e.programs.values()] for e in run.engines)  # noqa: E731
     run = ClusterRun([*turns, arrival("look", at=28_000)], Acts(23_500, [move("a1", 0, 1, mode)], look))
     run.go()
-    assert seen == [[], [(1, 1)]]
+    assert seen == [[(2, 0)], [(1, 1)]]
     assert not any(e.programs for e in run.engines)
 
 
@@ -539,6 +545,49 @@ def test_a_program_stays_where_a_turn_of_it_is_left_or_is_to_come(name: str, lef
     run = ClusterRun([*items, arrival("look", at=6000)], Acts(3500, [move(name, 0, 1)], look))
     run.go()
     assert seen == [[left], [(1, 1)]]
+
+
+def test_a_turn_may_outlive_the_last_one_elsewhere() -> None:
+    seen: list[Any] = []
+    items = [
+        arrival("a", 4, 20, program="p", turn=0, is_last_turn=False),
+        arrival("b", 4, 3, program="p", turn=1),
+        arrival("look", at=9000),
+    ]
+    look = lambda view: seen.extend([(p.turns, p.live) for p in e.programs.values()] for e in run.engines)  # noqa: E731
+    run = ClusterRun(items, Acts(10**9, [], look))
+    run.go()
+    assert run.ends()["b"][2] < 9000 < run.ends()["a"][2]
+    assert seen == [[(1, 1)], []]
+
+
+class Keeps(Fcfs):
+    """Keeps every turn for as long as it takes."""
+
+    def on_turn_end(self, request: RequestView) -> Pin:
+        return Pin(until_ns=10**15)
+
+
+@pytest.mark.parametrize("outcome", ["completed", "rejected", "cancelled"])
+def test_no_instance_keeps_anything_of_a_program_that_is_over(outcome: str) -> None:
+    """Turns at 0 and 1, the first of which moved to 2; the last ends at 1, or has never left the router."""
+
+    class Turns(Acts):
+        def route(self, request: RequestSpec, moment: Any, view: ClusterView) -> Any:
+            if request.id == "c" and outcome != "completed":
+                return Reject("enough") if outcome == "rejected" else Hold(10**6)
+            return Dispatch(prefill=int(request.id != "a"))
+
+    items: list[Any] = [
+        arrival(name, 8, 6, at=10_000 * k, program="p", turn=k, is_last_turn=name == "c")
+        for k, name in enumerate("abc")
+    ]
+    items += [Cancel(29_000, "c"), arrival("d", 4, 9, at=30_000)]
+    run = ClusterRun(items, Turns(3500, [move("a", 0, 2)]), 3, schedulers=[Keeps() for _ in range(3)]).go()
+    assert (run.where()["a"], run.ends()["c"][1]) == (2, outcome)
+    over = sorted((x.engine, x.reason, x.t_ns) for x in run.of(ContextEnded))
+    assert over == [(k, "its program is over", run.ends()["c"][2]) for k in (1, 2)]
+    assert not any(e.programs for e in run.engines) and not run.cluster.view.homes
 
 
 def test_pages_that_left_the_window_during_a_live_copy_are_free_when_it_is_there() -> None:

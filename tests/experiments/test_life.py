@@ -48,11 +48,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, run_py: Command) -> None
         [sys.executable, str(ROOT / "run.py"), *words, "task.seeds=50", f"hydra.run.dir={folder}"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ),
     )  # fmt: skip
-    until = time.monotonic() + 60
-    while len(list(folder.glob("cells/*.json"))) < 3 and time.monotonic() < until:
+    while len(list(folder.glob("cells/*.json"))) < 3 and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert process.returncode == 130, err
     assert "INTERRUPTED" in out
     told = json.loads((folder / "experiment.json").read_text())

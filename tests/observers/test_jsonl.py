@@ -87,8 +87,12 @@ def pairs() -> st.SearchStrategy[list[tuple[str, str]]]:
     return st.lists(st.tuples(names, st.sampled_from(["no room", "budget", ""])), max_size=5)
 
 
+def planned(work: list[tuple[str, int]], **more: Any) -> Planned:
+    return Planned(requests=[name for name, _ in work], tokens=[n for _, n in work], **more)
+
+
 plans = st.builds(
-    Planned,
+    planned,
     t_ns=times,
     engine=st.integers(0, 1),
     lane=st.integers(0, 1),
@@ -191,7 +195,8 @@ def test_files_give_the_records_back(tmp_path: Path) -> None:
         t_ns=5,
         lane=0,
         step=1,
-        work=[("a", 10), ("b", 1)],
+        requests=["a", "b"],
+        tokens=[10, 1],
         preempted=[("c", "swap", "no pages")],
         swapped_in=[],
         rejected=[],

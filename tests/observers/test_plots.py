@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.metrics.logs import (
     MS,
@@ -341,7 +341,6 @@ def corners(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return out
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=25, max_size=60))
 def test_short_paths_go_where_the_long_ones_went(points: list[tuple[int, int]]) -> None:
     exact = [(x / 10, y / 10) for x, y in points]

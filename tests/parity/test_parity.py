@@ -86,7 +86,7 @@ def test_the_first_record_that_differs_is_shown() -> None:
     at = next(i for i, x in enumerate(good) if isinstance(x, Planned) and len(x.work) > 1)
     found = good[at]
     assert isinstance(found, Planned)
-    bad = [*good[:at], dataclasses.replace(found, work=found.work[::-1]), *good[at + 1 :]]
+    bad = [*good[:at], dataclasses.replace(found, requests=found.requests[::-1]), *good[at + 1 :]]
     with pytest.raises(AssertionError) as error:
         same(good, bad, "a title")
     text = str(error.value)

@@ -116,14 +116,18 @@ def device(info: Mapping[str, Any]) -> list[tuple[str, object, str]]:
 
 
 def device_line(info: Mapping[str, Any]) -> str | None:
-    """``4 x a100_80g, each 312 TFLOP/s, 2,039 GB/s, 79.15 GiB``; None where no device is described."""
+    """``4 x a100_80g, each 312 TFLOP/s, 2,039 GB/s, 79.15 GiB``, with
+    ``2 instances of`` before it where they are many; None where no device is described.
+    """
     stated = (info.get("settings") or {}).get("hardware") or {}
     if not stated:
         return None
     units = (("flops", 1e12, "TFLOP/s"), ("memory_bytes_per_s", 1e9, "GB/s"), ("memory_bytes", 2**30, "GiB"))
     figures = [f"{stated[name] / one:,.4g} {unit}" for name, one, unit in units if stated.get(name)]
     each = ["each " + figures[0], *figures[1:]] if figures else []
-    return ", ".join([f"{stated.get('tp', 1)} x {stated.get('name', '?')}", *each])
+    many = (info.get("cluster") or {}).get("instances", 1)
+    instances = f"{many} instances of " if many > 1 else ""
+    return ", ".join([f"{instances}{stated.get('tp', 1)} x {stated.get('name', '?')}", *each])
 
 
 def routing(extra: Mapping[str, Any]) -> str | None:
