@@ -756,7 +756,7 @@ def test_holds_change_nothing_that_a_router_does(
             shares=True,
             pages=24,
             cluster={"network_bytes_per_s": 1e7},
-            **{what: [make() for _ in range(instances)] for what, make in WORLDS[world].items()},
+            **WORLDS[world],
         ).go()
         for foresight in (True, False)
     ]
