@@ -146,8 +146,8 @@ def encode_counts(counts: Sequence[int], usual: int) -> list[int]:
 def decode_counts(size: int, exceptions: Sequence[int], usual: int) -> list[int]:
     """The inverse of ``encode_counts``."""
     counts = [usual] * size
-    for place, count in zip(exceptions[::2], exceptions[1::2], strict=True):
-        counts[place] = count
+    for place, value in zip(exceptions[::2], exceptions[1::2], strict=True):
+        counts[place] = value
     return counts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from servelab.core.engine.state import Lease, Request
+from servelab.core.engine.state import Request
 from servelab.core.errors import PluginError
 from servelab.core.events import Batch, Interrupt, LaunchDone
 from servelab.core.plan import Background, Hold, Outcome, Tokens

@@ -168,7 +168,7 @@ class Request:
         return len(self.forks)
 
     def untie(self) -> None:
-        """It has ended: nothing in it refers back to it, so its memory is free without a garbage collector."""
+        """It ended: nothing in it refers back to it, and its memory is free without a garbage collector."""
         del self.view, self.seen, self.one
 
     def forget_progress(self, lease: Lease) -> int:

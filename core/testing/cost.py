@@ -16,7 +16,7 @@ from servelab.core.facts import HardwareFacts
 from servelab.core.plan import Tokens
 from servelab.core.request import RequestSpec
 from servelab.core.testing.fakes import TOY_MODEL, toy_limits
-from servelab.core.testing.suite import PluginSuite
+from servelab.core.testing.suite import PolicySuite
 
 GRID = (
     1,
@@ -111,7 +111,7 @@ def transfer_of(size: int, pages: int = 4) -> Transfer:
     return Transfer(0, "r0", "out", Lease("r0", 1), table, table, size, pages)
 
 
-class CostSuite(PluginSuite):
+class CostSuite(PolicySuite):
     """What is true of every cost model; see ``servelab.core.families.cost``."""
 
     kind: ClassVar[str] = "cost"
@@ -182,8 +182,7 @@ class CostSuite(PluginSuite):
                 if alone != together[k]:
                     self.fail(
                         f"{self.name}: step {k} of {steps} decodes of {rows} requests costs {together[k]} "
-                        "ns in one "
-                        f"call, and {alone} ns in a call of its own",
+                        f"ns in one call, and {alone} ns in a call of its own",
                         rule="price(batch, k) equals k single calls on batches moved on by one token per "
                         "step",
                         do="let contexts grow by one token per request and step, first_step by one",
@@ -367,7 +366,3 @@ class CostSuite(PluginSuite):
         cost = self.cost()
         self.calls_nothing_forbidden(lambda: [cost.price(batch, 1) for batch in self.batches()])
         self.calls_nothing_forbidden(lambda: cost.transfer_time(transfer_of(4096)))
-
-    def test_imports_no_tensor_library(self) -> None:
-        """Policies run where no tensor library is installed."""
-        self.imports_no_tensor_library()

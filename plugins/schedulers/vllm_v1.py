@@ -86,8 +86,9 @@ class VllmV1:
         running = list(view.running)
         last = len(running)  # running[:last] are still running in this plan
         seats = running[: config.max_num_seqs]  # with lanes there may be more
-        work = pages.take_decodes(seats[:budget])
-        plan = StepPlan(work)
+        plan = StepPlan()
+        work = plan.work
+        work += pages.take_decodes(seats[:budget])
         budget -= len(work)
         for index, request in enumerate(seats[len(work) :], len(work)):  # the first of them is no such decode
             if index >= last or not budget:

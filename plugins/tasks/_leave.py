@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from servelab.core.environment import environment
 from servelab.core.run_folder import unwritable, write_file
 from servelab.core.stdout import say
+from servelab.plugins.tables import aligned
 from servelab.plugins.tasks._cells import Found
 from servelab.plugins.tasks._rows import Row, tally
 
@@ -106,14 +107,7 @@ def table(title: str, status: str, rows: Sequence[Row], found: Found) -> Iterato
     yield title + ("" if status == "ok" else f"   {status.upper()}: what was measured so far")
     yield ""
     shown = [row for row in rows if row.bound is not None] or rows
-    body = [_cells_of(row) for row in shown]
-    widths = [max(len(line[i]) for line in (HEAD, *body)) for i in range(len(HEAD))]
-    for line in (HEAD, *body):
-        texts = (
-            word.ljust(width) if i in (0, 4) else word.rjust(width)
-            for i, (word, width) in enumerate(zip(line, widths, strict=True))
-        )
-        yield ("  " + "  ".join(texts)).rstrip()
+    yield from (f"  {line}" for line in aligned([HEAD, *map(_cells_of, shown)], right=(1, 2, 3)))
     yield ""
     counts = tally(rows)
     told = "" if len(shown) == len(rows) else f" (these in {EXPERIMENT_FILE})"

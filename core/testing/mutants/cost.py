@@ -173,7 +173,7 @@ class PowerOfTwo(Shared):
 
 class FirstJoules(Shared):
     def energy(self, batch: Batch, steps: int) -> Sequence[float]:
-        return [super().energy(batch, 1)[0]] * steps  # type: ignore[misc]
+        return [super().energy(batch, 1)[0]] * steps
 
 
 class ColdAtWork(Shared):
