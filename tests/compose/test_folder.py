@@ -242,5 +242,12 @@ def test_a_place_that_can_be_made_is_left_as_it_is(tmp_path: Path, monkeypatch: 
     check_place(["hydra.run.dir=file${seed}"])  # beside the file
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     (tmp_path / "outputs").touch()
-    with pytest.raises(ServeLabError, match=r"hydra\.run\.dir=outputs"):
-        check_place([])
+    (tmp_path / "multirun").touch()
+    for args, told in (
+        ([], "hydra.run.dir=outputs"),
+        (["-m"], "hydra.sweep.dir=multirun"),
+        (["++hydra.run.dir=file"], "hydra.run.dir=file"),
+    ):
+        with pytest.raises(ServeLabError) as raised:
+            check_place(args)
+        assert raised.value.where == told
