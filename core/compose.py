@@ -286,16 +286,8 @@ def _with_shape(config: RunConfig, registry: Registry) -> RunConfig:
             why=f"executor {name!r} does not read it from the model's files",
             do="state these fields, or choose an executor that runs models (executor=torch)",
         )
-    try:
-        model = config.model.model_copy(update=describe(config.model))
-    except ServeLabError:
-        raise
-    except Exception as exc:
-        raise PluginError(
-            f"executor {name!r} raised {type(exc).__name__}: {exc}",
-            where="describe_model(), while the run was composed",
-            do="mend the plugin; SERVELAB_TRACEBACK=1 shows where",
-        ) from exc
+    shape = _asked("executor", name, "describe_model", describe, config.model)
+    model = config.model.model_copy(update=shape)
     if left := model.unstated():
         raise PluginError(
             f"executor {name!r} left parts of the model's shape open: {', '.join(left)}",
@@ -306,6 +298,20 @@ def _with_shape(config: RunConfig, registry: Registry) -> RunConfig:
     if problems := across(config):
         raise refusal(problems)
     return config
+
+
+def _asked(kind: str, name: str, what: str, method: Callable[..., Any], *args: Any) -> Any:
+    """Call a plugin while the run is being composed; what it raises is reported with its name."""
+    try:
+        return method(*args)
+    except ServeLabError:
+        raise
+    except Exception as exc:
+        raise PluginError(
+            f"{kind} {name!r} raised {type(exc).__name__}: {exc}",
+            where=f"{what}(), while the run was composed",
+            do="mend the plugin; SERVELAB_TRACEBACK=1 shows where",
+        ) from exc
 
 
 class _Builder:
@@ -456,18 +462,9 @@ class _Builder:
         return quantizer
 
     def ask(self, kind: str, method: Callable[..., Any], *args: Any) -> Any:
-        """Call a plugin while the run is being composed; what it raises is reported with its name."""
-        try:
-            return method(*args)
-        except ServeLabError:
-            raise
-        except Exception as exc:
-            name = getattr(self.config, kind).name
-            raise PluginError(
-                f"{kind} {name!r} raised {type(exc).__name__}: {exc}",
-                where=f"{getattr(method, '__name__', method)}(), while the run was composed",
-                do="mend the plugin; SERVELAB_TRACEBACK=1 shows where",
-            ) from exc
+        """Call a selected plugin."""
+        name = getattr(self.config, kind).name
+        return _asked(kind, name, getattr(method, "__name__", str(method)), method, *args)
 
     def __call__(self, kind: str, choice: Choice, place: tuple[str, ...] = ()) -> Any:
         """A plugin, or a part of one at a place told by keys."""
