@@ -727,6 +727,10 @@ class Engine:
             bound = r.prompt_tokens + r.generated + r.expected + drafts[r.id]
             if not 0 <= r.computed + r.flying <= bound or r.slack < 0:
                 raise PluginError(f"request {r.id} counts do not add up", why=repr(r.view.freeze()))
+            if r.slack and r.slack != (room := self.ledger.slack_of(r)):
+                raise LedgerError(
+                    f"request {r.id} believes in room for {r.slack} tokens", why=f"its pages have {room}"
+                )
             if not self.ledger.sees_all(r.lease, r.computed):
                 raise LedgerError(
                     f"request {r.id} has given up pages that its next token sees",

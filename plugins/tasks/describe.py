@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import Context
+from servelab.core.capabilities import select
 from servelab.core.run_folder import write_file
 from servelab.core.stdout import say
 from servelab.plugins.tasks._traffic import QUANTILES, Traffic
@@ -105,7 +106,8 @@ def table(run: Run, title: str, figures: Mapping[str, Any], said: Mapping[str, A
     yield from (f"  {key:<10}{value}" for key, value in rows.items())
     yield ""
     yield from _arrivals(figures)
-    if "workload.closed_loop" in run.registry.spec("workload", choice.name).provides:
+    (workload,) = select([("workload", choice)], run.registry)
+    if "workload.closed_loop" in workload.may:
         yield "  a closed loop: what follows answers comes on top, when something serves it"
     yield ""
     yield from _lengths(figures)

@@ -163,7 +163,14 @@ def taken(rows: Iterable[Row], config: TraceConfig, thin: Random) -> tuple[Colum
         columns.add(*row)
     if not columns:
         raise _nothing(config, "no row of the slice is wanted")
-    return columns, _at_rate(columns, config, thin)
+    done = _at_rate(columns, config, thin)
+    if config.num_requests is not None and len(columns) < config.num_requests:
+        log.warning(
+            "the trace has %d requests for workload.num_requests=%d: so many are replayed, once",
+            len(columns),
+            config.num_requests,
+        )
+    return columns, done
 
 
 def _at_rate(columns: Columns, config: TraceConfig, thin: Random) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def believable(source: Source, rows: Iterator[T], columns: Iterable[tuple[str, i
                 name,
                 f"its first {len(values)} lengths are spread evenly from {min(values)} to {max(values)}; "
                 "lengths of real requests are mostly short, with a long tail",
-                source.remedy,
+                f"{source.remedy}; lengths that are meant to be even: workload=synthetic with law uniform",
             )
     source.line = line
     return chain(head, rows)

@@ -7,14 +7,17 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.engine.test_reuse import store
 
 from servelab.core.context import Context
 from servelab.core.events import InstanceLost
 from servelab.core.families.router import Action, ClusterView, Dispatch, Drain, Hold, Migrate, Reject
+from servelab.core.families.scheduler import StepView
 from servelab.core.plan import Pin, StepPlan, Tokens
 from servelab.core.records import (
     ActionDropped,
     ContextEnded,
+    PagesEvicted,
     RequestAdmitted,
     RequestMigrated,
     RequestPreempted,
@@ -146,6 +149,43 @@ def test_every_pool_must_have_room() -> None:
         else:
             (moved,) = run.of(RequestMigrated)
             assert moved.t_ns > run.ends()["b"][2] and run.where()["a"] == 1 and moved.tokens < 28
+
+
+def test_room_for_refused_drafts_is_given_back_at_the_target() -> None:
+    """Stopped in a step with 8 drafts it needs 4 pages for 4 + 9 tokens; all are refused: 2 pages for 5."""
+
+    class Drafts(Fcfs):
+        def plan(self, view: StepView) -> StepPlan:
+            plan = StepPlan([Tokens(x, 1, draft=8) for x in view.running])
+            return plan if view.running else super().plan(view)
+
+    seen: list[Any] = []
+    items = [arrival("a", 4, 10, cap=20), *(arrival(f"look{at}", at=at) for at in (2050, 2300))]
+
+    def look(view: ClusterView) -> None:
+        here = run.engines[1]
+        r = here.moving.guests.get("a") or here.running["a"]
+        seen.append((r.computed, view.row(1).free_pages, r.slack))
+
+    router = Acts(1500, [move("a", 0, 1)], look)
+    run = ClusterRun(items, router, schedulers=[Drafts(), Fcfs()])
+    run.executors[0].accept = 0
+    run.go()
+    (moved,) = run.of(RequestMigrated)
+    assert (moved.tokens, moved.bytes) == (5, 16) and 2050 < moved.t_ns < 2300
+    assert seen == [(0, 12, 16), (5, 13, 3)], "2 pages, and one of who looked first"
+
+
+def test_pages_evicted_for_a_guest_are_told_by_its_new_instance() -> None:
+    """Of 8 pages the prefix store of the target holds 5 unused ones; a guest of 19 tokens needs 5 pages."""
+    items = [
+        arrival("b", 21, 1, prompt_ids=[9] * 21),
+        arrival("a", 16, 9, at=3000, prompt_ids=list(range(16))),
+    ]
+    run = ClusterRun(items, Acts(5500, [move("a", 0, 1)]), pages=8, stores=[store(), store()]).go()
+    (moved,) = run.of(RequestMigrated)
+    first = run.of(PagesEvicted)[0]
+    assert (first.engine, first.pages, first.t_ns) == (1, 2, moved.started_ns)
 
 
 def test_a_pull_needs_no_room_for_what_left_the_window() -> None:

@@ -232,3 +232,12 @@ def test_fields_are_known_inside_lists_and_laws(
     assert any(found.startswith(f"workload.{problem}") for found in problems(raw, registry)), problems(
         raw, registry
     )
+
+
+def test_a_file_of_settings_is_no_plugin_within_another(raw: dict[str, Any], registry: Registry) -> None:
+    for name, told in (("sharegpt_like", True), ("sharegtp_like", False)):
+        raw["workload"] = {"name": "transform", "of": name, "steps": []}
+        with pytest.raises(ConfigError, match=f"workload.of.name: unknown workload {name!r}") as error:
+            validate(raw, registry)
+        assert ("is a file of settings" in str(error.value)) == told
+        assert ("python run.py workload=sharegpt_like --cfg job" in str(error.value)) == told

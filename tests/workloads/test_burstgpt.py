@@ -257,6 +257,16 @@ def test_numbers_as_pandas_writes_them(burst: Burst, trace: Write) -> None:
     assert lengths(burst(path=path)) == [(100, 20)]
 
 
+def test_a_trace_that_has_fewer_requests_than_asked_for_is_told(
+    burst: Burst, trace: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    has = len(lengths(burst(path=trace())))
+    assert len(lengths(burst(path=trace(), num_requests=has))) == has and not caplog.records
+    assert len(lengths(burst(path=trace(), num_requests=has + 1))) == has
+    (told,) = caplog.records
+    assert f"the trace has {has} requests for workload.num_requests={has + 1}" in told.getMessage()
+
+
 def test_slices(burst: Burst, trace: Write) -> None:
     assert seconds(burst(path=trace(), start_s=2, duration_s=58)) == [0, 1]
     assert seconds(burst(path=trace(), num_requests=3)) == [0, 0, 2]
@@ -355,7 +365,7 @@ def test_uniform_random_lengths_are_refused(burst: Burst, trace: Write) -> None:
     rows = [f"{i},ChatGPT,{n},{20 + i % 3},{n + 20 + i % 3},API log" for i, n in enumerate(lengths)]
     with pytest.raises(WorkloadError, match="looks made up") as raised:
         burst(path=trace("\n".join([HEADER, *rows])), num_requests=5)
-    assert "'Request tokens'" in str(raised.value)
+    assert "'Request tokens'" in str(raised.value) and "workload=synthetic" in raised.value.do
 
 
 def test_generated_lengths_do_not_look_made_up(burst: Burst, trace: Write) -> None:
