@@ -101,12 +101,9 @@ class Bus:
         if request is not None:
             where += f" of request {request}"
         where += f" at {record.t_ns} ns, engine {record.engine}"
+        why, do = f"{type(error).__name__}: {error}", ""
         if isinstance(error, ServeLabError):
-            why = "; ".join(part for part in (error.what, error.where, error.why) if part)
-            do = error.do
-        else:
-            why = f"{type(error).__name__}: {error}"
-            do = ""
+            why, do = error.in_short, error.do
         return PluginCallError(
             f"observer {self._names[call]} raised while it was shown a record",
             where=where,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from servelab.core.interrupt import Interruptions, Terminated, taking
+from servelab.core.stdout import flush
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -58,7 +59,7 @@ def main() -> None:
         sys.stderr.write(f"servelab: {exc}\n")
         sys.exit(1)
     finally:
-        _flush_stdout()
+        flush()
 
 
 def _command(argv: Sequence[str]) -> None:
@@ -79,16 +80,6 @@ def _command(argv: Sequence[str]) -> None:
         _hydra(args)
 
 
-def _flush_stdout() -> None:
-    """Now rather than at exit, where Python would complain about a reader that has gone."""
-    if sys.stdout is None:  # closed before we began, as by `>&-`
-        return
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _hydra(args: Sequence[str]) -> None:
     import hydra
 
@@ -97,9 +88,13 @@ def _hydra(args: Sequence[str]) -> None:
     from servelab.core.searchpath import install
     from servelab.core.verbosity import take_level
 
+    sys.argv[1:] = check_choices(normalize(take_level(args)))
     if PRINTS & {arg.partition("=")[0] for arg in args}:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Hydra would print a traceback
-    sys.argv[1:] = check_choices(normalize(take_level(args)))
+    else:
+        from servelab.core.run_folder import check_place
+
+        check_place(sys.argv[1:])
     install()
     sweeper.install()
     if _wants_traceback():
@@ -139,8 +134,8 @@ def run(raw: dict[str, Any]) -> float | None:
 
     from servelab.core.compose import compose
     from servelab.core.config import validate
-    from servelab.core.folder import begin
     from servelab.core.registry import Registry
+    from servelab.core.run_folder import begin
 
     registry = Registry.load()
     for broken in registry.broken:

@@ -87,27 +87,18 @@ class Mailbox:
         """Of the requests that somebody waits for."""
 
     @hookimpl
-    def servelab_on_request_arrived(self, record: RequestArrived) -> None:
-        self._put(record)
+    def servelab_on_tokens_emitted(self, record: Event) -> None:
+        box = self.boxes.get(record.request)
+        if box is not None:
+            box.put(record)
 
-    @hookimpl
-    def servelab_on_request_admitted(self, record: RequestAdmitted) -> None:
-        self._put(record)
-
-    @hookimpl
-    def servelab_on_tokens_emitted(self, record: TokensEmitted) -> None:
-        self._put(record)
+    servelab_on_request_arrived = servelab_on_request_admitted = servelab_on_tokens_emitted
 
     @hookimpl
     def servelab_on_request_finished(self, record: RequestFinished) -> None:
         if record.outcome != "unfinished":  # the engine is stopping: the client tells why
-            self._put(record)
+            self.servelab_on_tokens_emitted(record)
             self.boxes.pop(record.request, None)
-
-    def _put(self, record: Event) -> None:
-        box = self.boxes.get(record.request)
-        if box is not None:
-            box.put(record)
 
 
 class Client:
@@ -195,8 +186,7 @@ class Client:
             return ServeLabError("the engine is closed", where="LLM", do="make a new LLM")
         why, do = f"{type(self._error).__name__}: {self._error}", "mend the cause"
         if isinstance(self._error, ServeLabError):
-            told = (self._error.what, self._error.where, self._error.why)
-            why, do = "; ".join(part for part in told if part), self._error.do or do
+            why, do = self._error.in_short, self._error.do or do
         return ServeLabError("the engine has stopped", where="LLM", why=why, do=f"{do}; then make a new LLM")
 
     def let_go(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -521,7 +520,7 @@ def assemble(choice: Choice, context: Context, registry: Registry) -> Any:
             do="SERVELAB_TRACEBACK=1 shows where; for settings it cannot work with, "
             "a factory raises ConfigError",
         ) from exc
-    lacking = [name for name in members(KINDS[kind].protocol) if not hasattr(made, name)]
+    lacking = [name for name in KINDS[kind].members if not hasattr(made, name)]
     if lacking:
         raise PluginError(
             f"{kind} {choice.name!r} is not a {KINDS[kind].protocol.partition(':')[2]}",
@@ -546,11 +545,3 @@ def checked_part(kind: str, choice: Choice) -> Part:
         why="the run's capabilities are checked with the parts that settings declare",
         do=f'declare the setting as Annotated[Choice, PartOf("{kind}")], and give its value to part()',
     )
-
-
-def members(protocol: str) -> list[str]:
-    """Names that a family's protocol asks for."""
-    module, _, name = protocol.partition(":")
-    cls = getattr(import_module(module), name)
-    declared = {*vars(cls), *vars(cls).get("__annotations__", ())}
-    return sorted(member for member in declared if not member.startswith("_"))

@@ -25,6 +25,11 @@ class ServeLabError(Exception):
         parts = [("where", where), ("why", why), ("do", do)]
         super().__init__("\n".join([what, *(f"  {name + ':':<6} {text}" for name, text in parts if text)]))
 
+    @property
+    def in_short(self) -> str:
+        """What, where and why in one line, for an error that comes of this one."""
+        return "; ".join(part for part in (self.what, self.where, self.why) if part)
+
 
 class ConfigError(ServeLabError):
     """The configuration is wrong: a name, a field, a type or a bound."""

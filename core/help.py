@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,11 +63,11 @@ def list_commands() -> dict[str, str]:
     return {name: declared[name].summary for name in sorted(declared)}
 
 
-def choices() -> dict[str, set[str]]:
-    """Group -> names, from the YAML files of this package and of installed ones."""
+def choices(more: Iterable[Path] = ()) -> dict[str, set[str]]:
+    """Group -> names, from the YAML files of this package, of installed ones and of further folders."""
     found: dict[str, set[str]] = defaultdict(set)
     packages = ["servelab.configs", *(p.package for p in config_packages() if p.problem is None)]
-    for root in _folders(packages):
+    for root in (*_folders(packages), *more):
         for file in root.rglob("*.yaml"):
             group = file.parent.relative_to(root).as_posix()
             if group != "." and not group.startswith("hydra/"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from servelab.core.errors import ConfigError, nearest
 from servelab.core.families import KINDS
@@ -49,7 +50,7 @@ def normalize(argv: Sequence[str]) -> list[str]:
     """Rewrite the overrides among Hydra's arguments.
 
     Raises:
-        ConfigError: an override names a section that does not exist.
+        ConfigError: an override names a section that does not exist, or is none; a technique is chosen twice.
     """
     if any(arg.partition("=")[0] in _OTHER_CONFIG for arg in argv):
         return list(argv)  # another primary configuration has its own sections
@@ -57,6 +58,8 @@ def normalize(argv: Sequence[str]) -> list[str]:
     skip = False
     keys = [arg.partition("=")[0].lstrip("+") for arg in argv]
     for arg in argv:
+        if not skip and not arg.startswith(("-", "~")):
+            _check_form(arg)
         match = None if skip or arg.startswith("-") else _OVERRIDE.fullmatch(arg)
         skip = arg in _TAKES_VALUE
         if match is None:
@@ -67,7 +70,36 @@ def normalize(argv: Sequence[str]) -> list[str]:
         if beside and "." in stated["key"] and _NAMES.fullmatch(stated["value"]):
             stated["key"] += ".name"  # the name and the settings go into one mapping
         out.append(_rewrite(arg, **stated))
+    chosen = [arg.partition("=")[0] for arg in out if arg.partition("=")[0][1:] in TECHNIQUES]
+    if twice := next((group[1:] for group in chosen if chosen.count(group) > 1), None):
+        names = [arg.partition("=")[2] for arg in out if arg.startswith(f"+{twice}=")]
+        raise ConfigError(
+            f"{twice} is chosen twice",
+            where=f"command line: {', '.join(f'{twice}={name}' for name in names)}",
+            do=f"keep one; to compare them: -m {twice}={','.join(names)}",
+        )
     return out
+
+
+def _check_form(arg: str) -> None:
+    """What the shell has cut or the user has written apart, which Hydra answers in its parser's words."""
+    key, stated, value = arg.partition("=")
+    if not stated:
+        raise ConfigError(
+            f"{arg!r} is no setting",
+            where="command line",
+            why="settings are written KEY=VALUE",
+            do=f"write {key}=... without spaces, or see python run.py --help",
+        )
+    if not any(quote in value for quote in "'\"\\") and any(
+        value.count(left) != value.count(right) for left, right in ("[]", "{}")
+    ):
+        raise ConfigError(
+            "a bracket is not closed",
+            where=f"command line: {arg}",
+            why="the shell cuts what is not quoted at its spaces",
+            do=f"quote the whole setting: '{key}=...'",
+        )
 
 
 def _rewrite(arg: str, sign: str, key: str, value: str) -> str:
@@ -120,29 +152,66 @@ def _listed(name: str, field: str, value: str) -> str:
 def check_choices(argv: Sequence[str]) -> list[str]:
     """Refuse names that nobody knows, before Hydra does it without the nearest name or a package's fault.
 
-    A plugin without a YAML file of its own is chosen all the same.
+    A plugin without a YAML file of its own is chosen all the same. Of a file in the user's own folder
+    (``--config-dir``) the syntax is checked.
 
     Raises:
-        ConfigError: no such choice.
+        ConfigError: no such choice, or no such folder; a file of it is no YAML.
         PluginError: no such plugin, with the packages that could not be loaded.
     """
-    if any(arg.partition("=")[0].lstrip("+") in _OTHER_FOLDERS for arg in argv):
+    if any(arg.partition("=")[0].lstrip("+") in _OTHER_PLACES for arg in argv):
         return list(argv)
-    return [_check_choice(arg) for arg in argv]
+    own = _own_folder(argv)
+    return [_check_choice(arg, own) for arg in argv]
 
 
-_OTHER_FOLDERS = frozenset({*_OTHER_CONFIG, "-cd", "--config-dir", "hydra.searchpath"})
+def _own_folder(argv: Sequence[str]) -> Path | None:
+    """The folder that ``--config-dir`` names."""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, stated, value = arg.partition("=")
+        if flag in ("-cd", "--config-dir"):
+            folder = Path(value if stated else following)
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"there is no folder {str(folder)!r}",
+                    where=f"command line: {flag}",
+                    why=f"{folder.absolute()} is {'a file' if folder.exists() else 'not there'}",
+                    do="name the folder that holds hardware/NAME.yaml, model/NAME.yaml and the like",
+                )
+            return folder
+    return None
+
+
+def _check_syntax(file: Path) -> None:
+    import yaml  # what Hydra reads it with
+
+    try:
+        yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        mark = getattr(exc, "problem_mark", None)
+        raise ConfigError(
+            "a configuration file is no YAML",
+            where=f"{file}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(file),
+            why=getattr(exc, "problem", None) or str(exc),
+            do="mend it: a bracket, a quotation mark or the spaces before a key are wrong there or before",
+        ) from exc
+
+
+_OTHER_PLACES = frozenset({*_OTHER_CONFIG, "hydra.searchpath"})
 _CHOICE = re.compile(r"\+?(?P<group>\w+)=(?P<names>[\w./-]+(,[\w./-]+)*)")
 
 
-def _check_choice(arg: str) -> str:
+def _check_choice(arg: str, own: Path | None = None) -> str:
     match = _CHOICE.fullmatch(arg)
     if match is None or match["group"] not in TECHNIQUES | CHOSEN:
         return arg
     from servelab.core.help import choices
 
     group, names = match["group"], match["names"].split(",")
-    found = choices()
+    for file in (own / group / f"{name}.yaml" for name in names if own):
+        if file.is_file():
+            _check_syntax(file)
+    found = choices([own] if own else [])
     known = found.get(group, set()) | {
         f"{folder.removeprefix(group + '/')}/{name}"
         for folder, inside in found.items()

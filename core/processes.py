@@ -52,6 +52,21 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def duration(seconds: float) -> str:
+    """How long it took, or may take: ``9.5 s``, ``2 min 05 s``, ``1 h 02 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def in_one_line(error: str) -> str:
+    """The first line of an error's text, with the first point of the list that it announces."""
+    first, *more = error.strip().splitlines() or [""]
+    return f"{first} {more[0].strip(' -')}" if first.endswith(":") and more else first
+
+
 def died(exitcode: int, what: str, where: str) -> str:
     """What to say of a process that did not come to say how it ended.
 

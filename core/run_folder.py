@@ -1,20 +1,31 @@
-"""The folder of a run: how files get there, and its logs and results as commands read them.
+"""The folder of a run: what it begins with, how files get there, and how commands read them.
 
-Standard library only. A run may have been killed, may be going on, or may have been told to leave files out;
-what is there is read, and what is missing is said.
+It explains itself before anything runs. A run may have been killed, may be going on, or may have been told to
+leave files out; what is there is read, and what is missing is said. Reading needs the standard library only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
 
+from servelab.core.environment import environment
 from servelab.core.errors import ConfigError, LogError, ServeLabError
 from servelab.core.logs import EVENTS_FILE, PLANS_FILE, read_log
 from servelab.core.records import Planned, Record, RunStarted
 
+if TYPE_CHECKING:
+    from servelab.core.config import RunConfig
+
+CONFIG_FILE = "resolved_config.yaml"
+ENV_FILE = "env.json"
+ENV_SCHEMA = 1
+"""Version of ``env.json``; raised when a key changes meaning or goes away."""
 RESULTS_FILE = "results.json"
 FILES = (EVENTS_FILE, PLANS_FILE, RESULTS_FILE)
 """A folder with one of these holds a run."""
@@ -26,8 +37,91 @@ SHOWN = 12
 """Jobs that a message names at most."""
 
 
+HEADER = """\
+# Every effective setting of this run, defaults included. Again, in a new folder:
+#   python run.py --config-dir FOLDER_OF_THIS_FILE --config-name resolved_config
+# and with other values: ... seed=1 scheduler.max_num_seqs=8
+"""
+DEFAULTS = ["config", "_self_"]
+"""Hydra's own settings come from ``configs/config.yaml``; the sections below stand over it."""
+
 WRITABLE = "free space, or choose another run folder (hydra.run.dir=...)"
 """What to do where a file cannot be written."""
+
+
+# ---------------------------------------------------------------- writing
+
+
+def check_place(argv: Sequence[str]) -> None:
+    """Refuse a place for the run's folder where none can be made, before Hydra tries and shows a traceback.
+
+    Args:
+        argv: Hydra's arguments.
+
+    Raises:
+        ServeLabError: a file is in the way, or the folder may not be written.
+    """
+    sweep = bool({"-m", "--multirun"} & set(argv))
+    key, stated = ("hydra.sweep.dir", BASES[1]) if sweep else ("hydra.run.dir", BASES[0])
+    for arg in argv:
+        name, _, value = arg.partition("=")
+        stated = value.strip("'\"") if name.lstrip("+") == key else stated
+    known, reference, _ = stated.partition("${")
+    folder = Path(known)
+    if reference and not known.endswith("/"):
+        folder = folder.parent  # the last name goes on with what Hydra fills in
+    there = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path())
+    try:
+        with TemporaryDirectory(dir=there):
+            return
+    except OSError as error:
+        raise ServeLabError(
+            "the run's folder cannot be made",
+            where=f"{key}={stated}",
+            why=f"{there.absolute()}: {error.strerror or error}",
+            do=f"start in a folder that can be written, or name another: {key}=FOLDER",
+        ) from error
+
+
+def begin(folder: Path, config: RunConfig, overrides: Sequence[str]) -> None:
+    """Write ``resolved_config.yaml`` and ``env.json``, so that a run that is killed leaves them too.
+
+    Args:
+        folder: of the run; made if it is not there.
+        config: as composed: with what was read from the model's files and from memory.
+        overrides: what the command line stated, for ``env.json``.
+
+    Raises:
+        ConfigError: the folder holds a run already.
+        ServeLabError: a file cannot be written.
+    """
+    texts = {CONFIG_FILE: config_text(config), ENV_FILE: env_text(overrides)}
+    check_unused(folder, "a run", texts)
+    for name, text in texts.items():
+        write_file(folder / name, text)
+
+
+def config_text(config: RunConfig) -> str:
+    """The settings as a primary configuration of Hydra."""
+    from omegaconf import OmegaConf
+
+    settings: dict[str, Any] = _escaped(config.settings())
+    return HEADER + OmegaConf.to_yaml(OmegaConf.create({"defaults": DEFAULTS, **settings}))
+
+
+def _escaped(value: Any) -> Any:
+    """Text with ``${`` is text, not a reference to another setting."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def env_text(overrides: Sequence[str]) -> str:
+    """What the run ran on and what it was told, as JSON."""
+    facts = {"schema_version": ENV_SCHEMA, **environment(), "overrides": list(overrides)}
+    return json.dumps(facts, indent=2) + "\n"
 
 
 def check_unused(folder: Path, who: str, names: Iterable[str] = FILES) -> None:
@@ -56,16 +150,23 @@ def in_use(folder: Path, who: str, found: Iterable[str]) -> ConfigError:
 
 
 def write_file(path: Path, content: str | bytes, do: str = WRITABLE) -> None:
-    """Write a file, and make the folder it is in.
+    """Write a file, at once or not at all, and make the folder it is in.
 
     Raises:
         ServeLabError: it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        put_file(path, content)
     except OSError as error:
         raise unwritable(path, error, do) from error
+
+
+def put_file(path: Path, content: str | bytes) -> None:
+    """Likewise, for those who have their own words for an ``OSError``. A reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(part, path)
 
 
 def unwritable(path: Path, error: OSError, do: str = WRITABLE) -> ServeLabError:
@@ -73,6 +174,9 @@ def unwritable(path: Path, error: OSError, do: str = WRITABLE) -> ServeLabError:
     return ServeLabError(
         f"{path.name} cannot be written", where=str(path), why=error.strerror or str(error), do=do
     )
+
+
+# ---------------------------------------------------------------- reading
 
 
 class RunFolderError(ServeLabError):

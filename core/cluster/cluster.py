@@ -137,6 +137,8 @@ class Cluster:
         """Requests whose decode instance is another, until their first token."""
         self._prefilled: list[tuple[str, int]] = []
         """Those that have it, since this instant began."""
+        self._last_turns: dict[str, str] = {}
+        """Requests in an engine that are the last of their program."""
         self._reports = 0
         """Periodic ones ever made; else when something was last reported."""
         self._driver: Driver
@@ -215,6 +217,9 @@ class Cluster:
         elif isinstance(record, RequestFinished):
             self._pairs.pop(record.request, None)
             self.moves.ended(record.request, t_ns)
+            program = self._last_turns.pop(record.request, None)
+            if program is not None:
+                self._program_over(program, t_ns)
         if self._hear is not None:
             self._heard.append(record)
         if not self._interval and t_ns > self._reports:
@@ -343,6 +348,7 @@ class Cluster:
         if spec.program is not None:
             if spec.is_last_turn:
                 self.view.homes.pop(spec.program, None)
+                self._last_turns[spec.id] = spec.program
             else:
                 self.view.homes[spec.program] = index
         if not new:
@@ -573,6 +579,15 @@ class Cluster:
     def _finish(self, one: Waiting, outcome: Ending, reason: str, now: int) -> None:
         for record in self._last_records(one, outcome, reason, now):
             self._driver.tell(record)
+        if one.spec.program is not None and one.spec.is_last_turn:
+            self.view.homes.pop(one.spec.program, None)
+            self._program_over(one.spec.program, now)
+
+    def _program_over(self, program: str, now: int) -> None:
+        """Instances that served earlier turns keep nothing of it."""
+        for member in self.members:
+            if program in member.engine.programs:
+                self._driver.apart(member.id, now, partial(member.engine.program_over, program))
 
     def _last_records(self, one: Waiting, outcome: Ending, reason: str, now: int) -> list[Record]:
         return [

@@ -269,7 +269,6 @@ class Moves:
     def _reserve(self, move: Move, tokens: int, now: int) -> bool:
         guest, target = move.guest, self._members[move.target].engine
         assert guest is not None
-        self.driver.sync(move.target, now)
         found: list[bool] = []
         self.driver.apart(move.target, now, lambda: found.append(target.moving.reserve(guest, tokens)))
         return found[0]

@@ -16,6 +16,19 @@ class AllReduce(Section):
     bytes_per_s: float = Field(gt=0, description="Bandwidth, in bytes per second.")
 
 
+RATES = (
+    "flops",
+    "flops_int8",
+    "flops_fp8",
+    "memory_bytes_per_s",
+    "host_link_bytes_per_s",
+    "link_bytes_per_s",
+    "network_bytes_per_s",
+)
+LEAST = 1e6
+"""Whoever states less has taken TFLOP/s or GB/s for the unit, and every time would be wrong."""
+
+
 class HardwareConfig(Section):
     """Figures of one device; null where a profile does not state the figure."""
 
@@ -84,6 +97,15 @@ class HardwareConfig(Section):
         default=(), description="Measured all-reduces, one entry per number of devices."
     )
     sources: dict[str, str] = Field(default={}, description="Where each figure is from, by its name.")
+
+    @field_validator(*RATES)
+    @classmethod
+    def _in_units(cls, value: float | None, stated: ValidationInfo) -> float | None:
+        if value is not None and value < LEAST:
+            flops = str(stated.field_name).startswith("flops")
+            unit = "FLOP/s: 312 TFLOP/s are 3.12e14" if flops else "bytes/s: 2,039 GB/s are 2.039e12"
+            raise ValueError(f"must be at least {LEAST:g}; it is in {unit}")
+        return value
 
     @field_validator("peak_watts")
     @classmethod

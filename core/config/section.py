@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -44,14 +44,28 @@ def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
     parts = iter(loc)
     for part in parts:
         field = model.model_fields.get(str(part))
-        if field is not None and get_origin(field.annotation) is dict:
-            next(parts, None)  # a key of the mapping
-        inner = [t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)] if field else []
+        if field is None:
+            return []
+        if _holds_many(field.annotation):
+            next(parts, None)  # the key or place of one
+        inner = list(_models(field.annotation))
+        if len(inner) > 1:  # one of several, told apart by the value of a field
+            tag = next(parts, None)
+            inner = [one for one in inner if any(f.default == tag for f in one.model_fields.values())]
         if not inner:
             return []
         model = inner[0]
     return list(model.model_fields)
 
 
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _holds_many(annotation: Any) -> bool:
+    """Whether it is a mapping or a sequence, or may be one."""
+    return get_origin(annotation) in (dict, list, tuple) or any(map(_holds_many, get_args(annotation)))
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in a type, unions and collections included."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)

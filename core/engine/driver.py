@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import accumulate
+from math import ceil
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from servelab.core.engine.engine import Engine
 from servelab.core.engine.links import Links
+from servelab.core.engine.sharing import ALONE, Pace, Use, pace
 from servelab.core.errors import PluginCallError, PluginError, ServeLabError, StallError, WorkloadError
 from servelab.core.events import (
     Abort,
@@ -32,7 +34,7 @@ from servelab.core.events import (
     Timer,
     TransferDone,
 )
-from servelab.core.families.cost import CostModel, meter_of
+from servelab.core.families.cost import CostModel, LaneModel, lane_model_of, meter_of
 from servelab.core.families.executor import Executor
 from servelab.core.families.workload import Workload
 from servelab.core.records import Record, RequestFinished
@@ -57,11 +59,30 @@ class Flying:
     """A launch whose time is known beforehand. It executes when it ends, so that it can be cut short."""
 
     batch: Batch
+    began_ns: int
     ends_ns: list[int]
-    cut: bool = False
-    """Replaced by a shorter one: its entry on the heap means nothing any more."""
     joules: Sequence[float] = ()
     """Of each step, beyond an idle device's; empty: the cost model knows no energy."""
+    cut: bool = False
+    """Replaced by another one: its entry on the heap means nothing any more."""
+    use: Use | None = None
+    """What it takes of the devices; known once it runs beside another lane's, and then it has one step."""
+    pace: Pace = ALONE
+    """At which it runs since the launches in flight last changed."""
+
+    def paced(self, pace: Pace, now: int) -> Flying:
+        """It goes on at another pace."""
+        assert len(self.ends_ns) == 1, "a launch of several steps is cut before another begins"
+        alone_ns = (self.ends_ns[-1] - now) / self.pace.slower
+        end_ns = now + ceil(alone_ns * pace.slower)
+        joules = self.joules
+        if self.use is not None and joules:
+            joules = [sum(joules) - self.use.watts * alone_ns * 1e-9 * (self.pace.power - pace.power)]
+        return Flying(self.batch, self.began_ns, [end_ns], joules, use=self.use, pace=pace)
+
+    def moved(self, ns: int) -> Flying:
+        """It begins later, or earlier."""
+        return Flying(self.batch, self.began_ns + ns, [end + ns for end in self.ends_ns], self.joules)
 
 
 class Driver:
@@ -121,6 +142,8 @@ class Driver:
         self._timers: set[tuple[int, int]] = set()
         self._flying: list[dict[int, Flying]] = [{} for _ in engines]
         """Per engine, timed launches in flight by their number."""
+        self._sharing = [_sharing(*pair) for pair in zip(engines, costs, strict=True)]
+        """Per engine, the cost model, if it prices several lanes of that engine together."""
         self._lane_end: dict[tuple[int, int], int] = {}
         self._touched: set[int] = set()
         self._in_vain = 0
@@ -273,6 +296,8 @@ class Driver:
             self._touched.clear()
             for index in touched:
                 self._do(index, self.engines[index].handle(_SCHEDULE, now), now)
+                if (cost := self._sharing[index]) is not None:
+                    self._share(index, cost, now)
             more = self._cluster is not None and self._cluster.arrange(now)
         self._skip_void()
 
@@ -333,7 +358,7 @@ class Driver:
                 why="it must give one price of at least 1 ns per step",
                 do="mend the cost model's price()",
             )
-        flying = Flying(batch, list(accumulate(prices, initial=start))[1:])
+        flying = Flying(batch, start, list(accumulate(prices, initial=start))[1:])
         if (meter := meter_of(self.costs[index])) is not None:
             flying.joules = self._guard(f"cost model of engine {index}", meter.energy, batch, batch.steps)
         self._fly(index, flying)
@@ -342,6 +367,48 @@ class Driver:
         self._flying[index][flying.batch.launch] = flying
         self._lane_end[index, flying.batch.lane] = flying.ends_ns[-1]
         self._push(flying.ends_ns[-1], LaunchDone.ORDER, index, flying)
+
+    def _share(self, index: int, cost: LaneModel, now: int) -> None:
+        """Launches have come or gone: those of several lanes go on at the pace that they have together."""
+        flying = self._flying[index]
+        if len(flying) == 1 and all(one.pace is ALONE for one in flying.values()):
+            return
+        sent = list(flying.values())  # in that order
+        first: dict[int, Flying] = {}
+        for one in sent:  # what is planned ahead waits for its lane
+            first.setdefault(one.batch.lane, one)
+        together = ALONE
+        if len(first) > 1:
+            meter = meter_of(cost)
+            most_watts = meter.peak_watts - meter.idle_watts if meter is not None else None
+            together = pace([self._use(index, cost, one) for one in first.values()], most_watts)
+        if all(one.pace == together for one in first.values()):
+            return
+        later: dict[int, int] = {}
+        for one in sent:  # all of them, so that those that end together are taken as they were sent
+            one.cut = True
+            self._events -= 1
+            lane = one.batch.lane
+            again = one.paced(together, now) if one is first[lane] else one.moved(later[lane])
+            later[lane] = again.ends_ns[-1] - one.ends_ns[-1]
+            self._fly(index, again)
+
+    def _use(self, index: int, cost: LaneModel, flying: Flying) -> Use:
+        """What the one step that a launch has left takes of the devices."""
+        if flying.use is not None:
+            return flying.use
+        price = flying.ends_ns[-1] - flying.began_ns
+        busy = self._guard(f"cost model of engine {index}", cost.busy, flying.batch)
+        if any(not 0 <= ns <= price for ns in busy.values()):
+            raise PluginError(
+                f"cost model of engine {index} keeps resources busy for {dict(busy)} ns in a step of {price}",
+                where=f"launch {flying.batch.launch}, step {flying.batch.first_step}",
+                why="none is busy for longer than the step takes alone",
+                do="mend the cost model's busy() or price()",
+            )
+        loads = {name: ns / price for name, ns in busy.items()}
+        flying.use = Use(loads, sum(flying.joules) / price * 1e9)
+        return flying.use
 
     def _ended(self, index: int, batch: Batch, ends_ns: list[int], more: bool = False) -> LaunchDone:
         """Steps of a launch are over: execute them."""
@@ -384,7 +451,8 @@ class Driver:
             self._joules += sum(flying.joules[:done])
             more = not done or ends[done - 1] < now
             if more:
-                self._fly(index, Flying(batch, ends[done : done + 1], joules=flying.joules[done : done + 1]))
+                began = ends[done - 1] if done else flying.began_ns
+                self._fly(index, Flying(batch, began, ends[done : done + 1], flying.joules[done : done + 1]))
             else:
                 self._lane_end[index, batch.lane] = now
                 self._touched.add(index)
@@ -533,6 +601,7 @@ class Driver:
         self.executors.append(executor)
         self.costs.append(cost)
         self._flying.append({})
+        self._sharing.append(_sharing(engine, cost))
 
     def next_step_end(self, now: int, engines: Iterable[int]) -> int | None:
         """When a step of any launch in flight of these engines ends next, if that is known."""
@@ -558,6 +627,10 @@ class Driver:
 
 
 _END: Any = object()
+
+
+def _sharing(engine: Engine, cost: CostModel) -> LaneModel | None:
+    return lane_model_of(cost) if engine.limits.lanes > 1 else None
 
 
 def _weak(what: Any) -> bool:

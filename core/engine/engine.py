@@ -561,6 +561,13 @@ class Engine:
         """The driver has cut the launch of a lane after the step that is running, its first."""
         self._lanes[lane].shorten()
 
+    def program_over(self, id: str) -> None:
+        """Its last turn has ended, here or in another engine: forget it, unless another turn is here."""
+        if not self.programs[id].live:
+            del self.programs[id]
+            if id in self.contexts.kept:
+                self.contexts.drop(id, "its program is over")
+
     def apart(self, now_ns: int, action: Callable[[], object]) -> list[Command]:
         """Do something between two events; returns what the driver must do."""
         out: list[Command] = []
@@ -603,13 +610,8 @@ class Engine:
         r.phase = Phase.FINISHED
         self.ended[outcome] += 1
         self.contexts.forget_heir(r)
-        over = None
         if spec.program is not None:
-            program = self.programs[spec.program]
-            program.live -= 1
-            if spec.is_last_turn and not program.live:
-                del self.programs[program.id]
-                over = program.id
+            self.programs[spec.program].live -= 1
         self.emit(
             RequestFinished(
                 t_ns=self.now_ns,
@@ -623,8 +625,8 @@ class Engine:
             )
         )
         # pages go back only now: what a plugin raises must not take the record away
-        if over is not None and over in self.contexts.kept:
-            self.contexts.drop(over, "its program is over")
+        if spec.program is not None and spec.is_last_turn:
+            self.program_over(spec.program)
         if retain is None:
             self.ledger.release(r.lease)
         else:
@@ -725,6 +727,10 @@ class Engine:
             bound = r.prompt_tokens + r.generated + r.expected + drafts[r.id]
             if not 0 <= r.computed + r.flying <= bound or r.slack < 0:
                 raise PluginError(f"request {r.id} counts do not add up", why=repr(r.view.freeze()))
+            if r.slack and r.slack != (room := self.ledger.slack_of(r)):
+                raise LedgerError(
+                    f"request {r.id} believes in room for {r.slack} tokens", why=f"its pages have {room}"
+                )
             if not self.ledger.sees_all(r.lease, r.computed):
                 raise LedgerError(
                     f"request {r.id} has given up pages that its next token sees",

@@ -71,11 +71,8 @@ class Moving:
         del self.stopped[r.id], engine.requests[r.id]
         self.left += 1
         r.home, r.phase = None, Phase.FINISHED
-        program = engine.programs.get(r.spec.program) if r.spec.program is not None else None
-        if program is not None:
-            program.live -= 1
-            if r.spec.is_last_turn and not program.live:
-                del engine.programs[program.id]
+        if r.spec.program is not None:
+            engine.programs[r.spec.program].live -= 1
         engine.ledger.release(r.lease)
         engine.teach(record)
 

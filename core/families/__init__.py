@@ -8,6 +8,7 @@ plain choices, ``workload=synthetic``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,13 @@ class Kind:
     """True if set with ``+kind=`` (and absent means baseline)."""
     decides: str
     """What its objects decide, in a few words."""
+
+    @property
+    def members(self) -> list[str]:
+        """Names that its protocol asks for; imports that."""
+        module, _, name = self.protocol.partition(":")
+        declared = vars(getattr(import_module(module), name))
+        return sorted(m for m in {*declared, *declared.get("__annotations__", ())} if not m.startswith("_"))
 
 
 KINDS: dict[str, Kind] = {

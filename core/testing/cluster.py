@@ -10,8 +10,16 @@ from servelab.core.cluster.cluster import Cluster
 from servelab.core.engine.engine import Engine
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.families.kvcache import KVCache
+from servelab.core.families.prefix import PrefixStore
 from servelab.core.families.router import ClusterView, Dispatch, Moment, Route, Router
-from servelab.core.records import Record, RequestArrived, RequestFinished, StepDone
+from servelab.core.records import (
+    ActionDropped,
+    Record,
+    RequestArrived,
+    RequestFinished,
+    RequestMigrated,
+    StepDone,
+)
 from servelab.core.request import Arrival, Cancel, RequestSpec, Truth
 from servelab.core.testing.fakes import Fcfs, ListWorkload, ToyCost, ToyExecutor, make_engine
 
@@ -43,6 +51,7 @@ class ClusterRun:
         foresight: executors know when requests end, so that holds run in one launch.
         schedulers: one per instance; default: first come first served.
         kvcaches: likewise; default: pages of 4 tokens.
+        stores: prefix stores, likewise; default: none.
         cluster: settings of ``Cluster``.
         kwargs: of ``make_engine``.
     """
@@ -60,6 +69,7 @@ class ClusterRun:
         react: Any = None,
         schedulers: Sequence[Any] | None = None,
         kvcaches: Sequence[KVCache | None] | None = None,
+        stores: Sequence[PrefixStore | None] | None = None,
         cluster: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -70,10 +80,19 @@ class ClusterRun:
         schedulers = schedulers or [Fcfs(hold=hold) for _ in range(instances)]
         kwargs.setdefault("checks", "full")
         self._kwargs = kwargs
+        kvcaches, stores = kvcaches or [None] * instances, stores or [None] * instances
         self.engines = [
-            make_engine(scheduler, index=i, horizon=executor.horizon, cost=cost, kvcache=kvcache, **kwargs)
-            for i, (scheduler, executor, cost, kvcache) in enumerate(
-                zip(schedulers, self.executors, costs, kvcaches or [None] * instances, strict=True)
+            make_engine(
+                scheduler,
+                index=i,
+                horizon=executor.horizon,
+                cost=cost,
+                kvcache=kvcache,
+                prefix=store,
+                **kwargs,
+            )
+            for i, (scheduler, executor, cost, kvcache, store) in enumerate(
+                zip(schedulers, self.executors, costs, kvcaches, stores, strict=True)
             )
         ]
         self.cluster = Cluster(
@@ -91,9 +110,15 @@ class ClusterRun:
             costs=costs,
             workload=ListWorkload(items, react),
             truths=self.truths,
-            emit=self.records.append,
+            emit=self._keep,
             cluster=self.cluster,
         )
+
+    def _keep(self, record: Record) -> None:
+        self.records.append(record)
+        if isinstance(record, RequestMigrated | ActionDropped):
+            for engine in self.engines:
+                engine.check_integrity()
 
     def _another(self, index: int) -> tuple[Engine, ToyExecutor, ToyCost]:
         executor, cost = ToyExecutor(self.truths), ToyCost()

@@ -1,4 +1,4 @@
-"""Conformance of cost models: whole, positive, monotone, pure prices."""
+"""Conformance of cost models: whole, positive, monotone, pure prices; busy times and energy within them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from itertools import pairwise
 from random import Random
 from typing import Any, ClassVar
 
+import pytest
+
 from servelab.core.engine.state import Lease, Request
 from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
@@ -14,7 +16,7 @@ from servelab.core.facts import HardwareFacts
 from servelab.core.plan import Tokens
 from servelab.core.request import RequestSpec
 from servelab.core.testing.fakes import TOY_MODEL, toy_limits
-from servelab.core.testing.suite import PluginSuite
+from servelab.core.testing.suite import PolicySuite
 
 GRID = (
     1,
@@ -109,7 +111,7 @@ def transfer_of(size: int, pages: int = 4) -> Transfer:
     return Transfer(0, "r0", "out", Lease("r0", 1), table, table, size, pages)
 
 
-class CostSuite(PluginSuite):
+class CostSuite(PolicySuite):
     """What is true of every cost model; see ``servelab.core.families.cost``."""
 
     kind: ClassVar[str] = "cost"
@@ -180,8 +182,7 @@ class CostSuite(PluginSuite):
                 if alone != together[k]:
                     self.fail(
                         f"{self.name}: step {k} of {steps} decodes of {rows} requests costs {together[k]} "
-                        "ns in one "
-                        f"call, and {alone} ns in a call of its own",
+                        f"ns in one call, and {alone} ns in a call of its own",
                         rule="price(batch, k) equals k single calls on batches moved on by one token per "
                         "step",
                         do="let contexts grow by one token per request and step, first_step by one",
@@ -238,6 +239,74 @@ class CostSuite(PluginSuite):
         cost = self.cost()
         self._grows("a decode behind a context", lambda n: self.price(cost, batch_of([(1, n)]))[0])
         self._grows("a chunk behind a context", lambda n: self.price(cost, batch_of([(64, n)]))[0])
+
+    def test_busy(self) -> None:
+        """With ``cost.lanes``: whole times from 0 to the price, of the same resources, in any order."""
+        cost, rng = self.cost(), Random(self.seed)
+        if hasattr(cost, "busy") and not self.may("cost.lanes"):
+            self.fail(
+                f"{self.name} has busy() and does not declare 'cost.lanes'",
+                rule="what is declared is what runs do: lanes are priced together, and reports must not say "
+                "otherwise",
+                do="add cost.lanes to provides, or take busy() away",
+            )
+        self.needs("cost.lanes")
+        names: list[str] | None = None
+        for batch in self.batches():
+            (price,), busy = self.price(cost, batch), dict(cost.busy(batch))
+            names = names or sorted(busy)
+            bad = [ns for ns in busy.values() if type(ns) is not int or not 0 <= ns <= price]
+            if bad or sorted(busy) != names or not any(busy.values()):
+                self.fail(
+                    f"{self.name}: busy() of {len(batch.requests)} requests, {batch.num_tokens()} tokens and "
+                    f"a price of {price} ns is {busy}",
+                    rule="each resource is busy for a whole number of nanoseconds from 0 to the price, not "
+                    f"all for none, and all batches have the same ones, here {', '.join(names) or 'none'}",
+                    do="count each operation's time on each resource, and round down",
+                )
+            order = rng.sample(range(len(batch.tokens)), len(batch.tokens))
+            rows = [(batch.tokens[i], batch.starts[i]) for i in order]
+            drafts = [batch.extras[i].draft if i in batch.extras else 0 for i in order]
+            again = dict(cost.busy(batch_of(rows, drafts=drafts, first_step=batch.first_step)))
+            if again != busy:
+                self.fail(
+                    f"{self.name}: {len(rows)} requests keep {busy} ns busy, and {again} ns in another order",
+                    rule="busy times come from shapes alone, whatever the order of the requests",
+                    do="sum over all requests; round once, at the end",
+                )
+
+    def test_energy(self) -> None:
+        """With ``cost.energy``: never more than the devices draw at their peak; k steps are k calls."""
+        self.needs("cost.energy")
+        cost = self.cost()
+        idle, peak = cost.idle_watts, cost.peak_watts
+        if (idle is None) != (peak is None) or (idle is not None and not 0 <= idle <= peak):
+            self.fail(
+                f"{self.name}: idle_watts is {idle}, peak_watts is {peak}",
+                rule="both are known or neither, and devices that work draw no less than idle ones",
+                do="take both from the device's profile; None where it states one of them only",
+            )
+        if idle is None:
+            pytest.skip(f"{self.name} knows no power of {TOY_DEVICE.name}")
+        for batch in self.batches():
+            (price,), (joules,) = self.price(cost, batch), cost.energy(batch, 1)
+            most = (peak - idle) * price * 1e-9
+            if not 0 <= joules <= most * (1 + 1e-9):
+                self.fail(
+                    f"{self.name}: a step of {price} ns takes {joules:.3g} J beyond what idle devices do, "
+                    f"which draw {idle:g} of {peak:g} W",
+                    rule=f"devices draw from idle_watts to peak_watts: here at most {most:.3g} J",
+                    do="leave out what idle devices take; bound the power by the peak",
+                )
+        rows = [(1, 100), (1, 700)]
+        together = list(cost.energy(batch_of(rows), 3))
+        steps = [cost.energy(batch_of([(n, start + k) for n, start in rows]), 1)[0] for k in range(3)]
+        if together != pytest.approx(steps):
+            self.fail(
+                f"{self.name}: 3 steps take {together} J in one call, and {steps} J in three",
+                rule="energy(batch, k) equals k single calls on batches moved on by one token per step",
+                do="let contexts grow by one token per request and step, as in price()",
+            )
 
     def test_transfers(self) -> None:
         """Whole, positive, and never less for more bytes."""
@@ -297,7 +366,3 @@ class CostSuite(PluginSuite):
         cost = self.cost()
         self.calls_nothing_forbidden(lambda: [cost.price(batch, 1) for batch in self.batches()])
         self.calls_nothing_forbidden(lambda: cost.transfer_time(transfer_of(4096)))
-
-    def test_imports_no_tensor_library(self) -> None:
-        """Policies run where no tensor library is installed."""
-        self.imports_no_tensor_library()

@@ -73,8 +73,7 @@ class Checked:
         if not 0 <= outcome.accepted <= draft:
             self.suite.fail(
                 f"{self.suite.name}: launch {batch.launch} accepted {outcome.accepted} of {draft} draft "
-                "tokens of "
-                f"request {r.id}",
+                f"tokens of request {r.id}",
                 rule="an executor accepts a beginning of the draft it was given",
                 do="count verified draft tokens up to the first that differs",
             )
@@ -99,8 +98,7 @@ class Checked:
         if len(outcome.forks) != len(forks) or any(len(one.tokens) != 1 for one in outcome.forks):
             self.suite.fail(
                 f"{self.suite.name}: launch {batch.launch} began {len(outcome.forks)} of {len(forks)} "
-                "samples of "
-                f"request {r.id}",
+                f"samples of request {r.id}",
                 rule="where Batch.forks asks for samples, Outcome.forks has the first token of each",
                 do="draw one more token from the same logits for each request in batch.forks[i]",
             )

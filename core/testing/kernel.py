@@ -16,7 +16,7 @@ from servelab.core.facts import ModelFacts
 from servelab.core.layout import KVLayout, Pool
 from servelab.core.testing.attention import Segment, Step, World
 from servelab.core.testing.suite import PluginSuite
-from servelab.core.testing.tensors import check_describes_without_tensors, torch_or_skip
+from servelab.core.testing.tensors import check_describes_without_tensors, modules_of, torch_or_skip
 
 FORMULA = (
     "run: attention of all rows over all they see: softmax(q k^T / sqrt(d)) v, causal, within the window"
@@ -55,8 +55,6 @@ class KernelSuite(PluginSuite):
 
     def test_describing_needs_no_tensors(self) -> None:
         """Building it, adapting and refusing layouts and pricing import no tensor library."""
-        registry, spec, _ = self._selected
-        factory = registry.resolve(self.kind, spec.name, "factory")
 
         def describe() -> None:
             model = _model()
@@ -65,8 +63,7 @@ class KernelSuite(PluginSuite):
             backend.refuses(layout, model, None)
             backend.cost(0, [1, 5], [3, 0], layout)
 
-        modules = [getattr(factory, "__module__", ""), (spec.config or "").partition(":")[0]]
-        check_describes_without_tensors(self, [m for m in modules if m], describe)
+        check_describes_without_tensors(self, modules_of(self), describe)
 
     def test_capabilities_agree(self) -> None:
         """The spec's capabilities and ``caps`` say the same."""

@@ -16,7 +16,7 @@ from servelab.core.plan import StepPlan
 from servelab.core.records import RequestFinished
 from servelab.core.request import Truth
 from servelab.core.testing.fakes import TOY_MODEL, RandomPlans, toy_limits
-from servelab.core.testing.suite import PluginSuite
+from servelab.core.testing.suite import PolicySuite
 from servelab.core.testing.worlds import Served, World, expected_output, serve, worlds
 
 LONGEST = 130
@@ -60,7 +60,7 @@ class AnyPlans:
         return plan
 
 
-class KVCacheSuite(PluginSuite):
+class KVCacheSuite(PolicySuite):
     """What is true of every kvcache; see ``servelab.core.families.kvcache``."""
 
     kind: ClassVar[str] = "kvcache"
@@ -168,8 +168,7 @@ class KVCacheSuite(PluginSuite):
                 if holds < tokens:
                     self.fail(
                         f"{self.name}: {tokens} tokens are said to need {pages} pages of pool {pool.id!r}, "
-                        "which "
-                        f"hold {holds}",
+                        f"which hold {holds}",
                         rule="pages_for() gives the pages that must be held so that the tokens are stored",
                         do="round up: -(-tokens // pool.page_tokens)",
                     )
@@ -375,10 +374,6 @@ class KVCacheSuite(PluginSuite):
                 kv.released(pool, tier, kv.choose(pool, tier, pages // 2, None))
 
         self.calls_nothing_forbidden(calls)
-
-    def test_imports_no_tensor_library(self) -> None:
-        """Policies run where no tensor library is installed."""
-        self.imports_no_tensor_library()
 
     def _honest(self, served: Served) -> None:
         """The run came to its end, and every page came back: in the ledger, and in the plugin."""

@@ -16,7 +16,7 @@ from servelab.core.plan import Outcome
 from servelab.core.records import RequestAdmitted, RequestFinished
 from servelab.core.request import Arrival, Phase, Truth
 from servelab.core.testing.fakes import TOY_MODEL, Fcfs, ToyExecutor, toy_layout, toy_limits
-from servelab.core.testing.suite import PluginSuite
+from servelab.core.testing.suite import PolicySuite
 from servelab.core.testing.worlds import Served, World, serve, stem, traffic
 
 PAGE = 4
@@ -123,7 +123,7 @@ class Shadow(ToyExecutor):
         return super().launch(batch, steps)
 
 
-class PrefixSuite(PluginSuite):
+class PrefixSuite(PolicySuite):
     """What is true of every prefix store that publishes exact KV; see ``servelab.core.families.prefix``."""
 
     kind: ClassVar[str] = "prefix"
@@ -165,8 +165,7 @@ class PrefixSuite(PluginSuite):
                 if stands_for != wanted:
                     self.fail(
                         f"{self.name} matched page {page} for the text {_short(wanted)}, and its KV was "
-                        "computed "
-                        f"behind {_short(stands_for)}",
+                        f"computed behind {_short(stands_for)}",
                         rule="KV of a token depends on all tokens before it: only an equal text is a match",
                         do="let the key of a page contain the key of the page before it",
                     )
@@ -403,10 +402,6 @@ class PrefixSuite(PluginSuite):
 
         self.calls_nothing_forbidden(calls)
 
-    def test_imports_no_tensor_library(self) -> None:
-        """Policies run where no tensor library is installed."""
-        self.imports_no_tensor_library()
-
     def fresh(self) -> Any:
         """A store that the engine attaches."""
         return self.make(limits=toy_limits(), model=TOY_MODEL)
@@ -443,8 +438,7 @@ class PrefixSuite(PluginSuite):
                 f"{self.name}, in world {world!r}: {getattr(error, 'what', error)}; "
                 f"{getattr(error, 'why', '')}",
                 rule="the engine asks the store at admission, when pages are full, at release and when "
-                "pages are "
-                "needed, and holds it to its answers",
+                "pages are needed, and holds it to its answers",
                 where=ENGINE,
                 do=getattr(error, "do", "") or "mend the plugin; the cause is chained",
                 cause=error,
@@ -459,8 +453,7 @@ class PrefixSuite(PluginSuite):
         if ledger.free() != ledger.total():
             self.fail(
                 f"{self.name}: {ledger.free()} of {ledger.total()} pages are free or could be given up at "
-                "the end "
-                f"of world {world!r}",
+                f"the end of world {world!r}",
                 rule="pages that only the store holds count as free",
                 where=ENGINE,
                 do="make a page evictable when its last user releases it",

@@ -19,7 +19,7 @@ from servelab.core.families.kernel import OpCost
 from servelab.core.families.quant import LinearSite, QTensor, WeightFormat
 from servelab.core.sites import linear_sites
 from servelab.core.testing.suite import PluginSuite
-from servelab.core.testing.tensors import check_describes_without_tensors, decibels, torch_or_skip
+from servelab.core.testing.tensors import check_describes_without_tensors, decibels, modules_of, torch_or_skip
 
 DENSE = ModelFacts(
     name="gqa",
@@ -93,8 +93,6 @@ class QuantSuite(PluginSuite):
 
     def test_describing_needs_no_tensors(self) -> None:
         """Building it, its formats, refusals and costs import no tensor library."""
-        registry, spec, _ = self._selected
-        factory = registry.resolve(self.kind, spec.name, "factory")
 
         def describe() -> None:
             quantizer = self.make(model=DENSE)
@@ -102,8 +100,7 @@ class QuantSuite(PluginSuite):
                 quantizer.refuses(format, site.n, site.k, None)
                 quantizer.cost(site, 3, DENSE, None)
 
-        modules = [getattr(factory, "__module__", ""), (spec.config or "").partition(":")[0]]
-        check_describes_without_tensors(self, [m for m in modules if m], describe)
+        check_describes_without_tensors(self, modules_of(self), describe)
 
     def test_formats_fit_the_linears(self) -> None:
         """For each linear of a dense model, one of experts and one of odd sizes: a format that divides its

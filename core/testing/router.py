@@ -9,7 +9,7 @@ from random import Random
 from typing import Any, ClassVar, NoReturn
 
 from servelab.core.cluster.rows import settled
-from servelab.core.errors import PluginCallError, PluginError, ServeLabError, ViewError
+from servelab.core.errors import PluginError, ServeLabError, ViewError
 from servelab.core.events import InstanceLost
 from servelab.core.families.router import (
     Action,
@@ -26,20 +26,12 @@ from servelab.core.records import ActionDropped, RequestArrived, RequestFinished
 from servelab.core.request import Arrival, Cancel, RequestSpec, Truth
 from servelab.core.testing.cluster import ClusterRun
 from servelab.core.testing.fakes import TOY_MODEL, ToyCost, arrival, toy_limits
-from servelab.core.testing.suite import PluginSuite
-from servelab.core.testing.traps import forbidden_calls
+from servelab.core.testing.suite import Changed, Endless, PolicySuite, root_of
+from servelab.core.testing.traps import guarded
 
 MOST_ASKED = 300
 """Questions about one request, after which it will never be placed."""
 CLUSTER = "docs/explanation/cluster.md"
-
-
-class _Endless(ServeLabError):
-    """A request is held again and again."""
-
-
-class _Changed(ServeLabError):
-    """A view showed something else after the call than before it."""
 
 
 # --------------------------------------------------------------- what is served
@@ -171,7 +163,7 @@ class Watched:
     def route(self, request: RequestSpec, moment: Moment, view: ClusterView) -> Any:
         self._asked[request.id] += 1
         if self._asked[request.id] > MOST_ASKED:
-            raise _Endless(f"request {request.id} was held {MOST_ASKED} times, and is still at the router")
+            raise Endless(f"request {request.id} was held {MOST_ASKED} times, and is still at the router")
         answer = self._call("route", view, request, moment)
         self.answers.append((view.now_ns, request.id, moment, answer))
         return answer
@@ -200,15 +192,11 @@ class Watched:
             shown.close()
         if before is not None and (after := self._shown(view, args)) != before:
             changed = next(key for key in before if after.get(key) != before[key])
-            raise _Changed(f"{changed} changed while {name}() was called, at {view.now_ns} ns")
+            raise Changed(f"{changed} changed while {name}() was called, at {view.now_ns} ns")
         return answer
 
     def _guarded(self, name: str, method: Callable[..., Any], *args: Any) -> Any:
-        if self._forbidden is None:
-            return method(*args)
-        report = self._forbidden
-        with forbidden_calls(lambda what: report(f"{what} in {name}()")):
-            return method(*args)
+        return guarded(method, name, self._forbidden)(*args)
 
     @staticmethod
     def _shown(view: Any, args: Sequence[Any]) -> dict[str, Any]:
@@ -234,7 +222,7 @@ class Routed:
 # ------------------------------------------------------------------- the suite
 
 
-class RouterSuite(PluginSuite):
+class RouterSuite(PolicySuite):
     """What is true of every router; see ``servelab.core.families.router``.
 
     Instances are toys of 40 pages of 4 tokens. They report at once or late, are drained, started and lost.
@@ -286,9 +274,7 @@ class RouterSuite(PluginSuite):
     def _errors(self) -> Iterator[tuple[Routed, str, Any]]:
         """Runs that failed, with what it is about."""
         for one in self.routed():
-            error: Any = one.error
-            if isinstance(error, PluginCallError) and isinstance(error.__cause__, FrozenInstanceError):
-                error = error.__cause__
+            error = root_of(one.error)
             if error is not None:
                 yield one, _about(error, one.scenario), error
 
@@ -426,14 +412,7 @@ class RouterSuite(PluginSuite):
         found: list[str] = []
         for scenario in scenarios(self.seed)[:4]:
             self.run(scenario, forbidden=found.append)
-            if found:
-                self.fail(
-                    f"{self.name} calls {found[0]}, in scenario {scenario.name!r}",
-                    rule="a policy reads no clock, draws no chance but its own and no environment: one seed "
-                    "gives one run",
-                    where="CONTRIBUTING.md, five rules",
-                    do="use view.now_ns for time, context.rng for chance, and a setting for the rest",
-                )
+            self.called_nothing_forbidden(found, f", in scenario {scenario.name!r}", "view.now_ns for time")
 
     def test_conserves(self) -> None:
         """Each request has one arrival and one end, and when all have ended every page is free."""
@@ -475,14 +454,7 @@ class RouterSuite(PluginSuite):
                 capability = _CAPABILITY.get(type(action))
                 if capability is not None:
                     did.setdefault(capability, f"wants {action} at {at} ns")
-        for capability, what in did.items():
-            if not self.provides(capability):
-                self.fail(
-                    f"{self.name} {what}, and does not declare {capability!r}",
-                    rule="a spec names what a plugin brings, so that others can refuse or need it",
-                    where="docs/explanation/families.md",
-                    do=f"put {capability!r} into provides= of its PluginSpec, or do not do it",
-                )
+        self.declares(did)
 
     def test_roles(self) -> None:
         """With ``router.roles``: it sets some that can be set, and every instance gets what it is for."""
@@ -504,10 +476,6 @@ class RouterSuite(PluginSuite):
                 do="return SetRole of instances in view.instances(), or do not declare it",
             )
 
-    def test_imports_no_tensor_library(self) -> None:
-        """Policies run where no tensor library is installed."""
-        self.imports_no_tensor_library()
-
 
 _CAPABILITY: dict[type, str] = {
     Migrate: "router.migrates",
@@ -520,11 +488,11 @@ _CAPABILITY: dict[type, str] = {
 def _about(error: BaseException, scenario: Scenario) -> str:
     """Which rule a run's error is about."""
     what = getattr(error, "what", str(error))
-    if isinstance(error, _Changed | FrozenInstanceError):
+    if isinstance(error, Changed | FrozenInstanceError):
         return "changed"
     if isinstance(error, ViewError) and "outside the call" in what:
         return "kept"
-    if isinstance(error, _Endless) or " holds request " in what or " answered " in what:
+    if isinstance(error, Endless) or " holds request " in what or " answered " in what:
         return "answer"
     if type(error) is PluginError and any(verb in what for verb in (" sent request ", " sends request ")):
         why = error.why or ""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import pytest
 
 from servelab.core.config import choice_of
-from servelab.core.errors import PlanError, PluginCallError, ServeLabError, StallError, ViewError
+from servelab.core.errors import PlanError, ServeLabError, StallError, ViewError
 from servelab.core.facts import Limits
 from servelab.core.families.scheduler import StepView
 from servelab.core.plan import StepPlan, Tokens
@@ -23,8 +23,8 @@ from servelab.core.records import (
 )
 from servelab.core.request import Truth
 from servelab.core.testing.fakes import TOY_MODEL, step_by_step
-from servelab.core.testing.suite import ConformanceError, PluginSuite
-from servelab.core.testing.traps import forbidden_calls
+from servelab.core.testing.suite import Changed, ConformanceError, Endless, PolicySuite, root_of
+from servelab.core.testing.traps import guarded
 from servelab.core.testing.worlds import Served, World, expected_output, long_answer, serve, stream, worlds
 
 MOST_PLANS = 60
@@ -35,14 +35,6 @@ MOST_WAITED = 100
 """Plans that a request waits with memory and places to spare."""
 
 ENGINE = "docs/explanation/engine.md"
-
-
-class _Endless(ServeLabError):
-    """The world does not come to its end."""
-
-
-class _Changed(ServeLabError):
-    """A view showed something else after the call than before it."""
 
 
 class Watched:
@@ -71,34 +63,23 @@ class Watched:
         self.split: list[str] = []
         """Requests of which a plan ran a part of what was pending."""
         self.layered: list[str] = []
-        self._hold, self._watch, self._forbidden = hold, watch_views, forbidden
+        self._hold, self._watch = hold, watch_views
         for name in ("on_event", "on_turn_end"):  # optional: the engine looks whether they are there
             if hasattr(inner, name):
-                setattr(self, name, self._around(getattr(inner, name)))
-        self._plan = self._around(inner.plan)
-
-    def _around(self, method: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        if self._forbidden is None:
-            return method
-        report = self._forbidden
-
-        def called(argument: Any) -> Any:
-            with forbidden_calls(lambda name: report(f"{name} in {method.__name__}()")):
-                return method(argument)
-
-        return called
+                setattr(self, name, guarded(getattr(inner, name), name, forbidden))
+        self._plan = guarded(inner.plan, "plan", forbidden)
 
     def plan(self, view: StepView) -> StepPlan:
         self.plans += 1
         if self.plans > self.most:
-            raise _Endless(f"{self.most} plans, and requests are still unfinished")
+            raise Endless(f"{self.most} plans, and requests are still unfinished")
         before = shown(view) if self._watch else None
         plan = self._plan(view)
         if before is not None and (after := shown(view)) != before:
             changed = next(
                 name for name in after.keys() | before.keys() if after.get(name) != before.get(name)
             )
-            raise _Changed(f"{changed} changed while step {view.step} was planned")
+            raise Changed(f"{changed} changed while step {view.step} was planned")
         for item in getattr(plan, "work", ()):  # a plan that is none is for the core to refuse
             if isinstance(item, Tokens) and item.layers is not None:
                 self.layered.append(item.request.id)
@@ -123,7 +104,7 @@ def shown(view: StepView) -> dict[str, Any]:
     return out
 
 
-class SchedulerSuite(PluginSuite):
+class SchedulerSuite(PolicySuite):
     """What is true of every scheduler; see ``servelab.core.families.scheduler``.
 
     Worlds have at least 16 tokens and 4 requests per launch. A scheduler whose settings have to fit these
@@ -135,8 +116,7 @@ class SchedulerSuite(PluginSuite):
 
     advice: ClassVar[str] = (
         "mend the factory; or state in 'config' limits of at most 16 tokens and 4 requests per launch, the "
-        "least "
-        "that worlds have; or override settings(limits)"
+        "least that worlds have; or override settings(limits)"
     )
 
     _served: ClassVar[dict[tuple[type, str], Served]] = {}
@@ -206,9 +186,7 @@ class SchedulerSuite(PluginSuite):
 
     def _errors(self, *kinds: type[BaseException]) -> Iterator[tuple[Served, Any]]:
         for served in self.served():
-            error = served.error
-            if isinstance(error, PluginCallError) and isinstance(error.__cause__, FrozenInstanceError):
-                error = error.__cause__
+            error = root_of(served.error)
             if isinstance(error, kinds):
                 yield served, error
 
@@ -238,7 +216,7 @@ class SchedulerSuite(PluginSuite):
 
     def test_raises_nothing(self) -> None:
         """``plan``, ``on_event`` and ``on_turn_end`` return."""
-        known = (PlanError, ViewError, StallError, FrozenInstanceError, _Endless, _Changed)
+        known = (PlanError, ViewError, StallError, FrozenInstanceError, Endless, Changed)
         for served, error in self._errors(Exception):
             if not isinstance(error, known):
                 cause = error.__cause__ or error
@@ -264,7 +242,7 @@ class SchedulerSuite(PluginSuite):
 
     def test_changes_nothing_it_is_shown(self) -> None:
         """Policies return decisions as data; what they see stays as it is."""
-        for served, error in self._errors(ViewError, FrozenInstanceError, _Changed):
+        for served, error in self._errors(ViewError, FrozenInstanceError, Changed):
             what = getattr(error, "what", str(error))
             if "outside the call" not in what:
                 self.fail(
@@ -276,7 +254,7 @@ class SchedulerSuite(PluginSuite):
 
     def test_no_stall(self) -> None:
         """Somebody is planned as long as anybody waits, and every world comes to its end."""
-        for served, error in self._errors(StallError, _Endless):
+        for served, error in self._errors(StallError, Endless):
             self.fail(
                 f"{self.name} leaves requests unserved, in world {served.world.name!r}: {error.what}"
                 + (f"; {error.why}" if error.why else ""),
@@ -361,14 +339,7 @@ class SchedulerSuite(PluginSuite):
                     did.setdefault("scheduler.swap", f"swapped out request {x.request}")
             if hasattr(watched.inner, "on_turn_end"):
                 did.setdefault("scheduler.retains", "has on_turn_end()")
-        for capability, what in did.items():
-            if not self.provides(capability):
-                self.fail(
-                    f"{self.name} {what}, and does not declare {capability!r}",
-                    rule="a spec names what a plugin brings, so that others can refuse or need it",
-                    where="docs/explanation/families.md",
-                    do=f"put {capability!r} into provides= of its PluginSpec, or do not do it",
-                )
+        self.declares(did)
 
     def test_no_starvation(self) -> None:
         """Waiting is bounded: nobody is passed over again and again while others keep coming."""
@@ -491,15 +462,7 @@ class SchedulerSuite(PluginSuite):
         for world in self.worlds():
             if world.name in ("little memory", "conversations", "plenty of memory"):
                 self.run(world, forbidden=found.append)
-                if found:
-                    self.fail(
-                        f"{self.name} calls {found[0]}, in world {world.name!r}",
-                        rule="a policy reads no clock, draws no chance but its own and no environment: one "
-                        "seed "
-                        "gives one run",
-                        where="CONTRIBUTING.md, five rules",
-                        do="use view.now_ns for time, context.rng for chance, and a setting for the rest",
-                    )
+                self.called_nothing_forbidden(found, f", in world {world.name!r}", "view.now_ns for time")
 
     def test_no_length_leak(self) -> None:
         """Plans do not depend on true output lengths before these show."""
@@ -567,10 +530,6 @@ class SchedulerSuite(PluginSuite):
                         where=ENGINE,
                         do="plan only requests of this call's queues",
                     )
-
-    def test_imports_no_tensor_library(self) -> None:
-        """Policies run where no tensor library is installed."""
-        self.imports_no_tensor_library()
 
 
 def _brief(log: list[tuple[Any, ...]], k: int) -> str:

@@ -17,22 +17,21 @@ import copy
 import functools
 import inspect
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import FrozenInstanceError, dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
 import pytest
 
 from servelab.core.capabilities import Selected, select
-from servelab.core.compose import members
 from servelab.core.config import Choice, choice_of
 from servelab.core.context import Context, seeded
-from servelab.core.errors import PluginError, ServeLabError, nearest
+from servelab.core.errors import PluginCallError, PluginError, ServeLabError, nearest
 from servelab.core.facts import Limits, ModelFacts
 from servelab.core.families import KINDS
+from servelab.core.given import is_factory, spec_of
 from servelab.core.registry import Registry, blocked_names
 from servelab.core.request import Truth
 from servelab.core.spec import PluginSpec
@@ -186,7 +185,7 @@ class PluginSuite:
                 do=self.advice,
                 cause=exc,
             )
-        lacking = [n for n in members(KINDS[self.kind].protocol) if not hasattr(made, n)]
+        lacking = [n for n in KINDS[self.kind].members if not hasattr(made, n)]
         if lacking:
             self.fail(
                 f"{self.name} has no {', '.join(lacking)}",
@@ -201,8 +200,55 @@ class PluginSuite:
         """Raise the ``ConformanceError``; ``where`` is the kind's contract unless given."""
         raise ConformanceError(what, rule=rule, where=where or self.contract, do=do) from cause
 
-    def imports_no_tensor_library(self) -> None:
-        """A check for policies: importing the plugin brings in none, as a process of its own shows."""
+    def calls_nothing_forbidden(self, calls: Callable[[], object]) -> None:
+        """A check for policies: what they do reads no clock, no chance but their own, no environment."""
+        found: list[str] = []
+        with forbidden_calls(found.append):
+            calls()
+        self.called_nothing_forbidden(found)
+
+    def called_nothing_forbidden(
+        self, found: Sequence[str], place: str = "", time: str = "the time it is given"
+    ) -> None:
+        """Likewise, of what was noticed: names of calls."""
+        if found:
+            self.fail(
+                f"{self.name} calls {found[0]}{place}",
+                rule="a policy reads no clock, draws no chance but its own and no environment: one seed "
+                "gives one run",
+                where="CONTRIBUTING.md, five rules",
+                do=f"use {time}, context.rng for chance, and a setting for the rest",
+            )
+
+    def declares(self, did: Mapping[str, str]) -> None:
+        """A check: what it was seen to do, by capability, is among the capabilities of its spec."""
+        for capability, what in did.items():
+            if not self.provides(capability):
+                self.fail(
+                    f"{self.name} {what}, and does not declare {capability!r}",
+                    rule="a spec names what a plugin brings, so that others can refuse or need it",
+                    where="docs/explanation/families.md",
+                    do=f"put {capability!r} into provides= of its PluginSpec, or do not do it",
+                )
+
+    # ------------------------------------------------------ of every kind
+
+    def test_builds(self) -> None:
+        """The factory builds two plugins with what the protocol asks for."""
+        first, second = self.make(), self.make()
+        if first is second:
+            self.fail(
+                f"{self.name}: the factory returned the same object twice",
+                rule="every run has a plugin of its own, so that nothing of one run reaches the next",
+                do="make a new object in the factory",
+            )
+
+
+class PolicySuite(PluginSuite):
+    """Base of the suites of policies: they compute with the standard library alone."""
+
+    def test_imports_no_tensor_library(self) -> None:
+        """Policies run where no tensor library is installed."""
         module = self.spec.factory.partition(":")[0]
         if not isinstance(type(self).plugin, str):
             pytest.skip("only a plugin that is registered by name is imported in a process of its own")
@@ -226,32 +272,20 @@ class PluginSuite:
                 do="move the import to where it is needed, or compute with the standard library",
             )
 
-    def calls_nothing_forbidden(self, calls: Callable[[], object]) -> None:
-        """A check for policies: what they do reads no clock, no chance but their own, no environment."""
-        found: list[str] = []
-        with forbidden_calls(found.append):
-            calls()
-        if found:
-            self.fail(
-                f"{self.name} calls {found[0]}",
-                rule="a policy reads no clock, draws no chance but its own and no environment: one seed "
-                "gives "
-                "one run",
-                where="CONTRIBUTING.md, five rules",
-                do="use the time it is given, context.rng for chance, and a setting for the rest",
-            )
 
-    # ------------------------------------------------------ of every kind
+class Endless(ServeLabError):
+    """The world does not come to its end."""
 
-    def test_builds(self) -> None:
-        """The factory builds two plugins with what the protocol asks for."""
-        first, second = self.make(), self.make()
-        if first is second:
-            self.fail(
-                f"{self.name}: the factory returned the same object twice",
-                rule="every run has a plugin of its own, so that nothing of one run reaches the next",
-                do="make a new object in the factory",
-            )
+
+class Changed(ServeLabError):
+    """A view showed something else after the call than before it."""
+
+
+def root_of(error: Any) -> Any:
+    """The error that a plugin made by writing to frozen data, behind the core's; others as they are."""
+    if isinstance(error, PluginCallError) and isinstance(error.__cause__, FrozenInstanceError):
+        return error.__cause__
+    return error
 
 
 TENSOR_LIBRARIES = {"jax", "tensorflow", "torch", "transformers", "triton"}
@@ -373,7 +407,8 @@ def _registered(kind: str, plugin: Any) -> tuple[Registry, str]:
     if isinstance(plugin, PluginSpec):
         spec, factory = plugin, None
     else:
-        spec, factory = _declared(plugin), _factory(kind, plugin)
+        spec = spec_of(plugin, "given to a suite")
+        factory = plugin if is_factory(kind, plugin) else lambda config, context: copy.deepcopy(plugin)
     while (kind, spec.name) in own.specs:
         spec = replace(spec, name=f"{spec.name}.suite")
     try:
@@ -386,27 +421,3 @@ def _registered(kind: str, plugin: Any) -> tuple[Registry, str]:
             do=exc.do or "correct its PluginSpec",
         ) from exc
     return own, spec.name
-
-
-def _declared(plugin: Any) -> PluginSpec:
-    """The spec a class or object has, or a plain one."""
-    spec = getattr(plugin, "spec", None)
-    if isinstance(spec, PluginSpec):
-        return spec
-    made_by = plugin if hasattr(plugin, "__qualname__") else type(plugin)
-    path = re.sub(r"[^\w.]", "", made_by.__qualname__)
-    return PluginSpec(
-        name=re.sub(r"[^a-z0-9_]", "", made_by.__name__.lower()).strip("_") or "python",
-        factory=f"{made_by.__module__}:{path}",
-        summary="given to a suite",
-    )
-
-
-def _factory(kind: str, plugin: Any) -> Callable[[Any, Context], Any]:
-    wanted = members(KINDS[kind].protocol)
-    if isinstance(plugin, type) or (
-        callable(plugin) and not (wanted and all(hasattr(plugin, name) for name in wanted))
-    ):
-        factory: Callable[[Any, Context], Any] = plugin
-        return factory
-    return lambda config, context: copy.deepcopy(plugin)

@@ -36,6 +36,13 @@ def decibels(signal: Any, noise: Any) -> float:
     return 10 * math.log10(above / below) if below and above else math.inf * (1 if above or not below else -1)
 
 
+def modules_of(suite: PluginSuite) -> list[str]:
+    """What is imported to build its plugin."""
+    registry, spec, _ = suite._selected
+    factory = registry.resolve(suite.kind, spec.name, "factory")
+    return [m for m in (getattr(factory, "__module__", ""), (spec.config or "").partition(":")[0]) if m]
+
+
 def check_describes_without_tensors(
     suite: PluginSuite, modules: Sequence[str], describe: Callable[[], object]
 ) -> None:

@@ -82,3 +82,17 @@ def forbidden_calls(report: Callable[[str], None]) -> Iterator[None]:
         sys.setprofile(before)
         if collects:
             gc.enable()
+
+
+def guarded(
+    method: Callable[..., Any], name: str, report: Callable[[str], None] | None
+) -> Callable[..., Any]:
+    """A method that reports forbidden calls made in it, with its name; None: as it is."""
+    if report is None:
+        return method
+
+    def called(*args: Any) -> Any:
+        with forbidden_calls(lambda what: report(f"{what} in {name}()")):
+            return method(*args)
+
+    return called

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from servelab.core.errors import PluginError, nearest
 from servelab.core.families import KINDS
 from servelab.core.registry import Registry
 from servelab.core.spec import Paper
+from servelab.plugins.tables import aligned
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,7 +60,9 @@ def main(argv: Sequence[str]) -> None:
         )
         for p in found
     ]
-    _table(("kind", "name", "runs", "tier", "source", "state", "provider"), rows)
+    head = ("kind", "name", "runs", "tier", "source", "state", "provider")
+    for line in aligned([head, *rows]):
+        print(line)
     if broken:
         print("\nNot loaded:")
         for b in registry.broken:
@@ -88,10 +91,3 @@ def summary(registry: Registry, kind: str, name: str) -> dict[str, Any]:
         "provider": str(provider),
         "package": provider.package,
     }
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    lines = [tuple(head), *map(tuple, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -36,7 +36,7 @@ TABLE = (
             "Attention is priced here, not by the kernel plugin: a run on a described GPU must not cost what "
             "the kernel of this machine does.",
         ),
-        provides=frozenset({"cost.quant", "cost.energy"}),
+        provides=frozenset({"cost.quant", "cost.energy", "cost.lanes"}),
         tier="stable",
     ),
     PluginSpec(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from csv import DictReader
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,32 @@ def columns(table: DictReader[str], place: str) -> set[str]:
             do="rename or remove one of them",
         )
     return set(names)
+
+
+def cells(table: DictReader[str], place: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Place and cells of each row of a CSV.
+
+    Args:
+        table: the rows.
+        place: the file, for errors.
+
+    Raises:
+        ConfigError: a row has more or fewer cells than the header, as one with a decimal comma.
+    """
+    width = len(table.fieldnames or ())
+    for row in table:
+        where = f"{place}, line {table.line_num}"
+        # DictReader files the cells beyond the header under None, and fills up with None
+        extra = row.pop(None, [])
+        missing = list(row.values()).count(None)
+        if extra or missing:
+            raise ConfigError(
+                f"a row of {width + len(extra) - missing} cells under a header of {width}",
+                where=where,
+                why="nothing says which cell belongs to which column",
+                do="complete the row or delete it; decimals are written with a point, 93.5",
+            )
+        yield where, row
 
 
 def number(text: object, field: str, place: str, kind: Callable[[str], float] = float) -> float:

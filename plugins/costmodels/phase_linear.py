@@ -37,6 +37,7 @@ from servelab.core.events import Batch
 from servelab.plugins.costmodels._least_squares import least_squares
 from servelab.plugins.costmodels._measured import (
     MeasuredConfig,
+    cells,
     check_measured_on,
     columns,
     number,
@@ -205,15 +206,14 @@ def _steps(file: str) -> Iterable[tuple[str, list[int], float]]:
             why=f"it has {', '.join(rows.fieldnames or ()) or 'none'}",
             do="write phase (prefill or decode), lengths (of prompts or contexts, with spaces), ms",
         )
-    for row in rows:
-        place = f"cost.measured: {file}, line {rows.line_num}"
+    for place, row in cells(rows, f"cost.measured: {file}"):
         if row["phase"] not in ("prefill", "decode"):
             raise ConfigError(
                 f"phase must be prefill or decode (got {row['phase']!r})",
                 where=f"{place}, field phase",
                 do="name the phase of the step; a step of both cannot be fitted",
             )
-        lengths = [int(number(one, "lengths", place, int)) for one in (row["lengths"] or "").split()]
+        lengths = [int(number(one, "lengths", place, int)) for one in row["lengths"].split()]
         if not lengths:
             raise ConfigError(
                 "lengths is empty",

@@ -39,6 +39,7 @@ from servelab.core.events import Batch
 from servelab.plugins.costmodels._curve import Curve
 from servelab.plugins.costmodels._measured import (
     MeasuredConfig,
+    cells,
     check_measured_on,
     columns,
     number,
@@ -156,10 +157,9 @@ def _csv(file: str, rows: Mapping[str, str]) -> Iterator[tuple[str, int, float]]
             do="write phase, tokens, ms (or splitwise-sim's columns), and existing ones in cost.rows",
         )
     kinds = set()
-    for row in table:
+    for place, row in cells(table, f"cost.file: {file}"):
         if any(row[column] != value for column, value in rows.items()):
             continue
-        place = f"cost.file: {file}, line {table.line_num}"
         if not splitwise:
             yield (
                 _phase(row["phase"], place),

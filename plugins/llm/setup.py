@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from servelab.core.client import NoTraffic
 from servelab.core.config import RunConfig, validate
 from servelab.core.errors import ConfigError, nearest
 from servelab.core.families import KINDS
+from servelab.core.given import is_factory, spec_of
 from servelab.core.registry import Registry
 from servelab.core.spec import PluginSpec
 
@@ -151,38 +151,9 @@ def _section(kind: str, plugin: Any, section: Mapping[str, Any], registry: Regis
 
 def _registered(kind: str, plugin: Any, registry: Registry) -> str:
     """Register an object, class or factory; its name."""
-    spec = getattr(plugin, "spec", None)
-    made_by = plugin if callable(plugin) and hasattr(plugin, "__qualname__") else type(plugin)
-    if not isinstance(spec, PluginSpec):
-        path = re.sub(r"[^\w.]", "", made_by.__qualname__)
-        spec = PluginSpec(
-            name=re.sub(r"[^a-z0-9_]", "", made_by.__name__.lower()).strip("_") or "python",
-            factory=f"{made_by.__module__}:{path}",
-            summary="given in Python",
-        )
-    n = 1
+    spec, n = spec_of(plugin, "given in Python"), 1
     while (kind, spec.name) in registry.specs:  # a registered one, or another observer of this class
         spec = replace(spec, name=f"{spec.name.partition('.python')[0]}.python{n if n > 1 else ''}")
         n += 1
-    registry.add(kind, spec, factory=plugin if _is_factory(kind, plugin) else _Given(plugin))
+    registry.add(kind, spec, factory=plugin if is_factory(kind, plugin) else lambda config, context: plugin)
     return spec.name
-
-
-class _Given:
-    """A factory of what is there already."""
-
-    def __init__(self, plugin: object) -> None:
-        self._plugin = plugin
-
-    def __call__(self, config: object, context: object) -> object:
-        return self._plugin
-
-
-def _is_factory(kind: str, plugin: object) -> bool:
-    """A class, or something to call that lacks what the family's protocol asks for."""
-    from servelab.core.compose import members
-
-    if isinstance(plugin, type):
-        return True
-    wanted = members(KINDS[kind].protocol)
-    return callable(plugin) and not (wanted and all(hasattr(plugin, name) for name in wanted))

@@ -60,6 +60,8 @@ class JsonlObserver:
         self._events: _LogFile | None = None
         self._plans: _LogFile | None = None
         self._opened = False
+        self._told = False
+        """Whether it is known already that files cannot be written, most likely for the other one too."""
 
     @hookimpl
     def servelab_on_record(self, record: Record) -> None:
@@ -67,7 +69,11 @@ class JsonlObserver:
             self._open(isinstance(record, RunStarted) and record.info.get("clock") == "virtual")
         target = self._plans if record.ev == Planned.ev else self._events
         if target is not None:
-            target.write(record)
+            try:
+                target.write(record)
+            except ServeLabError as error:
+                self._told |= isinstance(error.__cause__, OSError)
+                raise
 
     @hookimpl
     def servelab_on_run_finished(self, record: RunFinished) -> None:
@@ -88,7 +94,7 @@ class JsonlObserver:
                     file.close()
             except ServeLabError as error:
                 errors.append(error)
-        if errors:
+        if errors and not self._told:
             raise errors[0]
 
     def _open(self, virtual: bool) -> None:

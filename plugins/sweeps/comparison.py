@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 
 from servelab.core.run_folder import write_file
+from servelab.core.stdout import say
 from servelab.plugins.sweeps import plots, table
 from servelab.plugins.sweeps.folder import AGAIN
 from servelab.plugins.sweeps.results import METRICS, figure, read_columns, read_results
@@ -27,13 +27,7 @@ def compare(folder: Path) -> None:
     write(sweep)
     drawn = _draw(sweep)
     lines = [*table.text(sweep), "", f"artefacts: {folder}: sweep.md, sweep.csv, sweep.json{drawn}"]
-    if sys.stdout is None:  # closed before we began, as by `>&-`
-        return
-    try:
-        sys.stdout.write("\n".join(lines) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        pass  # nobody reads any more; the files are written
+    say("\n".join(lines))
 
 
 def write(sweep: Sweep) -> None:

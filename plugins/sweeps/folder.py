@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from servelab.core.errors import ConfigError, ServeLabError
+from servelab.core.processes import in_one_line
+from servelab.core.run_folder import put_file
 
 JOB_FILE = "job.json"
 ERROR_FILE = "error.txt"
@@ -48,8 +49,7 @@ class JobState:
 
     def write(self, folder: Path) -> None:
         """At once or not at all: a reader never sees half of it."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        _put(folder / JOB_FILE, text)
+        put_file(folder / JOB_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     def finished(self, folder: Path) -> bool:
         """Ended well, and everything it wrote is still there."""
@@ -134,16 +134,8 @@ def put_aside(folder: Path, keep: str) -> Path | None:
 
 def fail(folder: Path, state: JobState, text: str, wall_s: float) -> JobState:
     """Note that a job failed, with the whole text in ``error.txt``."""
-    _put(folder / ERROR_FILE, text.rstrip() + "\n")
-    first, *more = text.strip().removeprefix("servelab: ").splitlines() or ["no reason given"]
-    reason = f"{first} {more[0].strip(' -')}" if first.endswith(":") and more else first
+    put_file(folder / ERROR_FILE, text.rstrip() + "\n")
+    reason = in_one_line(text.strip().removeprefix("servelab: ")) or "no reason given"
     ended = replace(state, status="failed", reason=reason, wall_s=wall_s)
     ended.write(folder)
     return ended
-
-
-def _put(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -6,7 +6,6 @@ and settings of libraries do not leak from one job into the next, and peak memor
 
 from __future__ import annotations
 
-import importlib
 import io
 import logging
 import os
@@ -30,7 +29,8 @@ from omegaconf import DictConfig
 from servelab.core import __version__
 from servelab.core.errors import ServeLabError
 from servelab.core.interrupt import interrupted_by
-from servelab.core.processes import context, died, forks, settle, start
+from servelab.core.processes import context, died, duration, forks, settle, start
+from servelab.core.registry import import_target
 from servelab.plugins.sweeps.folder import (
     REPORT_FILE,
     STOP_FILE,
@@ -125,13 +125,13 @@ class Job:
         ok, about = state.status == "ok", state.reason
         if ok and self.summary:
             with suppress(ServeLabError):  # the comparison tells it
-                about = named(self.summary)(folder)
+                about = import_target(self.summary)(folder)
         log.log(
             logging.INFO if ok else logging.ERROR,
             "%s %s in %s%s%s",
             title,
             "done" if ok else state.status,
-            _time(state.wall_s),
+            duration(state.wall_s),
             f": {about}" if about else "",
             self._outlook(),
         )
@@ -153,7 +153,7 @@ class Job:
         left = self.total - len(ended)
         if left < 1 or not ended or os.getpid() != self.process:
             return ""
-        return f"; {left} left, about {_time(left * sum(ended) / len(ended))}"
+        return f"; {left} left, about {duration(left * sum(ended) / len(ended))}"
 
 
 @dataclass
@@ -198,19 +198,6 @@ class _Work:
             configure_log(hydra.hydra.job_logging, hydra.hydra.verbose)
 
 
-def named(path: str) -> Callable[[Path], Any]:
-    """The function at ``module:function``."""
-    module, _, function = path.partition(":")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
-
-
-def warm_up() -> None:
-    """Load once what every job needs and no job changes, so that forked processes have it."""
-    from servelab.core.registry import Registry
-
-    Registry.load()
-
-
 def _hide_terminal() -> None:
     """Several jobs at once must not draw over one another's progress line."""
 
@@ -219,11 +206,3 @@ def _hide_terminal() -> None:
             return False
 
     sys.stderr = Plain(os.fdopen(os.dup(2), "wb"), line_buffering=True)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from servelab.core import __version__
 from servelab.core.errors import ConfigError, ServeLabError
 from servelab.core.interrupt import Interruptions, interrupted_by, taking
+from servelab.core.registry import Registry, import_target
 from servelab.plugins.sweeps.folder import (
     ERROR_FILE,
     LOCK_FILE,
@@ -34,7 +35,7 @@ from servelab.plugins.sweeps.folder import (
     job_folders,
     read_state,
 )
-from servelab.plugins.sweeps.job import Job, named, warm_up
+from servelab.plugins.sweeps.job import Job
 
 log = logging.getLogger("servelab.sweep")
 
@@ -102,7 +103,7 @@ class Sweeper(HydraSweeper):
 
     def _launch(self, batches: Sequence[list[list[str]]]) -> list[Any]:
         assert self.launcher is not None
-        warm_up()
+        Registry.load()  # once, what every job needs and no job changes: forked processes have it
         stop, results, first = _Stop(self._folder), [], 0
         with taking(stop):
             try:
@@ -135,7 +136,7 @@ class Sweeper(HydraSweeper):
         """Let the jobs be compared; what went wrong there, which harms no job."""
         try:
             if self._comparison:
-                named(self._comparison)(self._folder)
+                import_target(self._comparison)(self._folder)
         except Exception as error:
             log.debug("comparing the jobs failed", exc_info=error)
             text = str(error) if isinstance(error, ServeLabError) else f"{type(error).__name__}: {error}"
@@ -223,8 +224,6 @@ def _limit_parallel(launcher: Any, config: DictConfig, configs: Sequence[Mapping
 
 def _computes(config: Mapping[str, Any]) -> bool:
     """Whether the job's executor really computes, so that its time depends on what runs beside it."""
-    from servelab.core.registry import Registry
-
     name = str((config.get("executor") or {}).get("name"))
     try:
         return "executor.sim" not in Registry.load().spec("executor", name).provides

@@ -11,6 +11,7 @@ from typing import Any
 
 from servelab.plugins.sweeps.results import Metric
 from servelab.plugins.sweeps.rows import Row, Sweep
+from servelab.plugins.tables import aligned
 
 SCHEMA = 1
 """Version of ``sweep.json``; raised when a key changes meaning or goes away."""
@@ -37,18 +38,12 @@ def text(sweep: Sweep) -> Iterator[str]:
         ]
         for row in sweep.rows
     ]
-    widths = [max(len(line[i]) for line in (*head, *body)) for i in range(len(head[0]))]
-    texts = 1 + len(sweep.axes)
     yield f"Sweep of {len(sweep.rows)} jobs"
     for line in wrap(f"all with: {' '.join(sweep.common) or 'the defaults'}", WIDTH - 2):
         yield f"  {line}"
     yield ""
-    for words in (*head, *body):
-        cells = (
-            word.ljust(width) if i < texts or i == len(words) - 1 else word.rjust(width)
-            for i, (word, width) in enumerate(zip(words, widths, strict=True))
-        )
-        yield ("  " + "  ".join(cells)).rstrip()
+    figures = range(1 + len(sweep.axes), len(head[0]) - 1)
+    yield from (f"  {line}".rstrip() for line in aligned([*head, *body], figures))
     yield ""
     for note in notes(sweep):
         yield from (f"  {line}" for line in wrap(note, WIDTH - 2))

@@ -136,3 +136,25 @@ def values(found: Found, names: Sequence[str], figure: Callable[[Any], T | None]
     """A figure of some cells, of those that ended well and have it."""
     got = [figure(found[name]) for name in names if name in found and found[name].ok]
     return [value for value in got if value is not None]
+
+
+# ---------------------------------------------------------------- settings of cells
+
+EQUAL_STEPS: Mapping[str, Any] = {"name": "scripted", "step_ns": 1_000_000, "token_ns": 0, "context_ns": 0}
+"""Section ``cost`` where steps are counted, and time decides nothing."""
+
+
+def backlog(requests: int, **more: Any) -> dict[str, Any]:
+    """Section ``workload``: so many synthetic requests at once, without token ids."""
+    return {
+        "name": "synthetic",
+        "num_requests": requests,
+        "request_rate": "inf",
+        "with_prompt_ids": False,
+        **more,
+    }
+
+
+def uniform(low: int, high: int, scale: int = 1) -> dict[str, Any]:
+    """A uniform law of lengths, divided by a scale."""
+    return {"law": "uniform", "min": max(1, low // scale), "max": high // scale}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from servelab.core.environment import environment
 from servelab.core.run_folder import unwritable, write_file
+from servelab.core.stdout import say
+from servelab.plugins.tables import aligned
 from servelab.plugins.tasks._cells import Found
 from servelab.plugins.tasks._rows import Row, tally
 
@@ -73,8 +74,7 @@ def leave(
             write_file(folder / PAGE_FILE, page(task.title, status, rows, spec.deviations, drawn or {}))
             lines.append(f"artefacts: {folder / PAGE_FILE}, {EXPERIMENT_FILE}")
     finally:  # what was measured is said even if the disk is full
-        if sys.stdout is not None:
-            print("\n".join(lines), flush=True)
+        say("\n".join(lines))
 
 
 def _cell(one: Any) -> dict[str, Any]:
@@ -107,14 +107,7 @@ def table(title: str, status: str, rows: Sequence[Row], found: Found) -> Iterato
     yield title + ("" if status == "ok" else f"   {status.upper()}: what was measured so far")
     yield ""
     shown = [row for row in rows if row.bound is not None] or rows
-    body = [_cells_of(row) for row in shown]
-    widths = [max(len(line[i]) for line in (HEAD, *body)) for i in range(len(HEAD))]
-    for line in (HEAD, *body):
-        texts = (
-            word.ljust(width) if i in (0, 4) else word.rjust(width)
-            for i, (word, width) in enumerate(zip(line, widths, strict=True))
-        )
-        yield ("  " + "  ".join(texts)).rstrip()
+    yield from (f"  {line}" for line in aligned([HEAD, *map(_cells_of, shown)], right=(1, 2, 3)))
     yield ""
     counts = tally(rows)
     told = "" if len(shown) == len(rows) else f" (these in {EXPERIMENT_FILE})"

@@ -138,6 +138,19 @@ class Criteria:
             loads["slo_attainment"] = self.attainment / met if met else math.inf
         return loads
 
+    def said(self, key: str, results: Mapping[str, Any]) -> str:
+        """What came out for one criterion, and what it asks for."""
+        if key in self.at_most:
+            return f"{key} is {_number(results, key):.6g}, and at most {self.at_most[key]:g} is allowed"
+        ours = results["servelab"]
+        if key == "slo_attainment":
+            met = ours["slo_attainment"]
+            return f"slo_attainment is {met:.4g}, and at least {self.attainment:g} is asked for"
+        arrived, asked = ours["requests"]["arrived"], 100 * self.completed
+        return (
+            f"{results['completed']} of {arrived} requests complete, and at least {asked:g} % are asked for"
+        )
+
     def hold(self, results: Mapping[str, Any]) -> bool:
         return all(load <= 1 for load in self.loads(results).values())
 

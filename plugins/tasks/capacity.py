@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from servelab.core.compose import Run
 
 ATTAINMENT = 0.99
+_SAME = ("duration", "total_input_tokens", "total_output_tokens", "mean_e2el_ms")
+"""Figures of ``results.json`` that runs of other traffic do not have in common."""
 
 
 class CapacityConfig(ManyRunsConfig):
@@ -124,7 +126,9 @@ class Capacity(ManyRuns):
 
     def rows(self, found: Found) -> Sequence[Row]:
         ends = [search.capacity(found) for search in self.searches]
-        got = measured([end for end in ends if end is not None])
+        got = dict(measured([end for end in ends if end is not None]))
+        if self._one_traffic(found):
+            got["spread"] = None  # no sample of several
         setting = self.searches[0].setting
         unit = "requests/s" if setting == "workload.request_rate" else setting
         return [
@@ -142,10 +146,24 @@ class Capacity(ManyRuns):
 
     def _notes(self, found: Found) -> str:
         notes = [f"Holds: {self.searches[0].criteria.text}."]
+        if self._one_traffic(found):
+            notes.append(
+                "Every seed measured the same: the traffic does not depend on it, so there is no confidence "
+                "interval, and task.seeds=1 is enough."
+            )
         for search in self.searches:
             for low, high in search.to_dict(found)["non_monotone"]:
                 notes.append(f"Seed {search.seed}: {low:.4g} failed though {high:.4g} passed.")
         return " ".join(notes)
+
+    def _one_traffic(self, found: Found) -> bool:
+        """Whether runs of all seeds at one rate are the same, as where a trace is replayed."""
+        probes = [search.probes(found) for search in self.searches]
+        rates = set[float]().union(*probes)
+        alike = [[one[rate].results for one in probes if rate in one] for rate in sorted(rates)]
+        alike = [results for results in alike if len(results) == len(self.searches)]
+        figures = [[[results[key] for key in _SAME] for results in at_rate] for at_rate in alike]
+        return len(probes) > 1 and bool(figures) and all(one == at[0] for at in figures for one in at)
 
     def extra(self, found: Found) -> Mapping[str, Any]:
         return {"searches": [search.to_dict(found) for search in self.searches]}
@@ -190,8 +208,8 @@ def _why(search: Search, found: Found, rate: float | None) -> str:
         return f"its run at {rate:g} failed" if rate is not None else search.criteria.text
     loads = search.criteria.loads(probes[rate].results)
     judged = {key: load for key, load in loads.items() if key != "completed" or load > 1} or loads
-    worst, load = max(judged.items(), key=lambda item: item[1])
-    return f"at {rate:g}, {worst} is {load:.3g} times what is allowed ({search.criteria.text})"
+    worst = max(judged, key=judged.__getitem__)
+    return f"at {rate:g}, {search.criteria.said(worst, probes[rate].results)}"
 
 
 def plot_probes(axes: Axes, searches: Sequence[Search], found: Found) -> None:

@@ -16,16 +16,16 @@ Tier: stable.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import Context
+from servelab.core.capabilities import select
 from servelab.core.run_folder import write_file
+from servelab.core.stdout import say
 from servelab.plugins.tasks._traffic import QUANTILES, Traffic
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Describe:
             if self._config.plot:
                 lines += self._picture(self._folder / PLOT_FILE, traffic, str(title))
             lines.append(f"artefacts: {self._folder}")
-        _print("\n".join(lines))
+        say("\n".join(lines))
         rate = figures["requests_per_s"]
         return None if rate is None else float(rate)
 
@@ -106,7 +106,8 @@ def table(run: Run, title: str, figures: Mapping[str, Any], said: Mapping[str, A
     yield from (f"  {key:<10}{value}" for key, value in rows.items())
     yield ""
     yield from _arrivals(figures)
-    if "workload.closed_loop" in run.registry.spec("workload", choice.name).provides:
+    (workload,) = select([("workload", choice)], run.registry)
+    if "workload.closed_loop" in workload.may:
         yield "  a closed loop: what follows answers comes on top, when something serves it"
     yield ""
     yield from _lengths(figures)
@@ -202,11 +203,3 @@ def _number(value: float | None) -> str:
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
-
-
-def _print(text: str) -> None:
-    if sys.stdout is None:  # closed before we began, as by `>&-`
-        return
-    with suppress(BrokenPipeError):  # nobody reads any more, as in `... | head`; the files are written
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()

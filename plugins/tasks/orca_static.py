@@ -39,7 +39,7 @@ from pydantic import Field
 
 from servelab.core.api import Context
 from servelab.plugins.tasks._cells import Cell, Found
-from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig, values
+from servelab.plugins.tasks._experiment import EQUAL_STEPS, ManyRuns, ManyRunsConfig, backlog, uniform, values
 from servelab.plugins.tasks._rows import Bound, Row, at_least, measured, within
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class Lengths:
 
 def _uniform(name: str, low: int, high: int) -> Lengths:
     deviation = (high - low) / math.sqrt(12) / ((low + high) / 2)
-    law = {"law": "uniform", "min": low, "max": high}
-    return Lengths(name, law, lambda u: low + math.floor(u * (high - low + 1)), deviation)
+    return Lengths(name, uniform(low, high), lambda u: low + math.floor(u * (high - low + 1)), deviation)
 
 
 def _lognormal(name: str, sigma: float, high: int) -> Lengths:
@@ -134,7 +133,9 @@ class OrcaStatic(ManyRuns):
                 **_common(places, longest=1024),
                 "seed": seed,
                 "scheduler": {"name": scheduler, "max_num_seqs": places},
-                "workload": {**_backlog(requests), "output_length": dict(law.law), "max_new_tokens": 1024},
+                "workload": backlog(
+                    requests, prompt_length=PROMPT, output_length=dict(law.law), max_new_tokens=1024
+                ),
                 **(_DEVICE if device else _COUNTED),
                 "executor": {"name": "sim" if device else "scripted", "num_kv_pages": places * 80},
             },
@@ -227,19 +228,7 @@ def _common(places: int, longest: int) -> dict[str, Any]:
     }
 
 
-def _backlog(requests: int) -> dict[str, Any]:
-    return {
-        "name": "synthetic",
-        "num_requests": requests,
-        "request_rate": "inf",
-        "prompt_length": PROMPT,
-        "with_prompt_ids": False,
-    }
-
-
-_COUNTED: Mapping[str, Any] = {
-    "cost": {"name": "scripted", "step_ns": 1_000_000, "token_ns": 0, "context_ns": 0}
-}
+_COUNTED: Mapping[str, Any] = {"cost": EQUAL_STEPS}
 _DEVICE: Mapping[str, Any] = {"cost": {"name": "roofline"}}
 
 
@@ -252,7 +241,7 @@ def _worked(scheduler: str) -> Cell:
             **_common(2, longest=16),
             **_COUNTED,
             "scheduler": {"name": scheduler, "max_num_seqs": 2},
-            "workload": {**_backlog(4), "output_length": 2, "max_new_tokens": 16, "phases": phases},
+            "workload": backlog(4, prompt_length=PROMPT, output_length=2, max_new_tokens=16, phases=phases),
             "executor": {"name": "scripted", "num_kv_pages": 64},
         },
     )

@@ -54,7 +54,7 @@ from servelab.core.api import Context, hookimpl
 from servelab.core.metrics import Timeline
 from servelab.core.records import RequestFinished, RunStarted, StepDone
 from servelab.plugins.tasks._cells import Cell, CellResult, Found
-from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig, values
+from servelab.plugins.tasks._experiment import EQUAL_STEPS, ManyRuns, ManyRunsConfig, backlog, uniform, values
 from servelab.plugins.tasks._rows import Row, at_least, at_most, below, mean_and_spread, measured, within
 
 if TYPE_CHECKING:
@@ -215,11 +215,7 @@ class GoodputStudy(ManyRuns):
     def _drift(self, seed: int) -> Cell:
         scale = self._scale
         longest = 8192 // scale
-
-        def uniform(low: int, high: int) -> dict[str, Any]:
-            return {"law": "uniform", "min": max(1, low // scale), "max": high // scale}
-
-        long, short, wide = uniform(2048, 4096), uniform(32, 4096), uniform(32, 4096)
+        long, wide = uniform(2048, 4096, scale), uniform(32, 4096, scale)
         return Cell(
             name=_drift_name(seed),
             changes={
@@ -233,21 +229,18 @@ class GoodputStudy(ManyRuns):
                     "max_num_batched_tokens": 32768 // scale,
                 },
                 "kvcache": {"name": "paged", "page_tokens": 1},
-                "cost": {"name": "scripted", "step_ns": 1_000_000, "token_ns": 0, "context_ns": 0},
+                "cost": EQUAL_STEPS,
                 "executor": {"name": "scripted", "num_kv_pages": KV_TOKENS // scale},
                 "engine.max_batch_tokens": max(32768 // scale, longest),
                 "engine.max_model_len": longest,
                 "model.max_position": longest,
-                "workload": {
-                    "name": "synthetic",
-                    "num_requests": BEFORE + AFTER,
-                    "request_rate": "inf",
-                    "prompt_length": wide,
-                    "output_length": long,
-                    "max_new_tokens": 4096 // scale,
-                    "with_prompt_ids": False,
-                    "phases": [{"after": BEFORE, "prompt_length": long, "output_length": short}],
-                },
+                "workload": backlog(
+                    BEFORE + AFTER,
+                    prompt_length=wide,
+                    output_length=long,
+                    max_new_tokens=4096 // scale,
+                    phases=[{"after": BEFORE, "prompt_length": long, "output_length": wide}],
+                ),
             },
             meters=(f"{HERE}UseByFinish",),
             weight=40,

@@ -42,7 +42,7 @@ from servelab.core.api import Context, hookimpl
 from servelab.core.metrics import Timeline
 from servelab.core.records import RequestArrived, RequestFinished, RequestPreempted, RunStarted, StepDone
 from servelab.plugins.tasks._cells import Cell, Found
-from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig, values
+from servelab.plugins.tasks._experiment import EQUAL_STEPS, ManyRuns, ManyRunsConfig, backlog, uniform, values
 from servelab.plugins.tasks._rows import Bound, Row, at_most, below, measured, relative, within
 
 if TYPE_CHECKING:
@@ -161,20 +161,17 @@ class ToyStudy(ManyRuns):
                 "seed": seed,
                 "scheduler": scheduler,
                 "kvcache": {"name": "paged", "page_tokens": 1},
-                "cost": {"name": "scripted", "step_ns": 1_000_000, "token_ns": 0, "context_ns": 0},
+                "cost": EQUAL_STEPS,
                 "executor": {"name": "scripted", "num_kv_pages": CAPACITY // scale},
                 "engine.max_batch_tokens": max(tokens, longest),
                 "engine.max_model_len": longest,
                 "model.max_position": longest,
-                "workload": {
-                    "name": "synthetic",
-                    "num_requests": self._requests,
-                    "request_rate": "inf",
-                    "prompt_length": _uniform(prompt, scale),
-                    "output_length": _uniform(output, scale),
-                    "max_new_tokens": output[1] // scale,
-                    "with_prompt_ids": False,
-                },
+                "workload": backlog(
+                    self._requests,
+                    prompt_length=uniform(*prompt, scale),
+                    output_length=uniform(*output, scale),
+                    max_new_tokens=output[1] // scale,
+                ),
             },
             meters=(METER,),
             weight=policy.paper[law][0],
@@ -268,10 +265,6 @@ class ToyStudy(ManyRuns):
 
 def _name(policy: Policy, law: Law, seed: int) -> str:
     return f"{law} {policy.name} seed {seed}"
-
-
-def _uniform(bounds: tuple[int, int], scale: int) -> dict[str, Any]:
-    return {"law": "uniform", "min": max(1, bounds[0] // scale), "max": bounds[1] // scale}
 
 
 class DecodeSteps:

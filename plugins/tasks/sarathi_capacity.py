@@ -38,7 +38,7 @@ from pydantic import Field
 
 from servelab.core.api import Context
 from servelab.plugins.tasks._cells import Cell, Found
-from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig, values
+from servelab.plugins.tasks._experiment import ManyRuns, ManyRunsConfig, backlog, values
 from servelab.plugins.tasks._rows import Bound, Row, at_least, measured, relative
 from servelab.plugins.tasks._search import Criteria, Range, Search
 from servelab.plugins.tasks.capacity import complain, plot_probes
@@ -133,15 +133,7 @@ class SarathiCapacity(ManyRuns):
                 "engine.max_model_len": LONGEST,
                 "engine.max_batch_tokens": 4 * LONGEST,
                 "scheduler": {"name": "vllm_v0", "max_num_seqs": 32, "max_num_batched_tokens": 4 * LONGEST},
-                "workload": {
-                    "name": "synthetic",
-                    "num_requests": 32,
-                    "request_rate": "inf",
-                    "prompt_length": 4096,
-                    "output_length": 65,
-                    "max_new_tokens": 65,
-                    "with_prompt_ids": False,
-                },
+                "workload": backlog(32, prompt_length=4096, output_length=65, max_new_tokens=65),
             },
         )
 

@@ -163,7 +163,14 @@ def taken(rows: Iterable[Row], config: TraceConfig, thin: Random) -> tuple[Colum
         columns.add(*row)
     if not columns:
         raise _nothing(config, "no row of the slice is wanted")
-    return columns, _at_rate(columns, config, thin)
+    done = _at_rate(columns, config, thin)
+    if config.num_requests is not None and len(columns) < config.num_requests:
+        log.warning(
+            "the trace has %d requests for workload.num_requests=%d: so many are replayed, once",
+            len(columns),
+            config.num_requests,
+        )
+    return columns, done
 
 
 def _at_rate(columns: Columns, config: TraceConfig, thin: Random) -> dict[str, Any]:
@@ -210,11 +217,18 @@ def scaled(lengths: array[int], by: float) -> array[int]:
 def _nothing(config: TraceConfig, why: str) -> WorkloadError:
     return WorkloadError(
         "no request is left of the trace",
-        where=f"workload.start_s={config.start_s:g}"
-        + ("" if config.duration_s is None else f", workload.duration_s={config.duration_s:g}"),
+        where=", ".join(f"workload.{name}={value}" for name, value in _chosen(config)) or "workload.path",
         why=why,
         do="take an earlier or a longer slice, or another filter",
     )
+
+
+def _chosen(config: TraceConfig) -> Iterator[tuple[str, Any]]:
+    """The settings that choose rows, where they are not at their defaults."""
+    for name in ("start_s", "duration_s", "log_type", "model", "failures"):
+        field = type(config).model_fields.get(name)
+        if field is not None and (value := getattr(config, name)) != field.default:
+            yield name, f"{value:g}" if isinstance(value, float) else value
 
 
 class Replay:
@@ -303,7 +317,7 @@ class Replay:
             raise self._too_long(over[0], limit)
         if config.over_length == "drop":
             if len(over) == len(c):
-                raise self._too_long(over[0], limit)
+                raise self._too_long(over[0], limit, f"all {len(c)} requests are")
             gone = set(over)
             self._caps = array("i", [cap for i, cap in enumerate(self._caps) if i not in gone])
             c.keep(lambda i: i not in gone)
@@ -332,13 +346,15 @@ class Replay:
         """Tokens of a request, prompt and output."""
         return self._columns.prompts[place] + min(self._columns.outputs[place], self._caps[place])
 
-    def _too_long(self, place: int, limit: int) -> WorkloadError:
+    def _too_long(self, place: int, limit: int, whose: str = "") -> WorkloadError:
+        first = f"that of r{place}, the first: " if whose else ""
+        rules = [rule for rule in ("clip", "drop") if rule != self._config.over_length]
         return WorkloadError(
-            f"request r{place} is longer than the model allows",
+            f"{whose or f'request r{place} is'} longer than the model allows",
             where=f"{self._where}, over_length: {self._config.over_length}",
-            why=f"prompt of {self._columns.prompts[place]} tokens plus "
+            why=f"{first}prompt of {self._columns.prompts[place]} tokens plus "
             f"{self._served(place) - self._columns.prompts[place]} of output is {self._served(place)}, limit "
             f"{limit} (max_model_len)",
-            do="set workload.over_length to clip or drop, scale lengths (workload.prompt_scale, "
+            do=f"set workload.over_length to {' or '.join(rules)}, scale lengths (workload.prompt_scale, "
             "workload.output_scale), or choose a model with a longer context",
         )

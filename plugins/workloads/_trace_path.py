@@ -50,7 +50,14 @@ def trace_path(stated: str, remedy: str) -> Path:
     raise WorkloadError(
         f"there is no trace {stated!r}",
         where="workload.path",
-        why=f"{path.absolute()} is {'a folder' if path.is_dir() else 'not there'}, and of data sets "
+        why=f"{path.absolute()} is {_instead(path)}, and of data sets "
         f"{', '.join(fetched) or 'none'} was fetched",
         do="; ".join([*[nearest(stated, fetched)] * bool(fetched), f"check the path, or {remedy}"]),
     )
+
+
+def _instead(path: Path) -> str:
+    """What is there instead of a file."""
+    if path.is_dir():
+        return "a folder"
+    return "no regular file" if path.exists() else "not there"

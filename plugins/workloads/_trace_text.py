@@ -54,7 +54,8 @@ class Source:
         """The lines with their ends.
 
         Raises:
-            WorkloadError: it cannot be read, is empty, binary or compressed, or is a Git LFS pointer.
+            WorkloadError: it cannot be read, is empty, binary or compressed, or is a Git LFS pointer or a web
+                page.
         """
         self.line = 0
         try:
@@ -66,6 +67,13 @@ class Source:
                             "this is a Git LFS pointer, not the trace",
                             "",
                             "the file was copied from a repository without its large files",
+                            self.remedy,
+                        )
+                    if self.line == 1 and line.lstrip().startswith("<"):
+                        raise self.fault(
+                            "this is a web page, not the trace",
+                            "",
+                            f"it begins with {line.strip()[:40]!r}",
                             self.remedy,
                         )
                     yield line
@@ -120,6 +128,14 @@ class Source:
                         name,
                         f"its header is {', '.join(header)[:200]!r}",
                         f"{_columns(name, header)}; {self.remedy}",
+                    )
+            for name in (*required, *optional):
+                if header.count(name) > 1:
+                    raise self.fault(
+                        f"the column {name!r} is there twice",
+                        name,
+                        "only one of them can be read, and nothing says which",
+                        "rename or remove one of them",
                     )
             width = len(header)
             places = [header.index(name) for name in required]
@@ -215,7 +231,8 @@ def _columns(wanted: str, header: Sequence[str]) -> str:
     """The sentence that helps after a column that is not there."""
     if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
         return "separate cells with commas"
-    return nearest(wanted, header)
+    near, mark, _ = nearest(wanted, header).partition("?")
+    return f"{near + '? ' if mark else ''}rename the column that holds it to {wanted}"
 
 
 def believable(source: Source, rows: Iterator[T], columns: Iterable[tuple[str, int]]) -> Iterator[T]:
@@ -237,7 +254,7 @@ def believable(source: Source, rows: Iterator[T], columns: Iterable[tuple[str, i
                 name,
                 f"its first {len(values)} lengths are spread evenly from {min(values)} to {max(values)}; "
                 "lengths of real requests are mostly short, with a long tail",
-                source.remedy,
+                f"{source.remedy}; lengths that are meant to be even: workload=synthetic with law uniform",
             )
     source.line = line
     return chain(head, rows)

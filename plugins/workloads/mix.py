@@ -147,6 +147,10 @@ class Mix:
         described = {key: part.workload.describe() for key, part in self._parts.items()}
         return {
             **{name: _sum(described.values(), name) for name in ("requests", "cancellations")},
+            "traffic": "; ".join(
+                f"{key}: {described[key].get('traffic') or one.workload.name}"
+                for key, one in self._config.components.items()
+            ),
             "components": described,
             "settings": json_settings(self._config),
         }

@@ -96,10 +96,12 @@ class Transform:
 
     def describe(self) -> dict[str, Any]:
         """Statistics of what comes out of the steps, what was done, and every setting."""
+        within = self._inner.describe()
         return {
             **summary(self.arrivals()),
+            "traffic": f"{within.get('traffic') or self._config.of.name}, transformed",
             "steps": [step.model_dump(mode="json", exclude_none=True) for step in self._config.steps],
-            "of": self._inner.describe(),
+            "of": within,
             "settings": json_settings(self._config),
         }
 

@@ -121,7 +121,6 @@ def hub(tmp_path: Path, tiny_folder: Path) -> Iterator[Any]:
             env=environ,
             capture_output=True,
             text=True,
-            timeout=100,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -232,7 +231,6 @@ def test_a_silent_server_is_given_up(tmp_path: Path) -> None:
             },
             capture_output=True,
             text=True,
-            timeout=60,
             check=False,
         )
     assert done.returncode == 0, done.stderr

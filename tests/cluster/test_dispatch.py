@@ -401,7 +401,7 @@ def traffic(seed: int, n: int = 25) -> list[Arrival | Cancel]:
     return items
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([0, 700, 5000]))
 def test_every_request_ends_once_and_runs_repeat(seed: int, instances: int, report_ns: int) -> None:
     def run(**more: Any) -> ClusterRun:
@@ -417,7 +417,7 @@ def test_every_request_ends_once_and_runs_repeat(seed: int, instances: int, repo
     assert sum(one["requests"] for one in result["servelab"]["instances"]) <= len(once.ends())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.sampled_from([0, 700]))
 def test_holds_change_nothing(seed: int, instances: int, report_ns: int) -> None:
     """A router that reads rows in the middle of held launches sees what it would see step by step."""

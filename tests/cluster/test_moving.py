@@ -7,13 +7,22 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.engine.test_reuse import store
 
 from servelab.core.context import Context
 from servelab.core.events import InstanceLost
-from servelab.core.families.router import Action, ClusterView, Dispatch, Drain, Migrate
+from servelab.core.families.router import Action, ClusterView, Dispatch, Drain, Hold, Migrate, Reject
+from servelab.core.families.scheduler import StepView
 from servelab.core.plan import Pin, StepPlan, Tokens
-from servelab.core.records import ActionDropped, RequestAdmitted, RequestMigrated, RequestPreempted
-from servelab.core.request import Cancel, Phase, RequestSpec
+from servelab.core.records import (
+    ActionDropped,
+    ContextEnded,
+    PagesEvicted,
+    RequestAdmitted,
+    RequestMigrated,
+    RequestPreempted,
+)
+from servelab.core.request import Cancel, Phase, RequestSpec, RequestView
 from servelab.core.testing.cluster import ClusterRun
 from servelab.core.testing.fakes import (
     TOY_MODEL,
@@ -140,6 +149,43 @@ def test_every_pool_must_have_room() -> None:
         else:
             (moved,) = run.of(RequestMigrated)
             assert moved.t_ns > run.ends()["b"][2] and run.where()["a"] == 1 and moved.tokens < 28
+
+
+def test_room_for_refused_drafts_is_given_back_at_the_target() -> None:
+    """Stopped in a step with 8 drafts it needs 4 pages for 4 + 9 tokens; all are refused: 2 pages for 5."""
+
+    class Drafts(Fcfs):
+        def plan(self, view: StepView) -> StepPlan:
+            plan = StepPlan([Tokens(x, 1, draft=8) for x in view.running])
+            return plan if view.running else super().plan(view)
+
+    seen: list[Any] = []
+    items = [arrival("a", 4, 10, cap=20), *(arrival(f"look{at}", at=at) for at in (2050, 2300))]
+
+    def look(view: ClusterView) -> None:
+        here = run.engines[1]
+        r = here.moving.guests.get("a") or here.running["a"]
+        seen.append((r.computed, view.row(1).free_pages, r.slack))
+
+    router = Acts(1500, [move("a", 0, 1)], look)
+    run = ClusterRun(items, router, schedulers=[Drafts(), Fcfs()])
+    run.executors[0].accept = 0
+    run.go()
+    (moved,) = run.of(RequestMigrated)
+    assert (moved.tokens, moved.bytes) == (5, 16) and 2050 < moved.t_ns < 2300
+    assert seen == [(0, 12, 16), (5, 13, 3)], "2 pages, and one of who looked first"
+
+
+def test_pages_evicted_for_a_guest_are_told_by_its_new_instance() -> None:
+    """Of 8 pages the prefix store of the target holds 5 unused ones; a guest of 19 tokens needs 5 pages."""
+    items = [
+        arrival("b", 21, 1, prompt_ids=[9] * 21),
+        arrival("a", 16, 9, at=3000, prompt_ids=list(range(16))),
+    ]
+    run = ClusterRun(items, Acts(5500, [move("a", 0, 1)]), pages=8, stores=[store(), store()]).go()
+    (moved,) = run.of(RequestMigrated)
+    first = run.of(PagesEvicted)[0]
+    assert (first.engine, first.pages, first.t_ns) == (1, 2, moved.started_ns)
 
 
 def test_a_pull_needs_no_room_for_what_left_the_window() -> None:
@@ -518,14 +564,14 @@ def test_what_has_left_is_dead_and_what_came_is_alive() -> None:
 
 
 @pytest.mark.parametrize("mode", ["blocking", "recompute"])
-def test_a_program_leaves_with_its_last_turn(mode: str) -> None:
-    """Its turns count where they are served, and its old instance forgets it."""
+def test_a_program_is_over_everywhere_when_its_last_turn_ends(mode: str) -> None:
+    """Its turns count where they are served, and then its old instance forgets it too."""
     seen: list[Any] = []
     turns = [arrival(f"a{k}", 4, 10, at=20_000 * k, program="p", turn=k, is_last_turn=k == 1) for k in (0, 1)]
     look = lambda view: seen.extend([(p.turns, p.live) for p in e.programs.values()] for e in run.engines)  # noqa: E731
     run = ClusterRun([*turns, arrival("look", at=28_000)], Acts(23_500, [move("a1", 0, 1, mode)], look))
     run.go()
-    assert seen == [[], [(1, 1)]]
+    assert seen == [[(2, 0)], [(1, 1)]]
     assert not any(e.programs for e in run.engines)
 
 
@@ -539,6 +585,49 @@ def test_a_program_stays_where_a_turn_of_it_is_left_or_is_to_come(name: str, lef
     run = ClusterRun([*items, arrival("look", at=6000)], Acts(3500, [move(name, 0, 1)], look))
     run.go()
     assert seen == [[left], [(1, 1)]]
+
+
+def test_a_turn_may_outlive_the_last_one_elsewhere() -> None:
+    seen: list[Any] = []
+    items = [
+        arrival("a", 4, 20, program="p", turn=0, is_last_turn=False),
+        arrival("b", 4, 3, program="p", turn=1),
+        arrival("look", at=9000),
+    ]
+    look = lambda view: seen.extend([(p.turns, p.live) for p in e.programs.values()] for e in run.engines)  # noqa: E731
+    run = ClusterRun(items, Acts(10**9, [], look))
+    run.go()
+    assert run.ends()["b"][2] < 9000 < run.ends()["a"][2]
+    assert seen == [[(1, 1)], []]
+
+
+class Keeps(Fcfs):
+    """Keeps every turn for as long as it takes."""
+
+    def on_turn_end(self, request: RequestView) -> Pin:
+        return Pin(until_ns=10**15)
+
+
+@pytest.mark.parametrize("outcome", ["completed", "rejected", "cancelled"])
+def test_no_instance_keeps_anything_of_a_program_that_is_over(outcome: str) -> None:
+    """Turns at 0 and 1, the first of which moved to 2; the last ends at 1, or has never left the router."""
+
+    class Turns(Acts):
+        def route(self, request: RequestSpec, moment: Any, view: ClusterView) -> Any:
+            if request.id == "c" and outcome != "completed":
+                return Reject("enough") if outcome == "rejected" else Hold(10**6)
+            return Dispatch(prefill=int(request.id != "a"))
+
+    items: list[Any] = [
+        arrival(name, 8, 6, at=10_000 * k, program="p", turn=k, is_last_turn=name == "c")
+        for k, name in enumerate("abc")
+    ]
+    items += [Cancel(29_000, "c"), arrival("d", 4, 9, at=30_000)]
+    run = ClusterRun(items, Turns(3500, [move("a", 0, 2)]), 3, schedulers=[Keeps() for _ in range(3)]).go()
+    assert (run.where()["a"], run.ends()["c"][1]) == (2, outcome)
+    over = sorted((x.engine, x.reason, x.t_ns) for x in run.of(ContextEnded))
+    assert over == [(k, "its program is over", run.ends()["c"][2]) for k in (1, 2)]
+    assert not any(e.programs for e in run.engines) and not run.cluster.view.homes
 
 
 def test_pages_that_left_the_window_during_a_live_copy_are_free_when_it_is_there() -> None:

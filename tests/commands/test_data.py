@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/slow.csv":
             self.wfile.write(body[:200_000])
             self.wfile.flush()
-            self.halt.wait(30)
+            self.halt.wait()
         else:
             self.wfile.write(body)
 
@@ -187,7 +187,7 @@ def test_ctrl_c_leaves_nothing_half(url: Url, cache: Path, sent: signal.Signals,
             with pytest.raises(subprocess.TimeoutExpired):
                 child.wait(0.01)
         child.send_signal(sent)
-        _, said = child.communicate(timeout=30)
+        _, said = child.communicate()
     assert child.returncode == status, said
     assert b"interrupted" in said
     assert left(cache / "data") == []

@@ -280,7 +280,7 @@ def check(run: RunFolder, life: Life) -> None:
         assert len(lane(life)) == LANE
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=25, phases=[Phase.explicit, Phase.generate])
 @given(
     seed=st.integers(0, 1000),
     lanes=st.integers(1, 2),

@@ -166,6 +166,16 @@ def test_name_alone_is_enough(raw: dict[str, Any], registry: Registry) -> None:
             "model.dense_layers: must be layers 0 to 1 (got (2,))",
         ),
         ("hardware", {"name": "h", "flops": float("inf")}, "hardware.flops: "),
+        (
+            "hardware",
+            {"name": "h", "flops": 312},
+            "hardware.flops: must be at least 1e+06; it is in FLOP/s: 312",
+        ),
+        (
+            "hardware",
+            {"name": "h", "memory_bytes_per_s": 2039},
+            "hardware.memory_bytes_per_s: must be at least 1e+06; it is in bytes/s",
+        ),
         ("clock", {"name": "wal"}, "clock.name: "),
         ("observers", "jsonl", "observers: must be a list"),
         ("observers", ["jsonl", {"name": "jsonl"}], "observers.1: 'jsonl' is listed twice"),
@@ -196,3 +206,38 @@ def test_a_config_that_is_no_model_is_the_packages_fault(raw: dict[str, Any], re
     registry.add("prefix", PluginSpec(name="p", factory="a:b"), factory=dict, config=dict)
     (found,) = problems({**raw, "prefix": "p"}, registry)
     assert "not a pydantic model" in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (
+            {"prompt_length": {"law": "empirical", "values": [1], "path": "x"}},
+            "prompt_length.empirical.path: unknown field (got 'x'); known: law, max, min, values",
+        ),
+        (
+            {"classes": [{"name": "a", "ttft": 5}]},
+            "classes.0.ttft: unknown field (got 5); did you mean 'ttft_ms'?",
+        ),
+        (
+            {"output_length": {"law": "mixture", "parts": [{"length": {"law": "zipf", "alpa": 1}}]}},
+            "output_length.mixture.parts.0.length.zipf.alpa: unknown field (got 1); did you mean 'alpha'?",
+        ),
+    ],
+)
+def test_fields_are_known_inside_lists_and_laws(
+    raw: dict[str, Any], registry: Registry, settings: dict[str, Any], problem: str
+) -> None:
+    raw["workload"] = {"name": "synthetic", **settings}
+    assert any(found.startswith(f"workload.{problem}") for found in problems(raw, registry)), problems(
+        raw, registry
+    )
+
+
+def test_a_file_of_settings_is_no_plugin_within_another(raw: dict[str, Any], registry: Registry) -> None:
+    for name, told in (("sharegpt_like", True), ("sharegtp_like", False)):
+        raw["workload"] = {"name": "transform", "of": name, "steps": []}
+        with pytest.raises(ConfigError, match=f"workload.of.name: unknown workload {name!r}") as error:
+            validate(raw, registry)
+        assert ("is a file of settings" in str(error.value)) == told
+        assert ("python run.py workload=sharegpt_like --cfg job" in str(error.value)) == told

@@ -218,3 +218,40 @@ def test_from_the_command_line(run_py: Callable[..., Any], tmp_path: Path) -> No
     assert json.loads((tmp_path / "out" / JSON_FILE).read_text())["measured"]["requests"] == 50
     refused = run_py("task=describe", "workload=chat")
     assert refused.returncode == 1 and "executor=torch" in refused.stderr
+
+
+BURSTS: dict[str, Any] = {"name": "burstgpt", "num_requests": 20}
+SHORT: dict[str, Any] = {"prompt_length": 20, "output_length": 9, "max_new_tokens": 9, "num_requests": 20}
+LOOP: dict[str, Any] = {"name": "closed_loop", "clients": 2, **SHORT}
+
+
+@pytest.mark.parametrize(
+    ("workload", "traffic", "closed"),
+    [
+        (LOOP, "closed_loop", True),
+        ({"name": "transform", "of": BURSTS, "steps": []}, "BurstGPT-like, transformed", False),
+        ({"name": "transform", "of": LOOP, "steps": []}, "closed_loop, transformed", True),
+        (
+            {
+                "name": "mix",
+                "components": {"a": {"workload": BURSTS}, "b": {"workload": {"name": "synthetic", **SHORT}}},
+            },
+            "a: BurstGPT-like; b: synthetic",
+            False,
+        ),
+        (
+            {"name": "mix", "components": {"a": {"workload": BURSTS}, "b": {"workload": LOOP}}},
+            "a: BurstGPT-like; b: closed_loop",
+            True,
+        ),
+    ],
+)
+def test_what_is_within_keeps_its_label_and_its_loop(
+    describe: Describe,
+    capsys: pytest.CaptureFixture[str],
+    workload: dict[str, Any],
+    traffic: str,
+    closed: bool,
+) -> None:
+    assert describe(workload, plot=False)["traffic"] == traffic
+    assert ("a closed loop:" in capsys.readouterr().out) == closed

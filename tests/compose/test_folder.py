@@ -25,8 +25,16 @@ from servelab.core.compose import compose
 from servelab.core.config import RunConfig, validate
 from servelab.core.environment import _usable_cores, checkout, environment
 from servelab.core.errors import ConfigError, ServeLabError
-from servelab.core.folder import CONFIG_FILE, DEFAULTS, ENV_FILE, ENV_SCHEMA, begin, config_text
 from servelab.core.registry import Registry
+from servelab.core.run_folder import (
+    CONFIG_FILE,
+    DEFAULTS,
+    ENV_FILE,
+    ENV_SCHEMA,
+    begin,
+    check_place,
+    config_text,
+)
 from servelab.core.usage import Usage
 from servelab.plugins.executors.scripted import ScriptedExecutor
 
@@ -212,3 +220,27 @@ def test_real_time_and_memory() -> None:
     assert 0 <= first["wall_s"] <= second["wall_s"]
     assert second["peak_rss_bytes"] >= max(first["peak_rss_bytes"], len(block))
     assert first["date"] == second["date"]
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "file/${now:%Y}", "file/a${seed}"])
+@pytest.mark.parametrize(("flags", "key"), [([], "hydra.run.dir"), (["-m"], "hydra.sweep.dir")])
+def test_a_place_where_no_folder_can_be_is_refused_at_once(
+    tmp_path: Path, where: str, flags: list[str], key: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ServeLabError, match="the run's folder cannot be made") as raised:
+        check_place([*flags, "seed=1", f"{key}={tmp_path / where}"])
+    assert f"{tmp_path / 'file'}: Not a directory" in raised.value.why
+    assert raised.value.where == f"{key}={tmp_path / where}" and f"{key}=FOLDER" in raised.value.do
+
+
+def test_a_place_that_can_be_made_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    check_place(["seed=1"])
+    check_place([f"++hydra.run.dir='{tmp_path / 'new' / 'run'}'", "hydra.sweep.dir=file"])  # a run, no sweep
+    check_place(["hydra.run.dir=file${seed}"])  # beside the file
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "outputs").touch()
+    with pytest.raises(ServeLabError, match=r"hydra\.run\.dir=outputs"):
+        check_place([])

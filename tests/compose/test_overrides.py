@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from servelab.core.errors import ConfigError, ServeLabError, nearest
@@ -114,3 +116,67 @@ def test_names_that_are_near() -> None:
     assert nearest("x", ["xyz"]) == "known: xyz"  # one letter is not the beginning of a name
     assert nearest("--", ["ab"]) == "known: ab"
     assert nearest("l2", ["l2_a", "l2_b", "l2_c", "l2_d"]).count("'") == 6
+
+
+@pytest.mark.parametrize("flag", [["--config-dir", "{}"], ["--config-dir={}"], ["-cd", "{}"]])
+def test_names_of_ones_own_folder_are_known_and_their_files_are_yaml(tmp_path: Path, flag: list[str]) -> None:
+    (tmp_path / "hardware").mkdir()
+    (tmp_path / "hardware" / "mine.yaml").write_text("name: mine\nflops: 2.1e+14\n")
+    (tmp_path / "hardware" / "torn.yaml").write_text("name: torn\nflops: [1\n")
+    (tmp_path / "hardware" / "latin.yaml").write_bytes(b"name: \xe9\n")
+    folder = [part.format(tmp_path) for part in flag]
+    fine = [*folder, "+hardware=mine", "model=llama3_8b", "seed=1"]
+    assert check_choices(fine) == fine
+    with pytest.raises(ConfigError, match="unknown hardware 'min'") as unknown:
+        check_choices([*folder, "+hardware=min"])
+    assert unknown.value.do.startswith("did you mean 'mine'?") and "a100_80g" in unknown.value.do
+    with pytest.raises(ConfigError, match="a configuration file is no YAML") as torn:
+        check_choices([*folder, "+hardware=mine,torn"])
+    assert torn.value.where == f"{tmp_path}/hardware/torn.yaml, line 3, column 1"
+    assert "expected ',' or ']'" in torn.value.why
+    with pytest.raises(ConfigError, match="a configuration file is no YAML") as latin:
+        check_choices([*folder, "+hardware=latin"])
+    assert latin.value.where == f"{tmp_path}/hardware/latin.yaml"
+
+
+def test_ones_own_folder_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, why in (("nothing", "is not there"), ("file", "is a file")):
+        with pytest.raises(ConfigError, match="there is no folder") as missing:
+            check_choices([f"--config-dir={tmp_path / name}", "+hardware=mine"])
+        assert missing.value.why == f"{tmp_path / name} {why}"
+
+
+@pytest.mark.parametrize(
+    ("args", "what", "do"),
+    [
+        (["model", "=", "toy"], "'model' is no setting", "write model=... without spaces"),
+        (["executor:sim"], "'executor:sim' is no setting", "--help"),
+        (
+            ["workload.steps=[{step:", "scale}]"],
+            "a bracket is not closed",
+            "quote the whole setting: 'workload.steps=",
+        ),
+        (
+            ["+hardware=l4", "hardware=h100"],
+            "hardware is chosen twice",
+            "keep one; to compare them: -m hardware=l4,h100",
+        ),
+    ],
+)
+def test_what_the_shell_has_cut_or_is_there_twice(args: list[str], what: str, do: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        normalize(args)
+    assert error.value.what == what and do in error.value.do
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--cfg", "job", "~quant", "-m"],
+        ["workload.steps=[{step: scale, by: 2}]", "workload.path='a[b'", "model.path=a\\{b"],
+        ["scheduler=orca", "scheduler.max_num_seqs=3", "hydra/launcher=joblib", "model=toy", "model=toy"],
+    ],
+)
+def test_what_is_written_as_hydra_reads_it_passes(args: list[str]) -> None:
+    assert len(normalize(args)) == len(args)

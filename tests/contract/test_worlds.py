@@ -143,7 +143,6 @@ def test_a_refused_setting_is_said_once() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize("plugin", ["vllm_v1", "pastfuture"])
 def test_other_worlds(plugin: str, seed: int) -> None:
@@ -153,7 +152,6 @@ def test_other_worlds(plugin: str, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize(
     ("kind", "plugin"), [("kvcache", "paged"), ("kvcache", "contiguous"), ("prefix", "hash")]

@@ -199,6 +199,7 @@ def test_a_file_of_measured_steps_is_fitted(tmp_path: Path) -> None:
         ("phase,lengths,ms\nboth,3,4\n", r"prefill or decode(.|\n)*line 2, field phase"),
         ("phase,lengths,ms\nprefill,3,4\nprefill,,4\n", r"lengths is empty(.|\n)*line 3, field lengths"),
         ("phase,lengths,ms\nprefill,3 x,4\n", r"whole number above zero(.|\n)*line 2, field lengths"),
+        ("phase,lengths,ms\nprefill,3,4,5\n", r"a row of 4 cells under a header of 3(.|\n)*line 2"),
         ("phase,lengths,ms\nprefill,3,-4\n", r"number above zero(.|\n)*line 2, field ms"),
         ("phase,lengths,ms\nprefill,3,nan\n", r"number above zero(.|\n)*line 2, field ms"),
         ("phase,lengths,ms\nprefill,3,4\nprefill,5,6\n", r"2 measured prefill steps do not decide"),

@@ -184,6 +184,13 @@ def test_the_columns_of_splitwise_sim_by_medians_of_chosen_rows(tmp_path: Path) 
             {},
             r"prompt or token(.|\n)*line 3, field phase",
         ),
+        (
+            "a.csv",
+            "phase,tokens,ms\nprompt,8,93,5\n",
+            {},
+            r"a row of 4 cells under a header of 3(.|\n)*line 2",
+        ),
+        ("a.csv", "phase,tokens,ms\ntoken,1,2\nprompt,8\n", {}, r"a row of 2 cells(.|\n)*line 3"),
         ("a.csv", "phase,tokens,ms\nprompt,8,fast\n", {}, r"above zero(.|\n)*line 2, field ms"),
         ("a.csv", "phase,tokens,ms\nprompt,8,3\n", {}, r"no row has a time of phase 'token'"),
         ("a.csv", "phase,tokens,ms\nprompt,8,3\n", {"device": "x"}, r"missing columns: device"),

@@ -99,14 +99,14 @@ def traffic(draw: st.DrawFn, cancels: bool) -> list[Arrival | Cancel]:
 
 
 @pytest.mark.parametrize("make", [fcfs, vllm])
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 @given(items=traffic(cancels=False))
 def test_held_runs_equal_stepped_runs(make: Callable[[int], Any], items: list[Arrival | Cancel]) -> None:
     _compare(make, items)
 
 
 @pytest.mark.parametrize("make", [fcfs, vllm])
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 @given(items=traffic(cancels=True))
 def test_held_runs_equal_stepped_runs_when_clients_give_up(
     make: Callable[[int], Any], items: list[Arrival | Cancel]
@@ -117,7 +117,7 @@ def test_held_runs_equal_stepped_runs_when_clients_give_up(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("make", [fcfs, vllm])
-@settings(max_examples=3000, deadline=None, database=None)
+@settings(max_examples=3000)
 @given(items=traffic(cancels=True))
 def test_held_runs_equal_stepped_runs_long(make: Callable[[int], Any], items: list[Arrival | Cancel]) -> None:
     _compare(make, items)

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 import pytest
+from tests.draws import seeds
 
 from servelab.core.context import Context, seeded
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.errors import StallError
+from servelab.core.events import Batch
 from servelab.core.families.scheduler import StepView
 from servelab.core.plan import Hold, StepPlan, Tokens
 from servelab.core.records import (
@@ -126,7 +129,17 @@ def vllm(limits: Any, hold: int = 1000) -> VllmV1:
     return VllmV1(config, ctx)
 
 
-def run(seed: int, way: tuple[int, int], foresight: bool, hold: int | None = None) -> Ran:
+class Shared(ToyCost):
+    """Lanes share the device: prompts keep one resource busy, decodes another."""
+
+    def busy(self, batch: Batch) -> Mapping[str, int]:
+        (price,), tokens = self.price(batch, 1), min(batch.num_tokens(), 12)
+        return {"compute": price * tokens // 12, "memory": price * (16 - tokens) // 16}
+
+
+def run(
+    seed: int, way: tuple[int, int], foresight: bool, hold: int | None = None, shared: bool = False
+) -> Ran:
     """One run of drawn traffic on a drawn device; ``hold``: under vLLM's scheduler, else any legal plans."""
     rng = Random(seed)
     items = traffic(rng)
@@ -136,7 +149,7 @@ def run(seed: int, way: tuple[int, int], foresight: bool, hold: int | None = Non
     executor = ToyExecutor(truths, foresight=foresight)
     # without a price per token, lanes often end at the same instant
     prices = {"token_ns": rng.choice([0, 7]), "context_ns": rng.choice([0, 1])}
-    cost = ToyCost(step_ns=100, transfer_ns=rng.choice([100, 137]), **prices)
+    cost = (Shared if shared else ToyCost)(step_ns=100, transfer_ns=rng.choice([100, 137]), **prices)
     window, prefix = rng.choice([None, None, 5]), rng.randrange(3) == 0
     store = HashStore(HashConfig(), _context("prefix", "hash", limits)) if prefix and not window else None
     kvcache = ToyKV(toy_layout(4, windows=[window]))
@@ -176,8 +189,8 @@ def _context(kind: str, name: str, limits: Any) -> Context:
     return Context(kind=kind, name=name, rng=rng, model=TOY_MODEL, hardware=None, limits=limits)
 
 
-def compare(seed: int, way: tuple[int, int], tally: Counter[str]) -> None:
-    held, stepped = (run(seed, way, foresight) for foresight in (True, False))
+def compare(seed: int, way: tuple[int, int], tally: Counter[str], shared: bool = False) -> None:
+    held, stepped = (run(seed, way, foresight, shared=shared) for foresight in (True, False))
     for k, (one, other) in enumerate(zip(held.calls, stepped.calls, strict=False)):
         assert one == other, f"seed {seed}: call {k} is shown something else"
     assert held.steps == stepped.steps, f"seed {seed}"
@@ -185,8 +198,10 @@ def compare(seed: int, way: tuple[int, int], tally: Counter[str]) -> None:
     tally["fewer launches"] += held.launches < stepped.launches
 
 
-def compare_with_planning_every_step(seed: int, way: tuple[int, int], tally: Counter[str]) -> None:
-    held, planned = (run(seed, way, True, hold=hold) for hold in (1000, 1))
+def compare_with_planning_every_step(
+    seed: int, way: tuple[int, int], tally: Counter[str], shared: bool = False
+) -> None:
+    held, planned = (run(seed, way, True, hold, shared) for hold in (1000, 1))
     assert held.steps == planned.steps, f"seed {seed}"
     tally["fewer calls"] += len(held.calls) < len(planned.calls)
 
@@ -194,7 +209,10 @@ def compare_with_planning_every_step(seed: int, way: tuple[int, int], tally: Cou
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_held_run_is_the_stepped_run(way: tuple[int, int]) -> None:
     tally: Counter[str] = Counter()
-    for seed in range(120):
+    for seed in (
+        *seeds(120),
+        252,
+    ):  # 252: a page that a cut launch has copied is free between two of its steps
         compare(seed, way, tally)
     assert (tally["fewer launches"] > 5) == (way[1] == 1), "nothing was held"
 
@@ -203,9 +221,20 @@ def test_a_held_run_is_the_stepped_run(way: tuple[int, int]) -> None:
 def test_a_held_run_is_the_one_planned_every_step(way: tuple[int, int]) -> None:
     """As far as the scheduler holds only what it would plan again, which vLLM's does."""
     tally: Counter[str] = Counter()
-    for seed in range(60):
+    for seed in seeds(60):
         compare_with_planning_every_step(seed, way, tally)
     assert tally["fewer calls"] > 30
+
+
+@pytest.mark.parametrize("way", WAYS[2:], ids=str)
+def test_a_held_run_is_the_stepped_run_when_lanes_share_the_device(way: tuple[int, int]) -> None:
+    tally: Counter[str] = Counter()
+    for seed in seeds(60):
+        compare(seed, way, tally, shared=True)
+        compare_with_planning_every_step(seed, way, tally, shared=True)
+        alone, beside = (run(seed, way, True, hold=1000, shared=shared) for shared in (False, True))
+        tally["slower"] += alone.steps != beside.steps
+    assert (tally["fewer launches"] > 5) == (way[1] == 1) and tally["slower"] > 30
 
 
 def serve(
@@ -287,7 +316,7 @@ def test_requests_stay_on_their_lane() -> None:
 
 @pytest.mark.parametrize("step_ns", [100, 101])
 @pytest.mark.parametrize("lanes", [2, 3])
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(300)
 def test_lanes_do_not_drop_their_own_in_turn_for_ever(lanes: int, step_ns: int) -> None:
     """Each fits alone, and all begin together: the oldest of a lane must wait and not give up its pages."""
     limits = toy_limits(tokens=12, requests=1, model_len=40, lanes=lanes)
@@ -313,6 +342,7 @@ def test_lanes_do_not_drop_their_own_in_turn_for_ever(lanes: int, step_ns: int) 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_long(way: tuple[int, int]) -> None:
     tally: Counter[str] = Counter()
-    for seed in range(1000, 6000):
-        compare(seed, way, tally)
-        compare_with_planning_every_step(seed, way, tally)
+    for seed in seeds(5000):
+        shared = seed % 2 == 0
+        compare(seed, way, tally, shared)
+        compare_with_planning_every_step(seed, way, tally, shared)

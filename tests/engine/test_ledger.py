@@ -617,7 +617,6 @@ def test_paged_wastes_less_than_a_page_and_conserves_the_pool(paged: Callable[..
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_paged_conserves_the_pool_over_1e5_operations(paged: Callable[..., Paged]) -> None:
     _conserve(paged, 100_000)
 
@@ -678,7 +677,7 @@ def _conserve(paged: Callable[..., Paged], operations: int) -> None:
     book.check_integrity()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(tokens=st.integers(0, 10_000), page=st.integers(1, 64))
 def test_paged_arithmetic_is_its_own_inverse(tokens: int, page: int) -> None:
     kv = Paged.__new__(Paged)  # the arithmetic needs no settings

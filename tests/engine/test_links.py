@@ -127,7 +127,7 @@ def test_fair_rates_by_hand(paths: list[str], rates: str) -> None:
     assert fair_rates(paths) == [Fraction(x) for x in rates.split()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.lists(st.sampled_from("abcde"), min_size=1, max_size=4, unique=True), max_size=10))
 def test_no_rate_can_be_raised_without_lowering_one_that_is_no_higher(paths: list[list[str]]) -> None:
     """That is: everyone has a full link on its path where nobody is faster. No link carries more than 1."""
@@ -172,7 +172,7 @@ def many(draw: st.DrawFn) -> list[Transfer]:
     return out
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(many(), st.randoms(use_true_random=False))
 def test_properties(transfers: list[Transfer], rng: Random) -> None:
     found = ends(transfers)
@@ -189,7 +189,7 @@ def test_properties(transfers: list[Transfer], rng: Random) -> None:
     assert [again[order.index(i)] for i in range(len(order))] == [found[i] for i in range(len(order))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(many())
 def test_ends_are_those_of_all_rates_counted_anew_at_every_event(transfers: list[Transfer]) -> None:
     """Without the short cuts: whoever is not connected, or alone, is not looked at again."""
@@ -212,7 +212,7 @@ def test_ends_are_those_of_all_rates_counted_anew_at_every_event(transfers: list
     assert ends(transfers) == found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, 80), st.integers(0, 20), st.integers(1, 99)), min_size=1, max_size=8)
 )
@@ -225,7 +225,7 @@ def test_one_link_never_rests_while_there_is_work(parts: list[tuple[int, int, in
     assert busy <= max(found.values()) <= busy + len(parts)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(many(), st.integers(0, 20), st.integers(0, 99))
 def test_predictions_come_true_if_nothing_else_comes(
     transfers: list[Transfer], latency: int, work: int

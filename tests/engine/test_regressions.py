@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import pytest
+from tests.draws import seeds
 
 from servelab.core.engine.ledger import Ledger
 from servelab.core.engine.state import Request
@@ -558,7 +559,7 @@ def swapped_out(view: StepView) -> StepPlan:
 def test_stopping_a_wall_run_does_not_wait_for(what: str) -> None:
     truths: dict[str, Truth] = {}
     executor = ToyExecutor(truths)
-    slow = 1500 * MS
+    slow = 3600 * 10**9
     cost = ToyCost(step_ns=slow if what != "a transfer" else MS, token_ns=0, transfer_ns=slow)
     scheduler: Any = Script(Fcfs().plan, swapped_out) if what == "a transfer" else Fcfs()
     engine = make_engine(
@@ -573,10 +574,8 @@ def test_stopping_a_wall_run_does_not_wait_for(what: str) -> None:
         emit=lambda record: None,
     )
     threading.Timer(0.1, lambda: driver._mail.put(KeyboardInterrupt())).start()
-    began = monotonic()
     with pytest.raises(KeyboardInterrupt):
         driver.run()
-    assert monotonic() - began < 1
     assert not [t for t in threading.enumerate() if t.name.startswith("servelab engine")]
 
 
@@ -613,7 +612,7 @@ def test_the_random_scheduler_can_account_for_swap_ins_exactly() -> None:
     """``KVBudget.take`` counts the pages a swapped request brings back with its next token."""
     from random import Random
 
-    for seed in range(30):
+    for seed in seeds(30):
         rig = Rig(make_engine(RandomPlans(Random(seed)), pages=6, host_pages=6))
         for k in range(5):
             rig.arrive(f"r{k}", 1 + k, 4)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.draws import seeds
 from tests.engine.test_reuse import ids, store
 
 from servelab.core.engine.virtual import VirtualDriver
@@ -411,7 +412,7 @@ def test_memory_counts_a_shared_prompt_once_while_anyone_holds_it() -> None:
     assert [len(x.requests) for x in steps] == [1, 3, 2, 2, 1, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1 << 16),
     counts=st.lists(st.integers(1, 4), min_size=1, max_size=5),
@@ -452,7 +453,7 @@ def test_holding_changes_nothing(seed: int, counts: list[int], pages: int, rows:
 
 
 def test_random_plans_with_samples_are_legal() -> None:
-    for seed in range(30):
+    for seed in seeds(30):
         r = rig(RandomPlans(Random(seed)), pages=20, limits=toy_limits(tokens=12, requests=4, model_len=24))
         for k in range(4):
             r.arrive(f"r{k}", 5 + k, 4, n=k) if k else r.arrive("r0", 3, 4)

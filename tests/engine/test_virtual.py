@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.draws import seeds
 
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.errors import PlanError, PluginCallError, PluginError, StallError, WorkloadError
@@ -294,7 +295,7 @@ def _awake(scheduler: RandomPlans) -> Any:
     return plan
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", seeds(6))
 def test_one_seed_gives_one_log(seed: int) -> None:
     assert digest(seed) == digest(seed)
 

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.draws import seeds
 
 from servelab.core.engine.virtual import VirtualDriver
 from servelab.core.errors import ConfigError
@@ -172,7 +173,7 @@ def test_faithful_over_1e5_steps(vllm: Make) -> None:
     random_steps(vllm, 100_000, 1)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", seeds(5))
 def test_recompute_preserves_the_output(vllm: Make, seed: int) -> None:
     """(g) Outputs with KV memory tiny equal those with KV memory large."""
     items = trace(Random(seed), 30)
@@ -282,7 +283,7 @@ def test_asking_for_more_than_the_device_takes_is_refused(
 
 
 @pytest.mark.parametrize("pages", [6, 7, 8, 12])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", seeds(4))
 def test_planning_a_step_ahead_ends_in_tiny_pools_too(vllm: Make, pages: int, seed: int) -> None:
     """No live lock: requests in flight are not victims, and everybody gets through in the end."""
     rng = Random(seed)

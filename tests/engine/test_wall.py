@@ -67,9 +67,7 @@ class Run:
         )
 
     def go(self) -> Run:
-        began = monotonic()
         self.driver.run()
-        assert monotonic() - began < 5, "the run should have been short"
         self.check()
         return self
 
@@ -97,7 +95,7 @@ def test_a_paced_run_takes_the_time_it_says() -> None:
 
 
 def test_an_arrival_interrupts_a_held_launch() -> None:
-    """Without the interrupt b would wait until a's hold of 10 seconds is over."""
+    """Without the interrupt b would wait until a's hold is over, and a with it."""
     cost = ToyCost(step_ns=5 * MS, token_ns=0)
 
     def on(run: Run, record: Record) -> None:
@@ -108,21 +106,23 @@ def test_an_arrival_interrupts_a_held_launch() -> None:
     limits = toy_limits(model_len=4000)
     run = Run(items, Fcfs(hold=4000), cost=cost, limits=limits, pages=1000, on=on).go()
     assert run.ends == {"a": "cancelled", "b": "completed"}
-    first = next(x for x in run.records if isinstance(x, StepDone) and "b" in x.requests)
-    assert first.start_ns < 200 * MS
-    held = next(x for x in run.records if isinstance(x, StepDone) and len(x.ends_ns) > 1)
-    assert 2 <= len(held.ends_ns) < 50
-    assert held.ends_ns == sorted(held.ends_ns)
+    steps = [x for x in run.records if isinstance(x, StepDone)]
+    with_b = next(k for k, x in enumerate(steps) if "b" in x.requests)
+    assert any(len(x.ends_ns) > 1 for x in steps[:with_b])
+    assert steps[with_b].start_ns >= max(x.ends_ns[-1] for x in steps[:with_b]) > 40 * MS
+    assert all(x.ends_ns == sorted(x.ends_ns) for x in steps)
 
 
 def test_an_abort_from_another_thread_ends_the_request() -> None:
-    cost = ToyCost(step_ns=2 * MS, token_ns=0)
-    run = Run([arrival("a", 4, 200, cap=200)], Fcfs(hold=500), cost=cost)
+    cost, limits = ToyCost(step_ns=2 * MS, token_ns=0), toy_limits(model_len=9000)
+    items = [arrival("a", 4, 8000, cap=8000)]  # 16 seconds
+    run = Run(items, Fcfs(hold=8000), cost=cost, limits=limits, pages=2500)
     timer = threading.Timer(0.05, lambda: run.driver.post(Abort("a", "gone")))
     timer.start()
     run.go()
     timer.join()
     assert run.ends == {"a": "cancelled"}
+    assert sum(len(x.ends_ns) for x in run.records if isinstance(x, StepDone)) < 8000
 
 
 def test_workloads_react_on_the_wall_clock_too() -> None:
@@ -168,9 +168,9 @@ class Real(ToyExecutor):
 
 
 def test_an_executor_that_takes_real_time_is_not_paced() -> None:
-    began = monotonic()
-    run = Run([arrival("a", 4, 30)], Fcfs(hold=100), executor=Real, cost=ToyCost(step_ns=10**9)).go()
-    assert monotonic() - began < 1
+    hour = 3600 * 10**9
+    run = Run([arrival("a", 4, 30)], Fcfs(hold=100), executor=Real, cost=ToyCost(step_ns=hour)).go()
+    assert run.records[-1].t_ns < hour
     assert run.ends == {"a": "completed"}
     assert len(run.executor.launched) == 30
     assert run.executor.threads == {threading.main_thread()}  # handing over every step would cost more
@@ -253,12 +253,11 @@ def test_a_scheduler_that_raises_in_the_middle_of_a_long_launch_does_not_wait_fo
         return Fcfs(hold=500).plan(view) if view.lane == 0 else StepPlan()
 
     items = [arrival("a", 4, 200, cap=200), arrival("b", at=30 * MS)]
-    cost = ToyCost(step_ns=100 * MS, token_ns=0)
-    run = Run(items, Script(then=plan), cost=cost, limits=toy_limits(lanes=2))
-    began = monotonic()
+    hour = 3600 * 10**9
+    run = Run(items, Script(then=plan), cost=ToyCost(step_ns=hour), limits=toy_limits(lanes=2))
     with pytest.raises(PluginCallError):
         run.driver.run()
-    assert monotonic() - began < 1
+    assert run.records[-1].t_ns < hour
     run.check()
     assert run.ends == {"a": "unfinished", "b": "unfinished"}
 

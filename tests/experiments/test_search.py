@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from servelab.core.errors import ConfigError
@@ -27,7 +27,6 @@ def search(where: Range, threshold: float) -> tuple[Step, dict[float, bool], lis
     return step, verdicts, steps
 
 
-@settings(deadline=None)
 @given(LOW, st.floats(1.0, 4000), st.sampled_from([0.5, 0.05, 0.01]), st.booleans())
 def test_a_planted_threshold_is_found(low: float, times: float, tol: float, checks: bool) -> None:
     threshold = low * times
@@ -40,14 +39,12 @@ def test_a_planted_threshold_is_found(low: float, times: float, tol: float, chec
     assert len(verdicts) <= least + 6  # doublings, halvings, both ends, two checks
 
 
-@settings(deadline=None)
 @given(LOW, st.floats(0.01, 0.999))
 def test_a_lowest_rate_that_fails_is_said(low: float, share: float) -> None:
     step, verdicts, _ = search(Range(low), low * share)
     assert step == Step(None, "below", failed=low) and list(verdicts) == [low]
 
 
-@settings(deadline=None)
 @given(LOW, st.floats(1.01, 100))
 def test_a_highest_rate_that_passes_is_said(low: float, times: float) -> None:
     high = low * times
@@ -55,7 +52,6 @@ def test_a_highest_rate_that_passes_is_said(low: float, times: float) -> None:
     assert step == Step(None, "above", high) and max(verdicts) == high
 
 
-@settings(deadline=None)
 @given(LOW, st.floats(1.0, 50), st.floats(1.1, 100))
 def test_no_rate_outside_the_range_is_probed(low: float, times: float, top: float) -> None:
     _, verdicts, _ = search(Range(low, low * top), low * times)
@@ -70,7 +66,6 @@ def test_the_estimate_counts_down_to_nothing() -> None:
     assert probes_left(Range(1.0), step) == 0
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1, 100), st.booleans()), max_size=20))
 def test_disorder_is_every_failure_below_a_pass(probes: list[tuple[float, bool]]) -> None:
     verdicts = dict(probes)

@@ -75,7 +75,7 @@ def table(r: Rig, id: str) -> list[int]:
 # ------------------------------------------------------------------------- free runs
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), placement=st.sampled_from(["first_fit", "best_fit", "buddy"]))
 def test_runs_against_a_map_of_every_page(data: st.DataObject, placement: Any) -> None:
     pages = data.draw(st.integers(1, 40))

@@ -50,9 +50,14 @@ def test_threads_share_the_engine(llm: LLM, recorder: Any) -> None:
     params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0)
     prompts = [f"{i} foxes" for i in range(8)]
     alone = [llm.generate(prompt, params)[0].token_ids for prompt in prompts]
-    before = len(recorder.of("step"))
+    before, all_here = len(recorder.of("step")), threading.Barrier(8)
+
+    def generate(prompt: str) -> Any:
+        all_here.wait()
+        return llm.generate(prompt, params)
+
     with ThreadPoolExecutor(8) as pool:
-        together = [done[0].token_ids for done in pool.map(lambda p: llm.generate(p, params), prompts)]
+        together = [done[0].token_ids for done in pool.map(generate, prompts)]
     assert together == alone
     assert max(len(step.requests) for step in recorder.of("step")[before:]) > 1
 
@@ -61,7 +66,7 @@ def test_ctrl_c_gives_up_this_call_only(make: Make, recorder_class: Any) -> None
     seen, main = recorder_class(), threading.get_ident()
 
     def interrupt() -> None:
-        while len(seen.of("tokens")) < 30:
+        while len({tokens.request for tokens in seen.of("tokens")}) < 4:
             time.sleep(0.01)
         signal.pthread_kill(main, signal.SIGINT)
 
@@ -81,7 +86,7 @@ def test_an_error_reaches_everybody_who_waits(make: Make) -> None:
         next(stream)
         with ThreadPoolExecutor(3) as pool:
             waiting = [pool.submit(llm.generate, "the fox", LONG) for _ in range(3)]
-            errors = [call.exception(timeout=20) for call in waiting]
+            errors = [call.exception() for call in waiting]
         with pytest.raises(ServeLabError, match="the engine has stopped"):
             list(stream)
         with pytest.raises(ServeLabError, match="the engine has stopped") as later:
@@ -106,10 +111,8 @@ def test_closing(make: Make) -> None:
     stream = llm.stream("the fox", LONG)
     first = next(stream)
     assert made[0]() is not None
-    began = time.monotonic()
     llm.close()
     llm.close()
-    assert time.monotonic() - began < 2
     last = list(stream)[-1].completion
     assert last is not None and last.token_ids[:1] == first.token_ids
     assert (last.finish_reason, last.reason) == ("abort", "the LLM was closed")
@@ -136,8 +139,7 @@ def test_nobody_keeps_a_forgotten_llm(make: Make) -> None:
     del llm
     gc.collect()
     assert gone() is None
-    thread.join(10)
-    assert not thread.is_alive()
+    thread.join()
 
 
 def test_two_at_once(make: Make, llm: LLM) -> None:
@@ -166,7 +168,7 @@ def test_an_observer_that_fails_at_the_end_is_heard(make: Make) -> None:
     ("ending", "code"),
     [
         ("stream = llm.stream('the fox', LONG); next(stream)", 0),
-        ("Thread(target=llm.generate, args=('z', LONG), daemon=True).start(); sleep(0.2)", 0),
+        ("Thread(target=llm.generate, args=('z', LONG), daemon=True).start(); wait()", 0),
         ("llm.generate('z', SamplingParams(max_tokens=2)); raise SystemExit(3)", 3),
     ],
 )
@@ -174,18 +176,28 @@ def test_the_interpreter_goes_quietly(folder: Path, repository: Path, ending: st
     script = f"""
 import sys; sys.path.insert(0, {str(repository / "src")!r})
 from threading import Thread
-from time import sleep, monotonic
+from time import sleep
 import atexit
 from servelab import LLM, SamplingParams
+from servelab.core.api import hookimpl
 LONG = SamplingParams(max_tokens=None, ignore_eos=True)
-began = None
-atexit.register(lambda: print("took", monotonic() - began))  # runs after what is registered later
-llm = LLM({str(folder)!r}, dtype="float64")
-began = monotonic() + 0.2
+
+class Counts:
+    steps = 0
+
+    @hookimpl
+    def servelab_on_record(self, record):
+        self.steps += record.ev == "step"
+
+def wait():
+    while not seen.steps:
+        sleep(0.01)
+
+seen = Counts()
+atexit.register(lambda: print(seen.steps))  # runs after what is registered later
+llm = LLM({str(folder)!r}, dtype="float64", observers=[seen])
 {ending}
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, "")
-    assert float(done.stdout.split()[1]) < 1.5, "4000 tokens take longer than that"
+    assert 0 < int(done.stdout) < 3000, "it was waited for 4000 tokens"

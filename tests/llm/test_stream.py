@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.draws import seeds
 from tokenizers import Tokenizer
 
 from servelab import LLM, SamplingParams
@@ -104,7 +105,7 @@ def test_a_token_costs_the_decoding_of_a_few(decode: Any, ids: list[int]) -> Non
     assert text and decoded <= 8 * n
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", seeds(6))
 def test_chunks_add_up(llm: LLM, seed: int) -> None:
     params = SamplingParams(
         max_tokens=300, seed=seed, stop=["e", "the ", "!"], min_tokens=80, ignore_eos=True

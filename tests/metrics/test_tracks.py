@@ -187,13 +187,13 @@ def check(world: World) -> None:
         assert busiest_second(done) == max(seconds.values(), default=0)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(worlds(chunks=False))
 def test_as_if_every_token_were_counted(world: World) -> None:
     check(world)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(worlds(chunks=True))
 def test_chunks_of_several_tokens(world: World) -> None:
     check(world)

@@ -306,6 +306,17 @@ def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert "free space" in error.value.do
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
+def test_a_full_disk_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode, **how: real(Path("/dev/full"), "w", **how))
+    observer = JsonlObserver(JsonlConfig(), context(tmp_path))
+    observer.servelab_on_record(started())
+    with pytest.raises(ServeLabError, match="events.jsonl cannot be written"):
+        observer.servelab_on_record(arrived(2000, "a"))
+    observer.close()
+
+
 @pytest.mark.parametrize("name", ["events.jsonl", "plan.jsonl", "results.json"])
 def test_a_used_folder_is_refused_before_the_run(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("old")

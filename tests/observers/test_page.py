@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.metrics.logs import POOL, arrived, ended, started, three_requests
 from tests.observers.test_jsonl import context
@@ -331,7 +331,6 @@ def test_ids_of_a_page_are_unique(evil: str) -> None:
     assert len(ids) > 10 and len(ids) == len(set(ids))
 
 
-@settings(deadline=None)
 @given(st.text(), st.text())
 def test_text_and_attributes_come_back_as_they_were(value: str, attribute: str) -> None:
     class One(HTMLParser):

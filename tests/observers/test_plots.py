@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.metrics.logs import (
     MS,
@@ -28,9 +28,11 @@ from tests.metrics.logs import (
 
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
 from servelab.core.records import PagesEvicted, Record, RequestPreempted, TransferStarted
-from servelab.plugins.observers.report import plots, style
+from servelab.plugins import drawing
+from servelab.plugins.observers.report import plots
 from servelab.plugins.observers.report.plots import NAMES, Missing, Plot
 from servelab.plugins.observers.report.series import Series
+from servelab.plugins.observers.report.svg import short_path
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -49,7 +51,7 @@ def three() -> dict[str, Plot]:
 
 @pytest.fixture
 def styled() -> Iterator[None]:
-    with style.styled():
+    with drawing.styled():
         yield
 
 
@@ -57,7 +59,7 @@ def test_all_figures_in_order_and_in_both_formats(three: dict[str, Plot]) -> Non
     assert tuple(three) == NAMES
     for one in three.values():
         assert one.png.startswith(b"\x89PNG")
-        assert int.from_bytes(one.png[16:20], "big") == style.WIDTH_IN * style.DPI
+        assert int.from_bytes(one.png[16:20], "big") == drawing.WIDTH_IN * drawing.DPI
         assert ElementTree.fromstring(one.svg).tag == f"{SVG}svg"
         assert one.caption.endswith(".")
 
@@ -92,7 +94,7 @@ def test_svg_fetches_nothing_and_takes_the_page_s_ink(three: dict[str, Plot]) ->
     for one in three.values():
         text = one.svg.replace("http://www.w3.org/2000/svg", "")
         assert "http" not in text and "<style" not in text and "metadata" not in text
-        assert "currentColor" in text and style.INK not in text
+        assert "currentColor" in text and drawing.INK not in text
     assert [one.text for one in ElementTree.fromstring(three["kv"].svg).iter(f"{SVG}text")].count(
         "Pool full"
     ) == 1
@@ -190,7 +192,7 @@ def test_thinning_keeps_order_number_and_the_largest(values: list[int], most: in
 def test_axes_are_logarithmic_where_values_are_far_apart(
     styled: None, values: list[float], bounds: list[float], scale: str
 ) -> None:
-    _, (axes,) = style.figure()
+    _, (axes,) = drawing.figure()
     plots._range(axes, values, bounds)
     assert axes.get_xscale() == scale
     if scale == "linear":
@@ -339,12 +341,11 @@ def corners(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return out
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=25, max_size=60))
 def test_short_paths_go_where_the_long_ones_went(points: list[tuple[int, int]]) -> None:
     exact = [(x / 10, y / 10) for x, y in points]
     path = " \n".join(f"{'L' if i else 'M'} {x:.6f} {y:.6f}" for i, (x, y) in enumerate(exact)) + " \nz"
-    short = style.short_path(path)
+    short = short_path(path)
     assert corners(walk(short)) == corners(exact)
     assert len(short) < len(path)
     assert short.endswith("z")
@@ -352,7 +353,7 @@ def test_short_paths_go_where_the_long_ones_went(points: list[tuple[int, int]]) 
 
 def test_paths_with_curves_stay() -> None:
     path = "M 0 0 \n" + "C 0.123456 1 2 3 4 5 \n" * 30
-    assert style.short_path(path) == " ".join(path.split())
+    assert short_path(path) == " ".join(path.split())
 
 
 # ---------------------------------------------------------------- imports

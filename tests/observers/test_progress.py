@@ -285,7 +285,6 @@ def test_a_real_terminal() -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=theirs,
-            timeout=60,
             check=False,
         )
     finally:

@@ -16,6 +16,7 @@ from servelab.core.bus import Bus
 from servelab.core.errors import ConfigError, PluginCallError
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
 from servelab.core.records import QualityBegan, Record, RequestArrived, RunFinished
+from servelab.plugins.observers.report.facts import device_line
 from servelab.plugins.observers.report.observer import ReportConfig, ReportObserver
 
 LONG = "Efficient Memory Management for Large Language Model Serving with PagedAttention (2023, 2309.06180)"
@@ -122,6 +123,14 @@ def test_report_of_three_requests(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "PARTIAL" not in out
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_devices_of_a_cluster_are_all_told() -> None:
+    device = {"hardware": {"name": "a10g", "tp": 2, "flops": 7e13}}
+    assert device_line({"settings": device, "cluster": {"instances": 4}}) == (
+        "4 instances of 2 x a10g, each 70 TFLOP/s"
+    )
+    assert device_line({"settings": device, "cluster": {"instances": 1}}) == "2 x a10g, each 70 TFLOP/s"
 
 
 def test_results_file_is_the_summary(tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ def records_of(seed: int, n: int, scale: int) -> Iterator[Record]:
             now += rng.randrange(scale)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([5, 10**4, 10**9, 10**13]))
 @example(11885, 42, 5)  # held steps that take no time
 def test_sums_and_peaks_are_those_of_a_slow_reading(seed: int, n: int, scale: int) -> None:
@@ -359,7 +359,7 @@ def levels(records: list[Record]) -> tuple[int, int]:
     return waits, runs
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(1, 10**16))
 def test_between_half_and_all_bins_are_used_however_long_the_run(seed: int, length: int) -> None:
     series = fed(started(), arrived(0, "a"), at(length, arrived(0, "b")))

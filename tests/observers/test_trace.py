@@ -210,7 +210,7 @@ def test_an_empty_run(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
 @given(seed=st.integers(0, 1000), lanes=st.integers(1, 2), flights=st.integers(1, 2))
 def test_any_legal_run(tmp_path_factory: pytest.TempPathFactory, seed: int, lanes: int, flights: int) -> None:
     run = serve(

@@ -43,7 +43,6 @@ def _pip(*args: str, python: Path | None = None) -> None:
         [sys.executable, "-m", "pip", *target, "--disable-pip-version-check", *args],
         capture_output=True,
         text=True,
-        timeout=110,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -43,7 +43,6 @@ def test_contract_can_fail(contract: str, file: str, module: str, tmp_path: Path
         env={**os.environ, "PYTHONPATH": str(tmp_path / "src"), "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr

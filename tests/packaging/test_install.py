@@ -132,9 +132,7 @@ def test_a_strangers_package(
 
 
 def _run(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(a) for a in args], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
-    )
+    return subprocess.run([str(a) for a in args], cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def _first_and_last(log: Path) -> tuple[dict, dict]:

@@ -64,7 +64,7 @@ class Package:
         )
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", only],
-            cwd=self.folder, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=110,
+            cwd=self.folder, env={**os.environ, **self.env}, capture_output=True, text=True,
             check=False,
         )  # fmt: skip
         return done.stdout + done.stderr

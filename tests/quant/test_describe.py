@@ -193,7 +193,7 @@ def test_an_input_is_quantized_once_for_all_that_share_it(name: str) -> None:
     assert 3 * saved == 2 * once
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tokens=st.lists(st.integers(0, 5000), min_size=2, max_size=6), share=st.booleans())
 def test_cost_grows_with_tokens(tokens: list[int], share: bool) -> None:
     s = site(96, 128, shares_input=("other",) if share else ())

@@ -28,7 +28,7 @@ def test_halves_by_hand() -> None:
     assert packed.tolist() == [[0x31, 0x9F], [0x42, 0x80]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 40), half=st.integers(1, 80), seed=st.integers(0, 99))
 def test_packing_halves_comes_back(n: int, half: int, seed: int) -> None:
     codes = random_codes(n, 2 * half, 0, 15, seed)

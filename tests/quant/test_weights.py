@@ -77,7 +77,7 @@ class TestRows:
         assert ((dequantized(t) - weight.double()).abs() <= step * (0.5 + 1e-5)).all()
         assert not dequantized(t)[5].any()
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(rows=st.lists(st.lists(floats, min_size=4, max_size=4), min_size=1, max_size=4))
     def test_what_was_dequantized_stays(self, name: str, rows: list[list[float]]) -> None:
         t = packed(name, torch.tensor(rows, dtype=torch.float64))
@@ -213,7 +213,7 @@ def test_without_the_protective_range_it_overflows() -> None:
     assert decoded(torch.tensor([[-127, 17]], dtype=torch.int8), 2).tolist() == [[-130, 20]]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     groups=st.lists(st.lists(floats, min_size=4, max_size=4), min_size=1, max_size=5),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),

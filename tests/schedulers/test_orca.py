@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.draws import seeds
 from tests.schedulers.classic import (
     PAGE,
     Seen,
@@ -83,7 +84,7 @@ CHECKS = (
 @pytest.mark.parametrize("reserve", ["request_max", "model_max"])
 def test_faithful_over_random_traces(reserve: str, hold_steps: int) -> None:
     happened: dict[str, int] = {}
-    for seed in range(4):
+    for seed in seeds(4):
         rng = Random(seed)
         got = serve(
             "orca",
@@ -102,7 +103,7 @@ def test_faithful_over_random_traces(reserve: str, hold_steps: int) -> None:
 
 
 @pytest.mark.parametrize("more", [{"windows": (None, 9)}, {"shares": True}, {}])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_nobody_is_preempted_with_windows_or_samples(seed: int, more: dict[str, Any]) -> None:
     items = trace(Random(seed), 40, samples=True)
     got = serve("orca", items, pages=60, limits=LIMITS, checks=(nobody_is_preempted, whole_prompts), **more)
@@ -232,7 +233,7 @@ def test_planned_ahead_nothing_is_held_while_a_last_token_is_in_flight() -> None
     assert "c" in rig.engine.running
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", seeds(4))
 def test_steps_are_the_same_held_or_not_where_memory_runs_out(seed: int) -> None:
     """As the suite checks of the defaults: here nothing is reserved."""
     items = trace(Random(seed), 40)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.draws import seeds
 from tests.schedulers.test_composed import Keep
 
 from servelab.core.compose import compose
@@ -101,7 +102,7 @@ def test_a_cap_cuts_the_job_that_is_ordered_by() -> None:
     assert admitted(serve(over("sjf_oracle"), jobs)) == ["first", "a", "b"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=5))
 def test_no_order_of_one_queue_waits_less_than_the_oracle(outputs: list[int]) -> None:
     """On one server, by trying every order (Smith 1956)."""
@@ -226,7 +227,7 @@ def trace(seed: int, n: int = 60) -> list[Arrival]:
 
 
 @pytest.mark.parametrize("inner", ["vllm_v1", "aggressive", "conservative"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_in_order_of_arrival_it_is_the_inner_scheduler(inner: str, seed: int) -> None:
     """All of these admit in order and preempt the youngest: plan for plan the same, under evictions too."""
     jobs = trace(seed)
@@ -236,7 +237,7 @@ def test_in_order_of_arrival_it_is_the_inner_scheduler(inner: str, seed: int) ->
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_nobody_overtakes_a_smaller_key(name: str, seed: int) -> None:
     """On one server, whoever starts had the least key among those that were waiting."""
     rng = Random(seed)

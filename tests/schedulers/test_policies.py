@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.draws import seeds
 from tests.schedulers.runs import POLICIES, build, serve, trace
 
 from servelab.core.errors import ConfigError, WorkloadError
@@ -45,7 +46,7 @@ def queue(*lengths: tuple[int, int], cap: int = 100) -> list[Arrival]:
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(400, 600))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_aggressive_fills_up_to_the_watermark(prompts: list[int], pages: int) -> None:
     admitted = first_pass("aggressive", queue(*((p, 2) for p in prompts)), pages=pages, watermark=0.25)
     sums = [sum(prompts[: k + 1]) for k in range(len(prompts))]
@@ -59,7 +60,7 @@ def test_aggressive_starts_nobody_when_exactly_as_much_is_used() -> None:
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(64, 300))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_aggressive_starts_nobody_beyond_what_the_server_keeps(prompts: list[int], pages: int) -> None:
     """The artifact's server: used < 0.5 of the memory before, and no more than all of it after."""
     admitted = first_pass(
@@ -73,7 +74,7 @@ def test_aggressive_starts_nobody_beyond_what_the_server_keeps(prompts: list[int
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.sampled_from([0.5, 1.0, 1.5]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_conservative_promises_up_to_the_overcommit(prompts: list[int], overcommit: float) -> None:
     items = queue(*((p, 2) for p in prompts), cap=80)
     admitted = first_pass("conservative", items, pages=500, overcommit=overcommit)
@@ -82,7 +83,7 @@ def test_conservative_promises_up_to_the_overcommit(prompts: list[int], overcomm
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 120))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_conservative_can_assume_one_output_for_all(prompts: list[int], assumed: int) -> None:
     """Whatever the requests' own caps are, also where these are lower or higher."""
     admitted = first_pass(
@@ -162,7 +163,7 @@ def test_worked_example_by_its_true_lengths() -> None:
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("page_tokens", [1, 16])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", seeds(4))
 def test_with_the_true_constant_length_it_is_the_oracle(page_tokens: int, mixed: bool, seed: int) -> None:
     """(b), with no reserve."""
     rng, length = Random(seed), 25
@@ -191,7 +192,7 @@ def test_with_the_true_constant_length_it_is_the_oracle(page_tokens: int, mixed:
     copies=st.sampled_from([None, 1, 2]),
     page_tokens=st.sampled_from([1, 16]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_cold_start_admits_no_more_than_conservative(
     seed: int, window: int, copies: int | None, page_tokens: int
 ) -> None:
@@ -206,7 +207,7 @@ def test_a_cold_start_admits_no_more_than_conservative(
     )
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", seeds(5))
 def test_while_nothing_is_known_nobody_is_evicted(seed: int) -> None:
     """The peak of worst cases is above the true one (but for the interpolated draws of chance 1e-5)."""
     items = trace(Random(seed), 60)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from tests.draws import seeds
 from tests.schedulers.classic import (
     Seen,
     build,
@@ -80,7 +81,7 @@ DYNAMIC = {
 @pytest.mark.parametrize("more", [{}, {"windows": (None, 9)}, DYNAMIC], ids=["plain", "window", "dynamic"])
 def test_faithful_over_random_traces(more: dict[str, Any], hold_steps: int) -> None:
     happened: dict[str, int] = {}
-    for seed in range(4):
+    for seed in seeds(4):
         rng = Random(seed)
         settings = {
             "chunk_size": rng.choice([5, 12, 40]),

@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.draws import seeds
 from tests.schedulers.classic import Seen, build, deferred, ran, rig_of, serve, together, trace
 
 from servelab.core.errors import ConfigError
@@ -54,7 +55,7 @@ CHECKS = (one_size, at_most_one_cut, generations_first, reset_only_when_stuck)
 @pytest.mark.parametrize("hold_steps", [1, 4096])
 def test_faithful_over_random_traces(hold_steps: int) -> None:
     happened: dict[str, int] = {}
-    for seed in range(6):
+    for seed in seeds(6):
         rng = Random(seed)
         got = serve(
             "splitfuse",
@@ -80,7 +81,7 @@ def test_windows_and_samples(more: dict[str, Any]) -> None:
     assert got.tally["mixed"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_steps_are_the_same_held_or_not_where_some_are_left_out(seed: int) -> None:
     items = trace(Random(seed), 40, samples=True)
     more: dict[str, Any] = {"max_ragged_sequence_count": 2, "shares": True}

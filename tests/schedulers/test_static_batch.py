@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.draws import seeds
 from tests.schedulers.classic import (
     PAGE,
     Seen,
@@ -66,7 +67,7 @@ CHECKS = (closed, whole_prompts, reservations_fit, full, first_come_first_served
 @pytest.mark.parametrize("padding", [False, True])
 def test_faithful_over_random_traces(padding: bool, hold_steps: int) -> None:
     sizes = set()
-    for seed in range(4):
+    for seed in seeds(4):
         rng = Random(seed)
         got = serve(
             "static_batch",
@@ -97,7 +98,7 @@ def test_the_cards_example(name: str, iterations: int) -> None:
     assert got.steps == decode_iterations(got) == iterations
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_a_batch_takes_as_many_iterations_as_its_longest(seed: int) -> None:
     """(d)"""
     rng = Random(seed)

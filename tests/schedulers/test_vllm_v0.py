@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.draws import seeds
 from tests.schedulers.classic import (
     REGISTRY,
     Seen,
@@ -93,7 +94,7 @@ def test_faithful_over_random_traces(mode: str, hold_steps: int) -> None:
     """(a) prompts apart, (c) youngest victims, (d), (e), (f) pages conserved, and swaps in order."""
     happened: dict[str, int] = {}
     modes = set()
-    for seed in range(3):
+    for seed in seeds(3):
         rng = Random(seed)
         settings = {"max_num_seqs": rng.choice([3, 8]), "watermark": rng.choice([0.0, 0.1]), **MODES[mode]}
         pages = rng.choice([18, 22])

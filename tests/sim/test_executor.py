@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from servelab.core.compose import Run, compose
 from servelab.core.config import validate
-from servelab.core.errors import CapabilityError, ConfigError
+from servelab.core.errors import CapabilityError, ConfigError, ServeLabError
 from servelab.core.registry import Registry
 
 GIB = 2**30
@@ -62,6 +63,27 @@ def test_pages_by_hand() -> None:
     assert weights["activation_bytes"] == activations
     assert weights["runtime_bytes"] == GIB // 2
     assert weights["kv_memory_bytes"] == left
+
+
+def test_the_shape_of_a_config_json_is_read(tmp_path: Path) -> None:
+    """Your own model: its config.json is enough, no weights are there."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = run(model={"name": "mine", "source": "path", "path": str(tmp_path), "dtype": "float16"})
+    assert pages(made) == pages(run())
+    assert made.info["weights"]["bytes"] == 2 * 6_738_415_616
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(ServeLabError, match="MambaForCausalLM is not supported"):
+        run(model={"name": "mine", "source": "path", "path": str(tmp_path)})
 
 
 def test_stated_pages_stand_and_need_no_device() -> None:

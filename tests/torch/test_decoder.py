@@ -81,7 +81,7 @@ def test_bfloat16_logits_are_near_those_of_transformers() -> None:
 # ------------------------------------------------------------------ chunks and batches
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     cuts=st.sets(st.integers(1, 39), max_size=8),
     others=st.lists(st.integers(0, 3), max_size=9),

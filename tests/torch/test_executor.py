@@ -243,9 +243,7 @@ class Restless(RandomPlans):
         return plan
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
-)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 30), pages=st.integers(26, 60))
 def test_greedy_tokens_do_not_depend_on_random_plans(
     composed: Compose, greedy: list[tuple[int, ...]], seed: int, pages: int
@@ -256,9 +254,7 @@ def test_greedy_tokens_do_not_depend_on_random_plans(
     assert keep.outputs() == greedy
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
-)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 30), pages=st.integers(26, 40), host=st.integers(4, 60))
 def test_greedy_tokens_survive_swaps(
     composed: Compose, greedy: list[tuple[int, ...]], seed: int, pages: int, host: int
@@ -547,9 +543,7 @@ def test_tokens_do_not_depend_on_pages_given_back(
     assert few.count(RequestPreempted) > 0
 
 
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
-)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 30), pages=st.integers(26, 60))
 def test_random_plans_of_a_model_with_windows(
     composed: Compose,

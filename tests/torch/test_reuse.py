@@ -59,9 +59,7 @@ def test_greedy_tokens_are_equal_with_and_without_reuse(composed: Compose, name:
         assert hits(keep) > 20
 
 
-@settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
-)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 30), pages=st.integers(26, 60))
 def test_greedy_tokens_do_not_depend_on_random_plans(
     composed: Compose,  # noqa: F811

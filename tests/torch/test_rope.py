@@ -102,7 +102,7 @@ def test_a_float64_rotation_is_a_product_of_complex_numbers(name: str) -> None:
     torch.testing.assert_close(pairs, torch.full_like(pairs, rotary.scale), rtol=1e-12, atol=0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     name=st.sampled_from(sorted(CASES)),
     a=st.integers(0, 2000),
@@ -141,7 +141,7 @@ def test_turning_is_that_of_transformers(name: str, dtype: torch.dtype) -> None:
 
 def test_position_zero_turns_nothing() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        rotary, x = embedding("default", dtype), torch.randn(4, 2, 16).to(dtype)
+        rotary, x = embedding("default", dtype), torch.arange(4 * 2 * 16).view(4, 2, 16).to(dtype)
         assert torch.equal(rotary.turn(x, rotary.angles(torch.zeros(4, dtype=torch.int64))), x)
 
 

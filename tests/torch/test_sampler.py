@@ -120,7 +120,7 @@ def steps(draw: Any) -> tuple[list[list[float]], list[Row]]:
     return logits, rows
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(steps())
 def test_every_combination_draws_what_the_reference_draws(step: tuple[list[list[float]], list[Row]]) -> None:
     logits, rows = step
@@ -134,7 +134,7 @@ def test_every_combination_draws_what_the_reference_draws(step: tuple[list[list[
         assert d.logprobs is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps())
 def test_a_row_alone_draws_what_it_draws_in_a_batch(step: tuple[list[list[float]], list[Row]]) -> None:
     logits, rows = step
@@ -408,7 +408,7 @@ def test_shapes_must_match() -> None:
 # ------------------------------------------------------------------ transformers
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), vocab=st.integers(2, 50))
 def test_transformers_keeps_the_same_tokens(seed: int, vocab: int) -> None:
     """Where the meanings are the same: no equals, thresholds far from any sum by chance."""

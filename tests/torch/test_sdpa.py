@@ -471,7 +471,7 @@ def test_positions_of_rows_whose_only_segment_begins_later() -> None:
 
 
 @given(data=st.data(), n=st.integers(1, 40), window=st.sampled_from([None, 1, 4]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_chunks_in_any_split_equal_one_shot(data: st.DataObject, n: int, window: int | None) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, n - 1)), max_size=n)) - {n})
     world = World(seed=n, windows=(window, None), pages=60)
@@ -558,7 +558,7 @@ def test_rows_of_several_segments(dtype: torch.dtype, windows: tuple[int | None,
 
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
 @given(order=st.permutations(range(8)), cuts=st.lists(st.integers(0, 8), max_size=4))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_partial_states_merge_to_the_whole(
     windows: tuple[int | None, ...], order: list[int], cuts: list[int]
 ) -> None:
@@ -682,7 +682,7 @@ def test_what_it_declares_is_what_it_reads() -> None:
     assert backend(World().model).adapt(layout, World().model) is layout
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30)), max_size=4),
     window=st.none() | st.integers(1, 14),

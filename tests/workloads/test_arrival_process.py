@@ -9,7 +9,7 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -131,7 +131,6 @@ def test_ramp_rates_must_be_positive_and_finite(rate: float) -> None:
         RampUp(strategy="linear", start_rate=rate, end_rate=8)
 
 
-@settings(derandomize=True, deadline=None)
 @given(
     n=st.integers(1, 200),
     rate=st.one_of(st.floats(1e-3, 1e5), st.just(math.inf)),

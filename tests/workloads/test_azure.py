@@ -87,8 +87,20 @@ def test_bad_files_are_refused_by_line_and_field(azure: Build, tmp_path: Path, c
 def test_columns_of_another_trace_are_refused(azure: Build, tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text("arrival_time_s,input_tokens,output_tokens\n0,1,1\n")
-    with pytest.raises(WorkloadError, match="no column 'TIMESTAMP'"):
+    with pytest.raises(WorkloadError, match="no column 'TIMESTAMP'") as raised:
         azure(path=str(path))
+    assert "arrival_time_s" in raised.value.why and raised.value.do.startswith(
+        "rename the column that holds it"
+    )
+
+
+def test_dropping_all_is_told_with_what_helps(azure: Build, tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text(HEADER + "2023-11-16 23:00:00,90000,1\n2023-11-16 23:00:01,80000,1\n")
+    with pytest.raises(WorkloadError, match=r"^all 2 requests are longer than the model allows") as raised:
+        azure(path=str(path), over_length="drop")
+    assert "that of r0, the first: prompt of 90000 tokens" in raised.value.why
+    assert raised.value.do.startswith("set workload.over_length to clip, scale lengths")
 
 
 def test_a_fetched_data_set_is_found_by_its_name(

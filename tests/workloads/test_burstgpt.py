@@ -257,6 +257,16 @@ def test_numbers_as_pandas_writes_them(burst: Burst, trace: Write) -> None:
     assert lengths(burst(path=path)) == [(100, 20)]
 
 
+def test_a_trace_that_has_fewer_requests_than_asked_for_is_told(
+    burst: Burst, trace: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    has = len(lengths(burst(path=trace())))
+    assert len(lengths(burst(path=trace(), num_requests=has))) == has and not caplog.records
+    assert len(lengths(burst(path=trace(), num_requests=has + 1))) == has
+    (told,) = caplog.records
+    assert f"the trace has {has} requests for workload.num_requests={has + 1}" in told.getMessage()
+
+
 def test_slices(burst: Burst, trace: Write) -> None:
     assert seconds(burst(path=trace(), start_s=2, duration_s=58)) == [0, 1]
     assert seconds(burst(path=trace(), num_requests=3)) == [0, 0, 2]
@@ -265,6 +275,11 @@ def test_slices(burst: Burst, trace: Write) -> None:
         WorkloadError, match=r"no request is left of the trace\n  where: workload.start_s=1000\n"
     ):
         burst(path=trace(), start_s=1000)
+    nobody = f"{HEADER}\n9,a,1,1,2,API log\n"
+    with pytest.raises(
+        WorkloadError, match=r"is left of the trace\n  where: workload.log_type=conversation\n"
+    ):
+        burst(path=trace(nobody), log_type="conversation")
 
 
 def test_dividing_times_keeps_the_cv_and_thinning_keeps_the_times(burst: Burst, trace: Write) -> None:
@@ -319,10 +334,15 @@ BAD: dict[str, tuple[str, list[str]]] = {
         "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n",
         ["LFS pointer", "fetch"],
     ),
+    "web page": ("\n<!doctype html>\n".lstrip(), ["a web page", "begins with '<!doctype html>'", "fetch"]),
+    "column twice": (f"{HEADER},Model\n9,a,1,1,2,API log,b\n", ["'Model' is there twice", "line 1"]),
     "empty": ("", ["the trace is empty"]),
     "header only": (f"{HEADER}\n\n", ["the trace has no rows", "burst.csv", "ends after its header"]),
     "semicolons": (HEADER.replace(",", ";"), ["no column 'Timestamp'", "separate cells with commas"]),
-    "capitals": (f"{HEADER.upper()}\n", ["no column 'Timestamp'", "did you mean 'TIMESTAMP'"]),
+    "capitals": (
+        f"{HEADER.upper()}\n",
+        ["no column 'Timestamp'", "did you mean 'TIMESTAMP'", "to Timestamp;"],
+    ),
     "open quote": (
         f'{HEADER}\n9,a,1,1,2,API log\n9,"a,1,1,2,API log\n' + "9,a,1,1,2,API log\n" * 9,
         ["a row is not csv", "line 3", "quotation mark"],
@@ -345,7 +365,7 @@ def test_uniform_random_lengths_are_refused(burst: Burst, trace: Write) -> None:
     rows = [f"{i},ChatGPT,{n},{20 + i % 3},{n + 20 + i % 3},API log" for i, n in enumerate(lengths)]
     with pytest.raises(WorkloadError, match="looks made up") as raised:
         burst(path=trace("\n".join([HEADER, *rows])), num_requests=5)
-    assert "'Request tokens'" in str(raised.value)
+    assert "'Request tokens'" in str(raised.value) and "workload=synthetic" in raised.value.do
 
 
 def test_generated_lengths_do_not_look_made_up(burst: Burst, trace: Write) -> None:
@@ -359,6 +379,8 @@ def test_a_path_that_leads_nowhere(burst: Burst, tmp_path: Path) -> None:
         burst(path=str(tmp_path / "nothing.csv"))
     assert "servelab data fetch burstgpt_1" in str(raised.value)
     assert "check the path" in raised.value.do
+    with pytest.raises(WorkloadError, match="/dev/null is no regular file"):
+        burst(path="/dev/null")
 
 
 @pytest.mark.parametrize(

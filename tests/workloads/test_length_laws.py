@@ -10,7 +10,7 @@ from statistics import NormalDist
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
@@ -192,7 +192,6 @@ any_law: st.SearchStrategy[Any] = st.recursive(
 uniforms = st.floats(0.0, 1.0, exclude_max=True)
 
 
-@settings(derandomize=True, deadline=None)
 @given(any_law, st.lists(uniforms, max_size=20))
 def test_every_law_stays_in_its_range(value: object, us: list[float]) -> None:
     made = law(value)
@@ -204,7 +203,6 @@ def test_every_law_stays_in_its_range(value: object, us: list[float]) -> None:
         assert sample(u) == length
 
 
-@settings(derandomize=True, deadline=None)
 @given(simple_laws, st.lists(uniforms, min_size=2, max_size=20))
 def test_every_quantile_function_rises(value: Any, us: list[float]) -> None:
     if isinstance(value, dict) and value["law"] == "empirical":
@@ -213,7 +211,6 @@ def test_every_quantile_function_rises(value: Any, us: list[float]) -> None:
     assert all(sample(a) <= sample(b) for a, b in pairwise(sorted(us)))
 
 
-@settings(derandomize=True, deadline=None)
 @given(any_law)
 def test_every_law_survives_its_json_form(value: object) -> None:
     made = law(value)

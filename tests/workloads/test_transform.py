@@ -262,7 +262,7 @@ def test_a_day_has_its_profile() -> None:
     assert all(abs(x.time_ns - y.time_ns) <= 1 for x, y in zip(flat, items, strict=True))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.floats(0.01, 100), min_size=1, max_size=24),
     st.floats(0.01, 1e5),

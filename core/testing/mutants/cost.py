@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from servelab.core.engine.swap import Transfer
 from servelab.core.events import Batch
+from servelab.core.spec import PluginSpec
 from servelab.core.testing.fakes import ToyCost
 from servelab.core.testing.mutants import Mutant
 
@@ -111,8 +112,80 @@ class FasterWhenLarge(Line):
         return 500 + transfer.bytes // (25 if transfer.bytes < 100_000 else 100)
 
 
-def _mutant(plugin: type, check: str, message: str, breaks: str) -> Mutant:
-    return Mutant(suite="cost", plugin=plugin, original=Line, check=check, message=message, breaks=breaks)
+class Shared(Line):
+    """The honest one with lanes and energy: memory is busy but for the step's own time."""
+
+    spec = PluginSpec(
+        name="shared",
+        factory="servelab.core.testing.mutants.cost:Shared",
+        provides=frozenset({"cost.lanes", "cost.energy"}),
+    )
+    idle_watts = 10.0
+    peak_watts = 50.0
+
+    def busy(self, batch: Batch) -> Mapping[str, int]:
+        (price,) = self.price(batch, 1)
+        return {"compute": 5 * batch.num_tokens(), "memory": price - self.step_ns}
+
+    def energy(self, batch: Batch, steps: int) -> Sequence[float]:
+        return [40e-9 * (price - self.step_ns) for price in self.price(batch, steps)]
+
+
+class UndeclaredLanes(Shared):
+    spec = replace(Shared.spec, provides=frozenset({"cost.energy"}))
+
+
+class BusierThanItsPrice(Shared):
+    def busy(self, batch: Batch) -> Mapping[str, int]:
+        return {"compute": 15 * batch.num_tokens(), "memory": 0}
+
+
+class BusyInParts(Shared):
+    def busy(self, batch: Batch) -> Mapping[str, int]:
+        return {name: ns / 3 for name, ns in super().busy(batch).items()}  # type: ignore[misc]
+
+
+class FreeLanes(Shared):
+    """Lanes are free hardware again."""
+
+    def busy(self, batch: Batch) -> Mapping[str, int]:
+        return {"compute": 0, "memory": 0}
+
+
+class NamesWhatIsBusiest(Shared):
+    def busy(self, batch: Batch) -> Mapping[str, int]:
+        busy = super().busy(batch)
+        busiest = max(busy, key=busy.__getitem__)
+        return {("any" if batch.num_tokens() > 1 else busiest): busy[busiest]}
+
+
+class BusyWithTheFirst(Shared):
+    def busy(self, batch: Batch) -> Mapping[str, int]:
+        return {**super().busy(batch), "memory": batch.starts[0] + 1}
+
+
+class PowerOfTwo(Shared):
+    """Draws the energy of idle devices twice: once by itself, once as the run's."""
+
+    def energy(self, batch: Batch, steps: int) -> Sequence[float]:
+        return [50e-9 * price for price in self.price(batch, steps)]
+
+
+class FirstJoules(Shared):
+    def energy(self, batch: Batch, steps: int) -> Sequence[float]:
+        return [super().energy(batch, 1)[0]] * steps
+
+
+class ColdAtWork(Shared):
+    peak_watts = 5.0
+
+
+def _mutant(plugin: type, check: str, message: str, breaks: str, original: type = Line) -> Mutant:
+    return Mutant(suite="cost", plugin=plugin, original=original, check=check, message=message, breaks=breaks)
+
+
+def _shared(plugin: type, check: str, message: str, breaks: str) -> Mutant:
+    return _mutant(plugin, check, message, breaks, Shared)
 
 
 WHOLE = "test_prices_are_whole_and_positive"
@@ -161,4 +234,15 @@ MUTANTS = (
     _mutant(
         FasterWhenLarge, "test_transfers", "a transfer of 127000 costs", "a large transfer takes less time"
     ),
+    _shared(UndeclaredLanes, "test_busy", "does not declare 'cost.lanes'", "prices lanes together, unsaid"),
+    _shared(
+        BusierThanItsPrice, "test_busy", "'compute': 7680", "a resource is busy for longer than the step"
+    ),
+    _shared(BusyInParts, "test_busy", "'compute': 1.66", "busy times in fractions of a nanosecond"),
+    _shared(FreeLanes, "test_busy", "'compute': 0, 'memory': 0", "lanes are free hardware"),
+    _shared(NamesWhatIsBusiest, "test_busy", "is {'any'", "batches keep different resources busy"),
+    _shared(BusyWithTheFirst, "test_busy", "in another order", "the first request stands for all"),
+    _shared(PowerOfTwo, "test_energy", "J beyond what idle devices do", "counts idle devices twice"),
+    _shared(FirstJoules, "test_energy", "3 steps take", "every step takes the energy of the first"),
+    _shared(ColdAtWork, "test_energy", "peak_watts is 5", "devices that work draw less than idle ones"),
 )

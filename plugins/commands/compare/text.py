@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from textwrap import wrap
 from typing import Any
 
 from servelab.plugins.commands.compare.differences import ABSENT, labels, table, warnings
 from servelab.plugins.commands.compare.facts import RunFacts
 from servelab.plugins.commands.compare.measures import measure
+from servelab.plugins.tables import aligned
 
 WIDTH = 100
 BLOCK = 2
@@ -57,10 +59,8 @@ def _values(
         yield ("  " + title.ljust(width) + "".join(f"  {names[i]:<{each}}" for i in shown)).rstrip()
         for key, row in rows.items():
             cells = [wrap(key, width) or [""], *(wrap(_shown(row[i]), each) or [""] for i in shown)]
-            for line in range(max(map(len, cells))):
-                texts = [cell[line] if line < len(cell) else "" for cell in cells]
-                padded = [texts[0].ljust(width), *(text.ljust(each) for text in texts[1:])]
-                yield ("  " + "  ".join(padded)).rstrip()
+            lines = list(zip_longest(*cells, fillvalue=""))
+            yield from (f"  {line}".rstrip() for line in aligned(lines, widths=[width, *[each] * len(shown)]))
         yield ""
 
 
@@ -173,9 +173,8 @@ def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
     widths[0] = min(widths[0], max(spare, 20))
     for line in (head, *rows):
         first, *rest = wrap(line[0], widths[0]) or [""]
-        cells = [first.ljust(widths[0]), line[1].ljust(widths[1])]
-        cells += [text.rjust(width) for text, width in zip(line[2:], widths[2:], strict=True)]
-        yield ("  " + "  ".join(cells)).rstrip()
+        for text in aligned([[first, *line[1:]]], range(2, len(head)), widths):
+            yield f"  {text}".rstrip()
         yield from (f"    {more}" for more in rest)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from servelab.core.errors import ServeLabError, nearest
 from servelab.core.metrics import RequestFacts
+from servelab.plugins.tables import aligned
 
 COLUMNS = {
     "request": "request",
@@ -59,14 +60,8 @@ def rows(requests: Iterable[RequestFacts], by: str) -> list[dict[str, Any]]:
 def render(found: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Aligned columns, numbers to the right."""
     cells = [[_text(one[name]) for name in COLUMNS] for one in found]
-    table = [list(COLUMNS.values()), *cells]
-    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
-    for line in table:
-        texts = (
-            text.rjust(width) if name in NUMBERS else text.ljust(width)
-            for name, text, width in zip(COLUMNS, line, widths, strict=True)
-        )
-        yield ("  " + "  ".join(texts)).rstrip()
+    numbers = [i for i, name in enumerate(COLUMNS) if name in NUMBERS]
+    yield from (f"  {line}" for line in aligned([list(COLUMNS.values()), *cells], numbers))
 
 
 def _text(value: object) -> str:

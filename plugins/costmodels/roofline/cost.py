@@ -30,7 +30,7 @@ Tier: stable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -124,6 +124,7 @@ class _Sum(NamedTuple):
     ns: float
     compute_ns: float
     memory_ns: float
+    network_ns: float
 
 
 class RooflineCost:
@@ -163,6 +164,7 @@ class RooflineCost:
         self._layers_ns = float(self.factors.layer_ns * ctx.model.layers)
         self.power = power(ctx.hardware)
         self.idle_watts = None if self.power is None else self.power.idle_watts
+        self.peak_watts = None if self.power is None else self.power.idle_watts + self.power.busy_watts
 
     # ---------------------------------------------------------------- contract
 
@@ -198,6 +200,24 @@ class RooflineCost:
         if steps > 1:
             found += self._joules(len(batch.tokens), sum(batch.samples), [], _moved(batch), steps - 1)
         return found
+
+    def busy(self, batch: Batch) -> Mapping[str, int]:
+        """``Breakdown.lanes``, summed up faster. Launches of operations and the time in which the smooth
+        maximum is beyond the greater keep nothing busy.
+        """
+        if not _is_plain(batch):
+            return {name: int(ns) for name, ns in self.breakdown(batch).lanes.items()}
+        chunks, decodes = _split(batch)
+        tokens, samples, rows = sum(batch.tokens), sum(batch.samples), len(batch.tokens)
+        compute, memory = self._steady(tokens, samples, chunks, len(decodes))
+        if decodes:
+            for quick in self._decodes:
+                (seen,) = quick.keys(decodes, 1)
+                compute += quick.compute_ns * seen
+                memory += quick.memory_ns * seen
+        network = self._tokens[tokens].network_ns + self._logits[samples].network_ns
+        host = self._host_ns(rows)
+        return {"compute": int(compute), "memory": int(memory), "network": int(network), "host": int(host)}
 
     def transfer_time(self, transfer: Transfer) -> int:
         """Over the host links of all devices of the instance at once, each its part of the pages.
@@ -275,23 +295,18 @@ class RooflineCost:
         """What does not depend on contexts."""
         whole = self._tokens.get(tokens) or self._count_tokens(tokens)
         logits = self._logits.get(samples) or self._count_logits(samples)
-        f = self.factors
-        return whole.ns + logits.ns + self._layers_ns + f.step_ns + f.request_ns * rows
+        return whole.ns + logits.ns + self._host_ns(rows)
+
+    def _host_ns(self, rows: int) -> float:
+        """Overheads of a plain batch."""
+        return self._layers_ns + self.factors.step_ns + self.factors.request_ns * rows
 
     def _joules(
         self, tokens: int, samples: int, chunks: list[Row], decodes: Sequence[int], steps: int
     ) -> list[float]:
         """Of steps in which the contexts of decodes grow; several only without chunks."""
         assert self.power is not None
-        whole = self._tokens.get(tokens) or self._count_tokens(tokens)
-        logits = self._logits.get(samples) or self._count_logits(samples)
-        fixed, moved = whole.compute_ns + logits.compute_ns, whole.memory_ns + logits.memory_ns
-        for one, quick in zip(self._all.attention, self._decodes, strict=True):
-            for row in chunks:
-                work = one.chunk(*row)
-                fixed += one.count * self.device.compute_ns(work)
-                moved += one.count * self.device.memory_ns(work)
-            moved += quick.row_ns * len(decodes)
+        fixed, moved = self._steady(tokens, samples, chunks, len(decodes))
         joules = self.power.joules
         if not decodes:
             return [joules(fixed, moved)] * steps
@@ -305,6 +320,19 @@ class RooflineCost:
             compute = [c + quick.compute_ns * seen for c, seen in zip(compute, keys, strict=True)]
             memory = [m + quick.memory_ns * seen for m, seen in zip(memory, keys, strict=True)]
         return [joules(*busy) for busy in zip(compute, memory, strict=True)]
+
+    def _steady(self, tokens: int, samples: int, chunks: list[Row], decodes: int) -> tuple[float, float]:
+        """Compute and memory time, but for the keys that decodes see."""
+        whole = self._tokens.get(tokens) or self._count_tokens(tokens)
+        logits = self._logits.get(samples) or self._count_logits(samples)
+        compute, memory = whole.compute_ns + logits.compute_ns, whole.memory_ns + logits.memory_ns
+        for one, quick in zip(self._all.attention, self._decodes, strict=True):
+            for row in chunks:
+                work = one.chunk(*row)
+                compute += one.count * self.device.compute_ns(work)
+                memory += one.count * self.device.memory_ns(work)
+            memory += quick.row_ns * decodes
+        return compute, memory
 
     def _count_tokens(self, tokens: int) -> _Sum:
         works = [(one.count, one.work(tokens)) for one in self._all.operations]
@@ -322,6 +350,7 @@ class RooflineCost:
             sum(count * device.time(work) for count, work in works),
             sum(count * device.compute_ns(work) for count, work in works),
             sum(count * device.memory_ns(work) for count, work in works),
+            sum(count * device.network_ns(work) for count, work in works),
         )
 
     def _stack(self, first: int, end: int) -> _Stack:

@@ -1,9 +1,9 @@
-"""What a page shows of a run's results, each read in one place; and numbers as people write them."""
+"""What text and page show of a run's results, each read in one place; and numbers as people write them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 NONE = "\N{EN DASH}"
@@ -24,6 +24,86 @@ def plugins(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield kind, one
 
 
+def latencies(result: Mapping[str, Any], columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """By metric the columns in ms, such as ``mean`` and ``p99``, and the samples behind them."""
+    extra = result["servelab"]
+    found = {metric: result for metric in ("ttft", "tpot", "itl", "e2el")} | {"queueing": extra}
+    return {
+        metric: (*(number(of[f"{c}_{metric}_ms"], 2) for c in columns), number(extra["samples"][metric]))
+        for metric, of in found.items()
+    }
+
+
+def outcomes(extra: Mapping[str, Any]) -> str:
+    """``62 completed (3 at their length cap), 2 rejected``."""
+    counts = [(state, count) for state, count in extra["requests"].items() if state != "arrived"]
+    shown = [f"{number(count)} {state}" for state, count in counts if count or state == "completed"]
+    if capped := extra["length_capped_requests"]:
+        shown[0] += f" ({number(capped)} at their length cap)"
+    return ", ".join(shown)
+
+
+def instances(extra: Mapping[str, Any]) -> tuple[bool, list[tuple[str, ...]]]:
+    """Whether requests were moved between instances, and what each instance did."""
+    moved = (extra.get("router") or {}).get("moves", 0) > 0
+    rows = [
+        (
+            str(one["instance"]),
+            *(map(number, (one["dispatched"], one["moved_in"], one["moved_out"])) if moved else ()),
+            number(one["requests"]),
+            number(one["output_tokens"]),
+            number(one["run_tokens"]),
+            number(one["steps"]),
+            number(one["mean_requests"], 1),
+            percent(one["mean_kv_use"]),
+            percent(one["peak_kv_use"]),
+        )
+        for one in extra.get("instances") or ()
+    ]
+    return moved, rows
+
+
+QUALITY = ("quality", "linears MiB", "mean KL", "p99 KL", "top-1 %", "perplexity", "tokens")
+"""The head of ``quality``."""
+
+
+def quality(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The unquantized model, and each quantized one beside it."""
+    first = next(iter(found.values()))
+    rows: list[tuple[str, ...]] = [
+        (
+            *("unquantized", mib(first["reference_linear_bytes"]), NONE, NONE, NONE),
+            *(number(first["reference_perplexity"], 3), number(first["tokens"])),
+        )
+    ]
+    for label, one in found.items():
+        tokens = number(one["tokens"])
+        rows.append(
+            (
+                label,
+                mib(one["linear_bytes"]),
+                number(one["kl_mean"], 5),
+                number(one["kl_p99"], 4),
+                percent(one["top1_agreement"]),
+                number(one["perplexity"], 3),
+                tokens if one["tokens"] == one["total"] else f"{tokens} of {number(one['total'])}",
+            )
+        )
+    return rows
+
+
+def quality_note(info: Mapping[str, Any]) -> str:
+    """On what text, and against which weights."""
+    corpus = (info.get("quality") or {}).get("corpus") or {}
+    origin = (info.get("weights") or {}).get("quantization")
+    grid = ", already on a grid, which may flatter quantizers: read as relative to it"
+    return (
+        f"KL(unquantized || quantized) in nats per token, on {corpus.get('source', '?')} of Python "
+        f"{corpus.get('python', '?')}, {corpus.get('part', '?')} part. Reference weights: "
+        f"{origin or 'not stated'}{grid if origin and origin != 'none' else ''}."
+    )
+
+
 def device(info: Mapping[str, Any]) -> list[tuple[str, object, str]]:
     """Figure, value and source of each figure of the described device that is stated; empty without one."""
     stated = (info.get("settings") or {}).get("hardware") or {}
@@ -36,14 +116,18 @@ def device(info: Mapping[str, Any]) -> list[tuple[str, object, str]]:
 
 
 def device_line(info: Mapping[str, Any]) -> str | None:
-    """``4 x a100_80g, each 312 TFLOP/s, 2,039 GB/s, 79.15 GiB``; None where no device is described."""
+    """``4 x a100_80g, each 312 TFLOP/s, 2,039 GB/s, 79.15 GiB``, with
+    ``2 instances of`` before it where they are many; None where no device is described.
+    """
     stated = (info.get("settings") or {}).get("hardware") or {}
     if not stated:
         return None
     units = (("flops", 1e12, "TFLOP/s"), ("memory_bytes_per_s", 1e9, "GB/s"), ("memory_bytes", 2**30, "GiB"))
     figures = [f"{stated[name] / one:,.4g} {unit}" for name, one, unit in units if stated.get(name)]
     each = ["each " + figures[0], *figures[1:]] if figures else []
-    return ", ".join([f"{stated.get('tp', 1)} x {stated.get('name', '?')}", *each])
+    many = (info.get("cluster") or {}).get("instances", 1)
+    instances = f"{many} instances of " if many > 1 else ""
+    return ", ".join([f"{instances}{stated.get('tp', 1)} x {stated.get('name', '?')}", *each])
 
 
 def routing(extra: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,6 @@ with the reason.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from servelab.core.metrics import SummaryOptions, Timeline, summarize
 from servelab.core.metrics.definitions import NS_PER_MS
 from servelab.core.records import Record, RunFinished
 from servelab.core.run_folder import RESULTS_FILE, check_unused, write_file
+from servelab.core.stdout import say
 from servelab.plugins.observers.report.page import write_artefacts
 from servelab.plugins.observers.report.series import Series
 from servelab.plugins.observers.report.text import render
@@ -118,17 +118,7 @@ class ReportObserver:
                         self._folder, self._timeline, self._series, result, page=self._page
                     )
         finally:  # what was measured is said even if the disk is full
-            _print("\n".join(lines))
-
-
-def _print(text: str) -> None:
-    if sys.stdout is None:  # closed before we began, as by `>&-`
-        return
-    try:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        pass  # nobody reads any more, as in `... | head`; the files are written, the run is whole
+            say("\n".join(lines))
 
 
 def write_results(result: Mapping[str, Any], path: Path) -> None:

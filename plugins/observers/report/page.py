@@ -232,23 +232,9 @@ def _results(result: Mapping[str, Any]) -> Markup:
     columns = ["mean", "std", *facts.percentiles(result)]
     if "p50" not in columns:
         columns.insert(2, "median")
-    rows = [
-        (
-            f"{name}: {note}",
-            "ms",
-            *(number(result[f"{c}_{m}_ms"], 2) for c in columns),
-            number(extra["samples"][m]),
-        )
-        for m, name, note in LATENCIES
-    ]
-    rows.append(
-        (
-            "Queueing: arrival to first run",
-            "ms",
-            *(number(extra[f"{c}_queueing_ms"], 2) for c in columns),
-            number(extra["samples"]["queueing"]),
-        )
-    )
+    cells = facts.latencies(result, columns)
+    rows = [(f"{name}: {note}", "ms", *cells[metric]) for metric, name, note in LATENCIES]
+    rows.append(("Queueing: arrival to first run", "ms", *cells["queueing"]))
     head = ("latency", "unit", *columns, "samples")
     itl = "one sample per gap" if extra["itl_mode"] == "chunk" else "a gap shared out over its tokens"
     return section(
@@ -268,21 +254,10 @@ def _results(result: Mapping[str, Any]) -> Markup:
 
 def _totals(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     extra = result["servelab"]
-    batch, counts = extra["batch"], extra["requests"]
-    ended = ", ".join(
-        f"{number(n)} {state}"
-        for state, n in counts.items()
-        if state != "arrived" and (n or state == "completed")
-    )
-    capped = extra["length_capped_requests"]
+    batch = extra["batch"]
     hits = extra["prefix_hit_tokens"]
     yield ("duration", number(result["duration"], 3), "s", "first arrival to last end")
-    yield (
-        "requests",
-        number(counts["arrived"]),
-        "",
-        ended + (f"; {number(capped)} ended at their length cap" if capped else ""),
-    )
+    yield ("requests", number(extra["requests"]["arrived"]), "", facts.outcomes(extra))
     yield ("request throughput", number(result["request_throughput"], 3), "req/s", "completed requests")
     yield (
         "output throughput",
@@ -399,21 +374,7 @@ def _pools(result: Mapping[str, Any]) -> Iterator[Markup]:
 def _instances(result: Mapping[str, Any]) -> Iterator[Markup]:
     """What each did, where there are several, and what the router did later."""
     extra = result["servelab"]
-    moved = (extra.get("router") or {}).get("moves", 0) > 0
-    rows = [
-        (
-            one["instance"],
-            *(map(number, (one["dispatched"], one["moved_in"], one["moved_out"])) if moved else ()),
-            number(one["requests"]),
-            number(one["output_tokens"]),
-            number(one["run_tokens"]),
-            number(one["steps"]),
-            number(one["mean_requests"], 1),
-            percent(one["mean_kv_use"]),
-            percent(one["peak_kv_use"]),
-        )
-        for one in extra.get("instances") or ()
-    ]
+    moved, rows = facts.instances(extra)
     if len(rows) > 1:
         head = (
             *("instance", *(("dispatched", "moved in", "moved out") if moved else ()), "requests"),
@@ -448,37 +409,8 @@ def _quality(result: Mapping[str, Any], info: Mapping[str, Any]) -> Iterator[Mar
             why = stated.get("why") or "the run ended before"
             yield section("Quality", tag("p", f"Not measured: {why}."))
         return
-    first = next(iter(found.values()))
-    rows = [
-        (
-            *("unquantized", mib(first["reference_linear_bytes"]), NONE, NONE, NONE),
-            *(number(first["reference_perplexity"], 3), number(first["tokens"])),
-        )
-    ]
-    for label, one in found.items():
-        tokens = number(one["tokens"])
-        rows.append(
-            (
-                label,
-                mib(one["linear_bytes"]),
-                number(one["kl_mean"], 5),
-                number(one["kl_p99"], 4),
-                percent(one["top1_agreement"]),
-                number(one["perplexity"], 3),
-                tokens if one["tokens"] == one["total"] else f"{tokens} of {number(one['total'])}",
-            )
-        )
-    corpus = (stated or {}).get("corpus") or {}
-    origin = (info.get("weights") or {}).get("quantization")
-    caption = (
-        f"KL(unquantized || quantized) in nats per token, on {corpus.get('source', '?')} of Python "
-        f"{corpus.get('python', '?')}, {corpus.get('part', '?')} part. "
-        f"Reference weights: {origin or 'not stated'}"
-    )
-    if origin and origin != "none":
-        caption += ", already on a grid, which may flatter quantizers: read as relative to it"
-    head = ("quality", "linears MiB", "mean KL", "p99 KL", "top-1 %", "perplexity", "tokens")
-    yield section("Quality", table(head, rows, range(1, len(head)), f"{caption}."))
+    shown = table(facts.QUALITY, facts.quality(found), range(1, len(facts.QUALITY)), facts.quality_note(info))
+    yield section("Quality", shown)
 
 
 def _card(info: Mapping[str, Any]) -> Iterator[Markup]:

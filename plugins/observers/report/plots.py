@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from servelab.core.metrics import Distribution, Timeline
 from servelab.core.metrics.definitions import NS_PER_MS, NS_PER_S
 from servelab.core.metrics.timeline import RequestFacts
-from servelab.plugins.observers.report import style
+from servelab.plugins import drawing
 from servelab.plugins.observers.report.series import Channel, Series
+from servelab.plugins.observers.report.svg import svg as to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,15 +94,15 @@ def draw(timeline: Timeline, series: Series, *, png: bool = True, svg: bool = Tr
         "preemptions": ("Preemptions", lambda: _preemptions(series)),
     }
     made: list[Plot | Missing] = []
-    with style.styled():
+    with drawing.styled():
         for i, (name, (title, make)) in enumerate(figures.items()):
             drawn = make()
             if isinstance(drawn, str):
                 made.append(Missing(name, title, drawn))
                 continue
             figure, caption = drawn
-            image = style.png(figure) if png else b""
-            made.append(Plot(name, title, caption, image, style.svg(figure, f"f{i}", title) if svg else ""))
+            image = drawing.png(figure) if png else b""
+            made.append(Plot(name, title, caption, image, to_svg(figure, f"f{i}", title) if svg else ""))
     return made
 
 
@@ -137,9 +138,9 @@ def by_class(timeline: Timeline) -> list[Group]:
         found = {f"{len(found)} classes": list(timeline.requests.values())}
     return [
         Group(
-            style.label(name),
-            style.PALETTE[i],
-            style.DASHES[i],
+            drawing.label(name),
+            drawing.PALETTE[i],
+            drawing.DASHES[i],
             [one for one in found[name] if one.outcome == "completed"],
             {
                 metric: sorted({one.bounds[metric] for one in found[name] if metric in one.bounds})
@@ -154,7 +155,7 @@ def _distributions(groups: Sequence[Group]) -> tuple[Figure, str] | str:
     if not any(group.facts for group in groups):
         return "no request completed"
     several = len(groups) > 1
-    figure, panels = style.figure(1, 3, sharey=True)
+    figure, panels = drawing.figure(1, 3, sharey=True)
     handles: dict[str, Any] = {}
     for axes, (metric, name) in zip(panels, METRICS.items(), strict=True):
         samples = {group.label: sorted(value for _, value in group.samples(metric)) for group in groups}
@@ -173,7 +174,7 @@ def _distributions(groups: Sequence[Group]) -> tuple[Figure, str] | str:
                 _bound(axes.axvline, bound / scale, group, several, handles)
         marks = {f"p{q}": (everything.percentile(q) or 0) / scale for q in (50, 90, 99)}
         axes.plot(
-            list(marks.values()), [50, 90, 99], ls="none", marker="o", ms=3.2, color=style.INK, zorder=4
+            list(marks.values()), [50, 90, 99], ls="none", marker="o", ms=3.2, color=drawing.INK, zorder=4
         )
         words = ", ".join(f"{q} {_short(value)}" for q, value in marks.items())
         axes.set_title(name, pad=15)
@@ -184,7 +185,7 @@ def _distributions(groups: Sequence[Group]) -> tuple[Figure, str] | str:
     panels[0].set_ylim(0, 103)
     panels[0].set_yticks([0, 25, 50, 75, 90, 100])
     _legend(figure, handles)
-    style.fit(figure, 1.55, columns=3, top=0.45)
+    drawing.fit(figure, 1.55, columns=3, top=0.45)
     caption = (
         "Distributions over completed requests: time to first token, mean time per output token after it "
         "(requests of more than one token), and time from arrival to last token. Between samples a line, as "
@@ -204,7 +205,7 @@ def _ecdf(axes: Axes, group: Group, samples: Sequence[float], scale: float) -> A
 
 def _bound(line: Callable[..., Any], at: float, group: Group, several: bool, handles: dict[str, Any]) -> None:
     """A bound that requests state, across the panel."""
-    drawn = line(at, color=group.color if several else style.RED, lw=1, ls=(0, (2, 1.5)), zorder=1)
+    drawn = line(at, color=group.color if several else drawing.RED, lw=1, ls=(0, (2, 1.5)), zorder=1)
     handles[f"SLO, {group.label}" if several else "SLO"] = drawn
 
 
@@ -212,7 +213,7 @@ def _over_time(groups: Sequence[Group]) -> tuple[Figure, str] | str:
     total = sum(len(group.facts) for group in groups)
     if not total:
         return "no request completed"
-    figure, panels = style.figure(2, sharex=True)
+    figure, panels = drawing.figure(2, sharex=True)
     handles: dict[str, Any] = {}
     for axes, metric in zip(panels, ("ttft", "tpot"), strict=True):
         name = METRICS[metric]
@@ -244,7 +245,7 @@ def _over_time(groups: Sequence[Group]) -> tuple[Figure, str] | str:
         if len(everything) >= 2 * SLICES:
             at, medians = moving_median(everything)
             (line,) = axes.plot(
-                [t / NS_PER_S for t in at], [value / scale for value in medians], color=style.INK, lw=1
+                [t / NS_PER_S for t in at], [value / scale for value in medians], color=drawing.INK, lw=1
             )
             handles["median of neighbours"] = line
         _range(axes, [one / scale for one in values], [bound / scale for bound in bounds], along="y")
@@ -253,7 +254,7 @@ def _over_time(groups: Sequence[Group]) -> tuple[Figure, str] | str:
     panels[-1].set_xlim(0, 1.02 * latest / NS_PER_S or 1)
     panels[-1].set_xlabel("arrival of the request, since the run started (s)")
     _legend(figure, handles, panels[0])
-    style.fit(figure, 1.2, 2)
+    drawing.fit(figure, 1.2, 2)
     caption = "Each point is a completed request, at its arrival."
     if total > MOST_POINTS:
         caption += (
@@ -299,11 +300,11 @@ def _queue(series: Series) -> tuple[Figure, str] | str:
         return "no request arrived"
     if not series.last_ns:
         return "no time passed"
-    figure, (upper, lower) = style.figure(2, sharex=True)
+    figure, (upper, lower) = drawing.figure(2, sharex=True)
     lines = {
-        "running": (series.running, style.BLUE, "solid"),
-        "waiting": (series.waiting, style.RED, "dashed"),
-        "paused or swapped out": (series.away, style.PURPLE, "dashdot"),
+        "running": (series.running, drawing.BLUE, "solid"),
+        "waiting": (series.waiting, drawing.RED, "dashed"),
+        "paused or swapped out": (series.away, drawing.PURPLE, "dashdot"),
     }
     for name, (channel, color, dash) in lines.items():
         if name in ("running", "waiting") or max(series.peaks(channel), default=0):
@@ -311,15 +312,15 @@ def _queue(series: Series) -> tuple[Figure, str] | str:
     upper.set_title("Requests waiting and running")
     upper.set_ylabel("requests")
     for name, counts, color, dash in (
-        ("arrived", series.arrived, style.INK, "dashed"),
-        ("completed", series.completed, style.GREEN, "solid"),
+        ("arrived", series.arrived, drawing.INK, "dashed"),
+        ("completed", series.completed, drawing.GREEN, "solid"),
     ):
         _stairs(lower, series.upto(counts), series.edges_s, color, linestyle=dash, label=name)
     lower.set_title("Requests so far")
     lower.set_ylabel("requests")
     _time((upper, lower), series)
     _beside(upper, lower)
-    style.fit(figure, 1.2, 2)
+    drawing.fit(figure, 1.2, 2)
     return figure, (
         "Lines are means over time, bands reach up to the most at one time. "
         "The gap between the lower lines: requests in the system, and those that ended without completing."
@@ -334,26 +335,26 @@ def _kv(series: Series, info: Mapping[str, Any]) -> tuple[Figure, str] | str:
     shown = series.pools[:MOST_POOLS]
     evicted = bool(sum(series.evicted.sums))
     rows = len(shown) + evicted
-    figure, panels = style.figure(rows, sharex=True)
+    figure, panels = drawing.figure(rows, sharex=True)
     share = ((info.get("settings") or {}).get("kvcache") or {}).get("watermark") or 0
     for i, (axes, pool) in enumerate(zip(panels, shown, strict=False)):
         pages = pool["pages"]
-        _band(axes, series, series.kv[i], series.pages(i), "in use", style.BLUE, "solid")
-        axes.axhline(pages, color=style.INK, lw=1, ls=(0, (4, 2)), label=f"pool, {pages:,}")
+        _band(axes, series, series.kv[i], series.pages(i), "in use", drawing.BLUE, "solid")
+        axes.axhline(pages, color=drawing.INK, lw=1, ls=(0, (4, 2)), label=f"pool, {pages:,}")
         if int(share * pages):
             limit = pages - int(share * pages)
-            axes.axhline(limit, color=style.RED, lw=1, ls="dotted", label=f"watermark, {limit:,}")
+            axes.axhline(limit, color=drawing.RED, lw=1, ls="dotted", label=f"watermark, {limit:,}")
         axes.set_ylim(0, 1.08 * pages)
         axes.set_title(_pool_title(pool))
         axes.set_ylabel("pages")
         axes.secondary_yaxis("right", functions=_share_of(pages)).set_ylabel("% of the pool")
     if evicted:
-        _stairs(panels[-1], series.upto(series.evicted), series.edges_s, style.RED, label="evicted")
+        _stairs(panels[-1], series.upto(series.evicted), series.edges_s, drawing.RED, label="evicted")
         panels[-1].set_title("Pages evicted from the prefix store so far, all pools")
         panels[-1].set_ylabel("pages")
     _time(panels, series)
     _beside(*panels)
-    style.fit(figure, 1.2, rows, right=0.62)
+    drawing.fit(figure, 1.2, rows, right=0.62)
     caption = "Pages in use when launches end: mean over time" + (
         f" and over {len(series.engines)} engines, band up to the fullest engine's most."
         if len(series.engines) > 1
@@ -371,7 +372,7 @@ def _kv(series: Series, info: Mapping[str, Any]) -> tuple[Figure, str] | str:
 
 
 def _pool_title(pool: Mapping[str, Any]) -> str:
-    title = f"Pool {style.label(pool.get('id', '?'), 20)}"
+    title = f"Pool {drawing.label(pool.get('id', '?'), 20)}"
     return title + (f" (window {pool['window_tokens']:,})" if pool.get("window_tokens") else "")
 
 
@@ -382,12 +383,12 @@ def _share_of(pages: int) -> tuple[Any, Any]:
 def _batch(series: Series) -> tuple[Figure, str] | str:
     if not series.engines or not series.last_ns:
         return "nothing ran"
-    figure, (tokens, requests, rate) = style.figure(3, sharex=True)
+    figure, (tokens, requests, rate) = drawing.figure(3, sharex=True)
     edges, prefill = series.edges_s, series.per_step(series.prefill)
     total = series.per_step(series.tokens)
     decode = [all_ - some for all_, some in zip(total, prefill, strict=True)]
-    _area(tokens, prefill, edges, 0, style.ORANGE, alpha=0.65, label="prefill")
-    _stairs(tokens, decode, edges, style.BLUE, label="decode")
+    _area(tokens, prefill, edges, 0, drawing.ORANGE, alpha=0.65, label="prefill")
+    _stairs(tokens, decode, edges, drawing.BLUE, label="decode")
     if max(total) >= MOST_LINEAR:
         tokens.set_yscale("symlog", linthresh=1, linscale=0.3)
         tokens.autoscale_view()  # its margin is one of this scale
@@ -395,16 +396,16 @@ def _batch(series: Series) -> tuple[Figure, str] | str:
         tokens.set_ylim(bottom=0)
     tokens.set_title("Tokens per step")
     tokens.set_ylabel("tokens")
-    _band(requests, series, series.batch, series.per_step(series.batch), "batch", style.GREEN, "solid")
+    _band(requests, series, series.batch, series.per_step(series.batch), "batch", drawing.GREEN, "solid")
     requests.set_title("Requests per step")
     requests.set_ylabel("requests")
     borders, rates = series.rate(series.emitted, SLICES)
-    _stairs(rate, rates, borders, style.PURPLE)
+    _stairs(rate, rates, borders, drawing.PURPLE)
     rate.set_title("Output throughput")
     rate.set_ylabel("tokens/s")
     _time((tokens, requests, rate), series)
     _beside(tokens)
-    style.fit(figure, 1.15, 3)
+    drawing.fit(figure, 1.15, 3)
     return figure, (
         "Means over the time in which steps ran (0 where none did); the band is up to the largest batch. "
         "Prefill: tokens of requests that have not emitted one since they were admitted. "
@@ -433,22 +434,22 @@ def _preemptions(series: Series) -> tuple[Figure, str] | str:
             for way, c in sorted(series.moved.items())
         }
         panels_of.append(("KV moved so far", "MiB", moved))
-    figure, panels = style.figure(len(panels_of), sharex=True)
+    figure, panels = drawing.figure(len(panels_of), sharex=True)
     for axes, (title, unit, lines) in zip(panels, panels_of, strict=True):
         for i, (name, values) in enumerate(lines.items()):
             _stairs(
                 axes,
                 values,
                 series.edges_s,
-                style.PALETTE[1 if not name else i % 6],
-                linestyle=style.DASHES[i % 6],
-                label=style.label(name) if name else None,
+                drawing.PALETTE[1 if not name else i % 6],
+                linestyle=drawing.DASHES[i % 6],
+                label=drawing.label(name) if name else None,
             )
         axes.set_title(title)
         axes.set_ylabel(unit)
     _time(panels, series)
     _beside(*panels)
-    style.fit(figure, 1.15, len(panels_of))
+    drawing.fit(figure, 1.15, len(panels_of))
     return figure, "Running requests taken off the device, by mode, from the start of the run."
 
 
@@ -552,7 +553,7 @@ def _legend(figure: Figure, handles: Mapping[str, Any], beside: Axes | None = No
             lines,
             labels,
             loc="lower center",
-            ncols=min(style.LEGEND_COLUMNS, len(labels)),
+            ncols=min(drawing.LEGEND_COLUMNS, len(labels)),
             markerscale=2,
             borderaxespad=0.3,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Mapping
 from copy import deepcopy
@@ -17,18 +16,9 @@ from servelab.core.config import RunConfig, validate
 from servelab.core.errors import ConfigError, PluginError
 from servelab.core.hookspecs import hookimpl
 from servelab.core.metrics import SummaryOptions, Timeline, summarize
-from servelab.core.records import (
-    PagesEvicted,
-    RequestAdmitted,
-    RequestArrived,
-    RequestFinished,
-    RequestForked,
-    RequestPreempted,
-    RunFinished,
-    RunStarted,
-    StepDone,
-)
-from servelab.core.registry import Registry
+from servelab.core.processes import in_one_line
+from servelab.core.records import Record
+from servelab.core.registry import Registry, import_target
 
 CELL_SCHEMA = 1
 """Version of a cell's file; raised when what it holds changes meaning, so that old files are not reused."""
@@ -76,8 +66,7 @@ class CellResult:
     @property
     def reason(self) -> str:
         """Its error in one line."""
-        first, *more = self.error.strip().splitlines() or [""]
-        return f"{first} {more[0].strip(' -')}" if first.endswith(":") and more else first
+        return in_one_line(self.error)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -159,8 +148,7 @@ def measure(
 
 
 def _meter(path: str) -> Any:
-    module, _, name = path.partition(":")
-    made = getattr(importlib.import_module(module), name)()
+    made = import_target(path)()
     if not hasattr(made, "figures"):
         raise PluginError(
             f"meter {path} has no figures()", do="give it what Meter in _cells/cell.py asks for"
@@ -175,37 +163,10 @@ class _Facts:
         self.timeline = Timeline()
 
     @hookimpl
-    def servelab_on_run_started(self, record: RunStarted) -> None:
+    def servelab_on_run_started(self, record: Record) -> None:
         self.timeline.feed(record)
 
-    @hookimpl
-    def servelab_on_request_arrived(self, record: RequestArrived) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_request_admitted(self, record: RequestAdmitted) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_request_forked(self, record: RequestForked) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_after_step(self, record: StepDone) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_request_preempted(self, record: RequestPreempted) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_pages_evicted(self, record: PagesEvicted) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_request_finished(self, record: RequestFinished) -> None:
-        self.timeline.feed(record)
-
-    @hookimpl
-    def servelab_on_run_finished(self, record: RunFinished) -> None:
-        self.timeline.feed(record)
+    servelab_on_request_arrived = servelab_on_request_admitted = servelab_on_run_started
+    servelab_on_request_forked = servelab_on_request_preempted = servelab_on_run_started
+    servelab_on_request_finished = servelab_after_step = servelab_on_run_started
+    servelab_on_pages_evicted = servelab_on_run_finished = servelab_on_run_started

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,9 @@ from typing import Any, cast
 
 from servelab.core.config import validate
 from servelab.core.errors import ConfigError, ServeLabError
-from servelab.core.processes import context, died, forks, settle, start
+from servelab.core.processes import context, died, duration, forks, settle, start
 from servelab.core.registry import Registry
+from servelab.core.run_folder import write_file
 from servelab.plugins.tasks._cells.cell import CELL_SCHEMA, Cell, CellResult, Found, changed, key_of, measure
 
 log = logging.getLogger("servelab.cells")
@@ -155,25 +155,13 @@ class Work:
             weight = sum(cell.weight for cell in (*(one.cell for one in self._running), *new))
         if not weight or not self._measured:
             return ""
-        return f"; about {_time((monotonic() - self._began) / self._measured * weight)} left"
+        return f"; about {duration((monotonic() - self._began) / self._measured * weight)} left"
 
     def _keep(self, result: CellResult) -> None:
         self.found[result.name] = result
-        if self._folder is None or not result.ok:
-            return
-        path = self._folder / CELLS / f"{result.key}.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        except OSError as error:
-            raise ServeLabError(
-                "what a cell measured cannot be written",
-                where=str(path),
-                why=error.strerror or str(error),
-                do="free space, or choose another run folder (hydra.run.dir=...)",
-            ) from error
+        if self._folder is not None and result.ok:
+            text = json.dumps(result.to_dict(), indent=1) + "\n"
+            write_file(self._folder / CELLS / f"{result.key}.json", text)
 
     def _end(self) -> None:
         """Give up what still runs."""
@@ -225,8 +213,3 @@ def _read_cells(folder: Path) -> dict[str, CellResult]:
             do="name the folder of an earlier run of this task, or leave task.resume out",
         )
     return found
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

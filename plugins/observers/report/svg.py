@@ -1,4 +1,4 @@
-"""Figures of the report: as all plots of ServeLab look (``plugins/drawing.py``), and as SVG for a page."""
+"""Figures as SVG for a page with others."""
 
 from __future__ import annotations
 
@@ -7,22 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
-from servelab.plugins.drawing import BLUE as BLUE
-from servelab.plugins.drawing import DASHES as DASHES
-from servelab.plugins.drawing import DPI as DPI
-from servelab.plugins.drawing import GREEN as GREEN
-from servelab.plugins.drawing import INK as INK
-from servelab.plugins.drawing import LEGEND_COLUMNS as LEGEND_COLUMNS
-from servelab.plugins.drawing import ORANGE as ORANGE
-from servelab.plugins.drawing import PALETTE as PALETTE
-from servelab.plugins.drawing import PURPLE as PURPLE
-from servelab.plugins.drawing import RED as RED
-from servelab.plugins.drawing import WIDTH_IN as WIDTH_IN
-from servelab.plugins.drawing import figure as figure
-from servelab.plugins.drawing import fit as fit
-from servelab.plugins.drawing import label as label
-from servelab.plugins.drawing import png as png
-from servelab.plugins.drawing import styled as styled
+from servelab.plugins.drawing import INK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
