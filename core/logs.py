@@ -140,14 +140,14 @@ def encode_counts(counts: Sequence[int], usual: int) -> list[int]:
     """Places and values of the counts that differ from the usual one."""
     if counts.count(usual) == len(counts):
         return []
-    return [x for place, count in enumerate(counts) if count != usual for x in (place, count)]
+    return [x for place, one in enumerate(counts) if one != usual for x in (place, one)]
 
 
 def decode_counts(size: int, exceptions: Sequence[int], usual: int) -> list[int]:
     """The inverse of ``encode_counts``."""
     counts = [usual] * size
-    for place, value in zip(exceptions[::2], exceptions[1::2], strict=True):
-        counts[place] = value
+    for place, one in zip(exceptions[::2], exceptions[1::2], strict=True):
+        counts[place] = one
     return counts
 
 

@@ -72,6 +72,7 @@ class Flying:
 
     def paced(self, pace: Pace, now: int) -> Flying:
         """It goes on at another pace."""
+        assert len(self.ends_ns) == 1, "a launch of several steps is cut before another begins"
         alone_ns = (self.ends_ns[-1] - now) / self.pace.slower
         end_ns = now + ceil(alone_ns * pace.slower)
         joules = self.joules
@@ -372,7 +373,7 @@ class Driver:
         flying = self._flying[index]
         if len(flying) == 1 and all(one.pace is ALONE for one in flying.values()):
             return
-        sent = sorted(flying.values(), key=lambda one: one.batch.launch)
+        sent = list(flying.values())  # in that order
         first: dict[int, Flying] = {}
         for one in sent:  # what is planned ahead waits for its lane
             first.setdefault(one.batch.lane, one)

@@ -168,7 +168,7 @@ class Request:
         return len(self.forks)
 
     def untie(self) -> None:
-        """It ended: nothing in it refers back to it, and its memory is free without a garbage collector."""
+        """It has ended: nothing in it refers back to it, so it goes without a garbage collector's help."""
         del self.view, self.seen, self.one
 
     def forget_progress(self, lease: Lease) -> int:

@@ -147,7 +147,7 @@ class KVView(Protocol):
 
 
 class CostView(Protocol):
-    """What-if prices in nanoseconds, pure."""
+    """What-if prices in nanoseconds, pure; of work alone on its device, whatever other lanes run."""
 
     def step_ns(self, work: list[Tokens]) -> int:
         """One step of this work."""

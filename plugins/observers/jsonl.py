@@ -3,14 +3,15 @@
 ``events.jsonl`` holds all records but plans, ``plan.jsonl`` the plans with their reasons. ``core/logs.py``
 defines the coding and reads both back (``read_log``).
 
-Lines are written through a buffer that is flushed every 1000 lines, whenever the run's own time has moved on
-by a second, and at the end of the run. After a crash the last line may be cut off: ``read_log`` says so, or
-skips it when told ``allow_truncated=True``.
+Lines are coded and written every 1000 records, at the end of the run and, where the clock is real, whenever
+it has moved on by a second: many at once take less time. After a crash the last line may be cut off:
+``read_log`` says so, or skips it when told ``allow_truncated=True``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,15 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from servelab.core.api import ConfigError, Context, PluginError, ServeLabError, hookimpl
 from servelab.core.logs import EVENTS_FILE, EVENTS_LOG, PLANS_FILE, PLANS_LOG, Encoder, header, read_log
-from servelab.core.records import Planned, Record, RunFinished
+from servelab.core.records import Planned, Record, RunFinished, RunStarted
 from servelab.core.run_folder import WRITABLE, check_unused, in_use, unwritable
 
 __all__ = ["JsonlConfig", "JsonlObserver", "read_log"]
 """``read_log`` lives in ``servelab.core.logs``; this is the path it had before."""
 
-FLUSH_LINES = 1000
+FLUSH_RECORDS = 1000
 FLUSH_NS = 1_000_000_000
-"""A file is flushed after so many lines, and when the records' own time has moved on by this much."""
+"""A file is written after so many records, and when the records' own time has moved on by this much."""
 
 
 class JsonlConfig(BaseModel):
@@ -65,7 +66,7 @@ class JsonlObserver:
     @hookimpl
     def servelab_on_record(self, record: Record) -> None:
         if not self._opened:
-            self._open()
+            self._open(isinstance(record, RunStarted) and record.info.get("clock") == "virtual")
         target = self._plans if record.ev == Planned.ev else self._events
         if target is not None:
             try:
@@ -96,18 +97,26 @@ class JsonlObserver:
         if errors and not self._told:
             raise errors[0]
 
-    def _open(self) -> None:
+    def _open(self, virtual: bool) -> None:
         self._opened = True
+        every_ns = None if virtual else FLUSH_NS
         if self._config.events:
-            self._events = _LogFile(self._folder / EVENTS_FILE, EVENTS_LOG)
+            self._events = _LogFile(self._folder / EVENTS_FILE, EVENTS_LOG, every_ns)
         if self._config.plans:
-            self._plans = _LogFile(self._folder / PLANS_FILE, PLANS_LOG)
+            self._plans = _LogFile(self._folder / PLANS_FILE, PLANS_LOG, every_ns)
 
 
 class _LogFile:
-    """One file being written."""
+    """One file being written.
 
-    def __init__(self, path: Path, log: str) -> None:
+    Args:
+        path: of the file.
+        log: what its header says it is.
+        every_ns: by how much the records' time moves on at most until they are written; None: their number
+            alone counts.
+    """
+
+    def __init__(self, path: Path, log: str, every_ns: int | None) -> None:
         self._path = path
         self._encode = Encoder()
         try:
@@ -119,12 +128,28 @@ class _LogFile:
             raise in_use(path.parent, "observer 'jsonl'", [path.name]) from error
         except OSError as error:
             raise _cannot_write(path, error) from error
-        self._lines, self._flushed_ns = 0, 0
-        self._put(header(log))
+        self._every_ns = math.inf if every_ns is None else every_ns
+        self._due_ns = self._every_ns
+        self._records: list[Record] = []
+        """Not written yet."""
+        self._stream.write(_dumps(header(log)) + "\n")
 
     def write(self, record: Record) -> None:
+        """Write it now or later."""
+        self._records.append(record)
+        now = record.t_ns
+        if len(self._records) >= FLUSH_RECORDS or now >= self._due_ns or type(record) is RunStarted:
+            self._due_ns = now + self._every_ns
+            self._flush()
+
+    def _flush(self) -> None:
+        records = iter(self._records)
         try:
-            self._put(self._encode(record))
+            for record in records:
+                self._stream.write(_dumps(self._encode(record)) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
         except (TypeError, ValueError) as error:
             raise PluginError(
                 f"a record cannot be written to {self._path.name}",
@@ -132,26 +157,17 @@ class _LogFile:
                 why=f"it holds something that JSON does not know: {error}",
                 do="put only text, finite numbers, booleans, lists and dicts into records",
             ) from error
-        self._lines += 1
-        if self._lines >= FLUSH_LINES or record.t_ns - self._flushed_ns >= FLUSH_NS:
-            self._lines, self._flushed_ns = 0, record.t_ns
-            try:
-                self._stream.flush()
-            except OSError as error:
-                raise _cannot_write(self._path, error) from error
-
-    def _put(self, line: dict[str, Any]) -> None:
-        text = _dumps(line)
-        try:
-            self._stream.write(text + "\n")
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
+        finally:
+            self._records = list(records)  # none, or those behind the one that cannot be written
 
     def close(self) -> None:
         try:
-            self._stream.close()
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
+            self._flush()
+        finally:
+            try:
+                self._stream.close()
+            except OSError as error:
+                raise _cannot_write(self._path, error) from error
 
 
 _dumps: Callable[[Any], str] = json.JSONEncoder(

@@ -92,6 +92,14 @@ def test_overheads_are_time_for_others() -> None:
     assert ends["b"][-1] == pytest.approx(2 * 10 * 2 * bare, rel=1e-3), "twice the host's time"
 
 
+def test_drafts_keep_devices_busy() -> None:
+    """What the quick sum does not cover is taken from the breakdown."""
+    cost, rows = roofline(LLAMA2, device("a100_80g")), [(1, 50), (1, 900)]
+    drafted = batch_of(rows, drafts=(4, 0))
+    assert cost.busy(drafted) == {name: int(ns) for name, ns in cost.breakdown(drafted).lanes.items()}
+    assert cost.busy(drafted)["compute"] > 2 * cost.busy(batch_of(rows))["compute"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import pytest
@@ -108,7 +108,7 @@ def serve(
     home: Any = None,
     lose: tuple[int, int] | None = None,
     driver: type[VirtualDriver] | type[WallDriver] = VirtualDriver,
-    plan: Any = one_each,
+    before: Callable[[Any], None] = lambda driver: None,
 ) -> Ran:
     """All of them, each on a lane of its own; ``watts``: idle and at most; ``lose``: when which engine."""
     names = {f"r{k}": one for k, one in enumerate(jobs)}
@@ -119,7 +119,7 @@ def serve(
     executors = [ToyExecutor(truths, foresight=foresight) for _ in range(engines)]
     made = [
         make_engine(
-            Script(then=plan), pages=500, limits=limits, cost=cost, index=k, horizon=executors[k].horizon
+            Script(then=one_each), pages=500, limits=limits, cost=cost, index=k, horizon=executors[k].horizon
         )
         for k in range(engines)
     ]
@@ -134,6 +134,7 @@ def serve(
         emit=records.append,
         **({"dispatch": lambda spec: home[spec.id]} if home else {}),
     )
+    before(clock)
     if lose is not None:
         clock.post(lose[0], InstanceLost(), lose[1])  # type: ignore[arg-type]
     clock.run()
@@ -212,6 +213,18 @@ def test_instances_share_nothing() -> None:
     both = [job(0, 1000, 1000)] * 2
     assert last(serve(both, engines=2, home={"r0": 0, "r1": 1})) == [1000, 1000]
     assert last(serve(both, engines=2, home={"r0": 1, "r1": 1})) == [2000, 2000]
+
+
+def test_an_instance_that_joins_shares_its_lanes() -> None:
+    def join(clock: VirtualDriver) -> None:
+        one = clock.engines[0]
+        more = make_engine(
+            Script(then=one_each), pages=500, limits=one.limits, cost=one.cost, index=1, horizon=one.horizon
+        )
+        clock.join(more, clock.executors[0], clock.costs[0])
+
+    ran = serve([job(0, 1000, 1000)] * 2, home={"r0": 1, "r1": 1}, before=join)
+    assert last(ran) == [2000, 2000]
 
 
 def test_a_lost_instance_leaves_nothing_behind() -> None:
@@ -364,6 +377,13 @@ def test_energy_is_at_most_the_sum_and_at_most_the_power_of_the_devices(jobs: li
     assert drawn_j <= most * working * 1e-9 * (1 + 1e-9)
     if sum(1e9 * one.joules / one.price for one in jobs) <= most:
         assert drawn_j == pytest.approx(alone)
+
+
+def test_pace_does_not_depend_on_order_in_the_last_digit() -> None:
+    """0.1 + 0.2 is not 0.3 in floats, so that sums of three may differ by their order."""
+    uses = [Use({"memory": 1.0 + share}, 90.0 + share) for share in (0.1, 0.2, 0.3)]
+    assert len({sum(use.loads["memory"] for use in order) for order in permutations(uses)}) > 1
+    assert len({pace(order, 100.0) for order in permutations(uses)}) == 1
 
 
 def test_pace_of_one_is_that_of_one_alone() -> None:

@@ -25,6 +25,9 @@ from servelab.plugins.observers.report.page import write_artefacts
 from servelab.plugins.observers.report.series import Series
 from servelab.plugins.observers.report.text import render
 
+AT_ONCE = 1000
+"""Records that are read together."""
+
 
 class ReportConfig(BaseModel):
     """Settings of the ``report`` observer."""
@@ -85,15 +88,26 @@ class ReportObserver:
         self._timeline = Timeline()
         plots, self._page = (not ctx.sweep if x is None else x for x in (config.plots, config.page))
         self._series = Series() if plots and ctx.run_dir is not None else None
+        self._unread: list[Record] = []
 
     @hookimpl
     def servelab_on_record(self, record: Record) -> None:
-        self._timeline.feed(record)
+        self._unread.append(record)
+        if len(self._unread) >= AT_ONCE:
+            self._read()
+
+    def _read(self) -> None:
+        """Many records one behind the other take half as long as each between two steps of the run."""
+        records, self._unread = self._unread, []
+        for record in records:
+            self._timeline.feed(record)
         if self._series is not None:
-            self._series.feed(record)
+            for record in records:
+                self._series.feed(record)
 
     @hookimpl
     def servelab_on_run_finished(self, record: RunFinished) -> None:
+        self._read()
         result = summarize(self._timeline, self._options)
         lines = list(render(result, self._options.percentiles, self._folder))
         try:
