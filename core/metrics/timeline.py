@@ -45,6 +45,7 @@ class RequestFacts:
     """What is known about one request. Times are in nanoseconds, ``None`` until they happened."""
 
     __slots__ = (
+        "_chunks",
         "_own",
         "_since",
         "_spans",
@@ -87,6 +88,8 @@ class RequestFacts:
         """When it was scheduled for the first time."""
         self._spans: list[Span] = []
         """When chunks of output came, but for those of the track it is on."""
+        self._chunks = 0
+        """How many these are."""
         self._own: array[int] | None = None
         """The array of its last span, if nobody shares it."""
         self._track: Track | None = None
@@ -113,6 +116,7 @@ class RequestFacts:
             self.sizes = array("q", [1]) * self.chunks
         if self.sizes is not None:
             self.sizes.extend(array("q", [size]) * len(times))
+        self._chunks += len(times)
         if self._own is None:
             self._own = times[:]
             self._spans.append((self._own, 0, len(times)))
@@ -135,6 +139,7 @@ class RequestFacts:
         self._track = None
         if len(track.ends) > self._since:
             self._spans.append((track.ends, self._since, len(track.ends)))
+            self._chunks += len(track.ends) - self._since
             self._own = None
         del track.members[self.id]
         track.names = None
@@ -157,7 +162,7 @@ class RequestFacts:
     @property
     def chunks(self) -> int:
         """Chunks of output that came."""
-        return sum(last - first for _, first, last in self.spans())
+        return self._chunks + (0 if self._track is None else len(self._track.ends) - self._since)
 
     @property
     def first_chunk_ns(self) -> int | None:

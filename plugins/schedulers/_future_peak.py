@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
-from operator import itemgetter
-
-_b = itemgetter(1)
 
 
 class FuturePeak:
@@ -17,26 +13,28 @@ class FuturePeak:
     completes, and each has grown by b_i: ``M* = max_i(a_1 + ... + a_i + i * b_i)``.
 
     Args:
-        demands: ``(a, b)`` of each request.
+        held: ``a`` of each request.
+        remaining: ``b`` of each.
     """
 
-    __slots__ = ("_demands", "most")
+    __slots__ = ("_held", "_remaining", "most")
 
-    def __init__(self, demands: Iterable[tuple[int, int]] = ()) -> None:
-        self._demands = list(demands)
-        self.most = sum(chain.from_iterable(self._demands))
+    def __init__(self, held: Iterable[int] = (), remaining: Iterable[int] = ()) -> None:
+        self._held, self._remaining = list(held), list(remaining)
+        self.most = sum(self._held) + sum(self._remaining)
         """Tokens of all requests at their ends. M* is never above it, and it is known at once."""
 
     def add(self, a: int, b: int) -> None:
         """One more request. O(1)."""
-        self._demands.append((a, b))
+        self._held.append(a)
+        self._remaining.append(b)
         self.most += a + b
 
     def peak(self) -> int:
-        """M*, 0 without requests. O(n log n), O(n) soon after the last time."""
-        self._demands.sort(key=_b, reverse=True)
+        """M*, 0 without requests. O(n log n)."""
         held = top = 0
-        for alive, (a, b) in enumerate(self._demands, 1):
+        demands = sorted(zip(self._remaining, self._held, strict=True), reverse=True)
+        for alive, (b, a) in enumerate(demands, 1):
             held += a
             demand = held + alive * b
             if demand > top:

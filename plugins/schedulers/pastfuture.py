@@ -95,7 +95,7 @@ class PastFutureConfig(ComposerConfig):
 
 
 class PastFuture(LightLLM):
-    """State: the window. A pass costs O(S n) draws and O(S n) per candidate, n requests running."""
+    """State: the window. A pass costs O(S n) draws, and O(S n log n) per candidate, n requests running."""
 
     def __init__(self, config: PastFutureConfig, ctx: Context) -> None:
         super().__init__(config, ctx)
@@ -121,7 +121,7 @@ class PastFuture(LightLLM):
                 caps.append(request.max_new_tokens)
         lengths = past.draw_longer(zip(produced, caps, strict=True), n)
         scenarios = zip(*lengths, strict=True) if lengths else [()] * n
-        futures = [FuturePeak(zip(held, map(sub, drawn, produced), strict=True)) for drawn in scenarios]
+        futures = [FuturePeak(held, map(sub, drawn, produced)) for drawn in scenarios]
         bound = room.capacity * (1 - config.reserve) - room.kept
 
         def judge(request: RequestView) -> str | None:

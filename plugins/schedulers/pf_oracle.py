@@ -24,7 +24,6 @@ Tier: prototype.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 
 from servelab.core.api import ConfigError, Context, RequestView, WorkloadError, sample_id
 from servelab.plugins.schedulers._future_peak import FuturePeak
@@ -36,7 +35,7 @@ class PFOracleConfig(ComposerConfig):
 
 
 class PFOracle(LightLLM):
-    """A pass costs O(n log n), and O(n) per candidate, n requests running."""
+    """A pass costs O(n), and O(n log n) per candidate, n requests running."""
 
     def __init__(self, config: PFOracleConfig, ctx: Context) -> None:
         super().__init__(config, ctx)
@@ -57,7 +56,10 @@ class PFOracle(LightLLM):
             for k in range(1 + request.forks):
                 yield request.prompt_tokens + produced + partial, self._length(request, k) - produced
 
-        future = FuturePeak(chain.from_iterable(map(demands, running)))
+        future = FuturePeak()
+        for request in running:
+            for demand in demands(request):
+                future.add(*demand)
 
         def judge(request: RequestView) -> str | None:
             for demand in demands(request):

@@ -6,10 +6,10 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-YOUNG = 50_000
+YOUNG = 200_000
 """Objects made, less those freed, from one look at the young ones to the next; Python's own: 700. What a run
-makes by the thousand (records, plans, lists of a batch) is freed without the collector; requests that have
-ended are not, so some thousands of them may wait for it.
+makes by the thousand (records, plans, lists of a batch, requests that have ended) is freed without the
+collector.
 """
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from servelab.core.engine.state import Request
+from servelab.core.testing.fakes import Fcfs, Rig, make_engine
 from servelab.plugins.tasks import _collector as collector
 
 
@@ -74,3 +76,19 @@ def test_a_process_of_the_command_line_looks_for_no_garbage_at_its_end() -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "left alone: True"
+
+
+def test_requests_that_have_ended_wait_for_no_collector() -> None:
+    rig = Rig(make_engine(Fcfs()))
+    gc.disable()
+    try:
+        for name in "abc":
+            rig.arrive(name, prompt=6, output=3)
+        assert sum(isinstance(x, Request) for x in gc.get_objects()) == 3
+        while rig.engine.requests:
+            rig.finish()
+        rig.arrive("d", prompt=6, output=3)
+        rig.batches.clear()  # the rig remembers them, drivers do not
+        assert [x.id for x in gc.get_objects() if isinstance(x, Request)] == ["d"]
+    finally:
+        gc.enable()

@@ -13,6 +13,7 @@ from servelab.core.plan import Background, Hold, Outcome, Preemption, StepPlan, 
 from servelab.core.records import Planned, RequestAdmitted, RequestPreempted, StepDone
 from servelab.core.request import Phase
 from servelab.core.testing.fakes import (
+    Fcfs,
     Rig,
     Script,
     ToyKV,
@@ -782,3 +783,23 @@ def test_a_missing_outcome_or_too_many_steps(rig: Rig) -> None:
     error = raises_in(lambda: rig.finish(outcomes=[]))
     assert error.what == "launch 2 came back with 0 outcomes and 1 steps"
     assert error.why == "it had 1 requests and at most 1 steps"
+
+
+def test_decodes_are_taken_up_to_the_first_that_cannot_be() -> None:
+    engine = make_engine(Fcfs(), pages=6)
+    page = engine.layout.pools[0].page_tokens
+    r = Rig(engine, auto=False)
+    a, b, c, _ = (r.arrive(name, prompt=page, output=9) for name in "abcd")
+    r.schedule()
+    r.finish()  # now each has a token to run and no room for it, and two pages are free
+    e = r.arrive("e", prompt=2)
+    running = list(engine._view.running)
+    pages = engine._view.kv.budget()
+    assert pages.take_decodes(running) == [a.one, b.one]
+    assert pages.free == (0,) and pages.take_decodes([c.view]) == []
+    pages = engine._view.kv.budget()
+    assert pages.take_decodes([c.view, e.view, a.view]) == [c.one]
+    assert pages.free == (1,)
+    c.pending = 0  # its last token is in flight
+    assert pages.take_decodes([c.view, a.view]) == []
+    assert r.free() == (2,)

@@ -19,8 +19,12 @@ def stepped(demands: list[tuple[int, int]]) -> int:
     return top
 
 
+def of(demands: list[tuple[int, int]]) -> FuturePeak:
+    return FuturePeak([a for a, _ in demands], [b for _, b in demands])
+
+
 def test_worked_example() -> None:
-    assert FuturePeak([(10, 5), (20, 2), (8, 3)]).peak() == 44
+    assert FuturePeak([10, 20, 8], [5, 2, 3]).peak() == 44
 
 
 def test_nobody_needs_nothing() -> None:
@@ -29,12 +33,12 @@ def test_nobody_needs_nothing() -> None:
 
 @given(DEMANDS)
 def test_equals_brute_force(demands: list[tuple[int, int]]) -> None:
-    assert FuturePeak(demands).peak() == stepped(demands)
+    assert of(demands).peak() == stepped(demands)
 
 
 @given(DEMANDS, DEMANDS)
 def test_candidates_join_one_by_one(running: list[tuple[int, int]], waiting: list[tuple[int, int]]) -> None:
-    future = FuturePeak(running)
+    future = of(running)
     for k, (a, b) in enumerate(waiting, 1):
         future.add(a, b)
         assert future.most == sum(map(sum, running + waiting[:k]))
