@@ -312,7 +312,7 @@ def test_a_full_disk_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "open", lambda self, mode, **how: real(Path("/dev/full"), "w", **how))
     observer = JsonlObserver(JsonlConfig(), context(tmp_path))
     observer.servelab_on_record(started())
-    with pytest.raises(ServeLabError, match="events.jsonl cannot be written"):
+    with pytest.raises(ServeLabError, match=r"events\.jsonl cannot be written"):
         observer.servelab_on_record(arrived(2000, "a"))
     observer.close()
 
