@@ -293,3 +293,11 @@ def test_planning_a_step_ahead_ends_in_tiny_pools_too(vllm: Make, pages: int, se
         _, records, outputs = serve(vllm, items, pages=pages, limits=limits, hold_steps=hold)
         check_outputs(items, records)
         assert all(out == list(range(len(out))) for out in outputs.values())
+
+
+def test_samples_beyond_the_token_budget_wait_for_the_next_step(vllm: Make) -> None:
+    rig = Rig(make_engine(vllm(toy_limits(), max_num_batched_tokens=4, max_num_seqs=16), shares=True))
+    rig.arrive("a", 4, 3, n=6)
+    rig.finish()
+    assert len(rig.engine.running) == 6
+    assert rig.batches[-1].tokens == [1] * 4
