@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from threading import RLock, Thread
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from servelab.core.records import (
     RunStarted,
     TokensEmitted,
 )
-from servelab.core.request import Arrival, RequestSpec, sample_id
+from servelab.core.request import RequestSpec, sample_id
 from servelab.core.usage import Usage
 
 if TYPE_CHECKING:
@@ -61,22 +60,6 @@ class Box:
     def get(self) -> Event | None:
         """The next record; waits for it."""
         return self._queue.get()
-
-
-class NoTraffic:
-    """A workload without requests of its own: everything comes through the mailbox."""
-
-    def __init__(self, config: None = None, context: object = None) -> None:
-        pass
-
-    def arrivals(self) -> Iterator[Arrival]:
-        return iter(())
-
-    def react(self, finished: RequestFinished) -> Iterable[Arrival]:
-        return ()
-
-    def describe(self) -> dict[str, Any]:
-        return {}
 
 
 class Mailbox:

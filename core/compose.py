@@ -154,15 +154,11 @@ def compose(
         log.debug("%s %s of %s: %s", kind, choice.name, provider, choice.settings() or "no settings")
     log.debug("model %s: %s", config.model.name, build.model)
 
-    kvcache: KVCache = build.one("kvcache")
-    layout = build.ask("kvcache", kvcache.layout, build.model)
-    check_layout(layout, config.kvcache.name, build.model)
-    if config.kernel is not None:
-        build.kernel = build.one("kernel")
-        layout = build.ask("kernel", build.kernel.adapt, layout, build.model)
+    build.shares = any("kvcache.fork" in one.provides for one in selected)
+    kvcache, layout = build.memory()
+    if config.kernel is not None and build.kernel is not None:
         refused = build.ask("kernel", build.kernel.refuses, layout, build.model, build.hardware)
         check_accepted(config.kernel.name, config.kvcache.name, refused)
-        check_layout(layout, config.kvcache.name, build.model)  # as adapted
     build.layout = layout
     if config.quant is not None:
         build.quantizer = build.checked_quantizer()
@@ -187,12 +183,11 @@ def compose(
             workload = DefaultSLO(workload, config.slo.bounds(), by_class)
         if config.prefix is not None:
             check_shareable(layout, config.prefix.name)
-        shares = any("kvcache.fork" in one.provides for one in selected)
-        instances = [build.instance(0, kvcache, executor, capacity, shares)]
+        instances = [build.instance(0, kvcache, executor, capacity)]
         observers = tuple(build("observer", choice) for choice in config.observers)
         for index in range(1, config.cluster.instances):
-            instances.append(build.another(index, shares))
-        cluster = build.cluster(instances, lambda index: build.another(index, shares))
+            instances.append(build.another(index))
+        cluster = build.cluster(instances)
         task: Task = build.one("task")
         described = build.ask("workload", workload.describe)
         info = run_info(config, registry, selected, layout, capacity, executor, described)
@@ -286,16 +281,8 @@ def _with_shape(config: RunConfig, registry: Registry) -> RunConfig:
             why=f"executor {name!r} does not read it from the model's files",
             do="state these fields, or choose an executor that runs models (executor=torch)",
         )
-    try:
-        model = config.model.model_copy(update=describe(config.model))
-    except ServeLabError:
-        raise
-    except Exception as exc:
-        raise PluginError(
-            f"executor {name!r} raised {type(exc).__name__}: {exc}",
-            where="describe_model(), while the run was composed",
-            do="mend the plugin; SERVELAB_TRACEBACK=1 shows where",
-        ) from exc
+    shape = _asked("executor", name, "describe_model", describe, config.model)
+    model = config.model.model_copy(update=shape)
     if left := model.unstated():
         raise PluginError(
             f"executor {name!r} left parts of the model's shape open: {', '.join(left)}",
@@ -306,6 +293,20 @@ def _with_shape(config: RunConfig, registry: Registry) -> RunConfig:
     if problems := across(config):
         raise refusal(problems)
     return config
+
+
+def _asked(kind: str, name: str, what: str, method: Callable[..., Any], *args: Any) -> Any:
+    """Call a plugin while the run is being composed; what it raises is reported with its name."""
+    try:
+        return method(*args)
+    except ServeLabError:
+        raise
+    except Exception as exc:
+        raise PluginError(
+            f"{kind} {name!r} raised {type(exc).__name__}: {exc}",
+            where=f"{what}(), while the run was composed",
+            do="mend the plugin; SERVELAB_TRACEBACK=1 shows where",
+        ) from exc
 
 
 class _Builder:
@@ -325,12 +326,25 @@ class _Builder:
         self.layout: KVLayout | None = None
         self.quantizer: Quantizer | None = None
         self.tokenizer: Tokenizer | None = None
+        self.shares = False
+        """Requests may share pages (``kvcache.fork``)."""
         self.index = 0
         """The instance that is being built."""
 
-    def instance(
-        self, index: int, kvcache: KVCache, executor: Executor, capacity: Capacity, shares: bool
-    ) -> Instance:
+    def memory(self) -> tuple[KVCache, KVLayout]:
+        """A kvcache, and its layout as the kernel takes it."""
+        name = self.config.kvcache.name
+        kvcache: KVCache = self.one("kvcache")
+        layout = self.ask("kvcache", kvcache.layout, self.model)
+        check_layout(layout, name, self.model)
+        if self.config.kernel is not None:
+            if self.kernel is None:
+                self.kernel = self.one("kernel")
+            layout = self.ask("kernel", self.kernel.adapt, layout, self.model)
+            check_layout(layout, name, self.model)
+        return kvcache, layout
+
+    def instance(self, index: int, kvcache: KVCache, executor: Executor, capacity: Capacity) -> Instance:
         """An engine with a cost model, a scheduler and a prefix store of its own."""
         config, layout = self.config, self.layout
         assert layout is not None
@@ -356,19 +370,16 @@ class _Builder:
             checks=config.engine.checks,
             prefix=prefix,
             prefix_name=config.prefix.name if config.prefix else "",
-            shares=shares,
+            shares=self.shares,
         )
         return Instance(engine, executor, cost)
 
-    def another(self, index: int, shares: bool) -> Instance:
+    def another(self, index: int) -> Instance:
         """A further instance like the first, with generators of its own."""
         assert self.layout is not None
         self.index = index
         try:
-            kvcache: KVCache = self.one("kvcache")
-            layout = self.ask("kvcache", kvcache.layout, self.model)
-            if self.kernel is not None:
-                layout = self.ask("kernel", self.kernel.adapt, layout, self.model)
+            kvcache, layout = self.memory()
             if layout != self.layout:
                 raise PluginError(
                     f"kvcache {self.config.kvcache.name!r} proposed another layout for instance {index}",
@@ -378,18 +389,18 @@ class _Builder:
                 )
             executor: Executor = self.one("executor")
             capacity = self.ask("executor", executor.capacity, self.layout)
-            return self.instance(index, kvcache, executor, capacity, shares)
+            return self.instance(index, kvcache, executor, capacity)
         finally:
             self.index = 0
 
-    def cluster(self, instances: list[Instance], another: Callable[[int], Instance]) -> Cluster | None:
+    def cluster(self, instances: list[Instance]) -> Cluster | None:
         """The selected router with everything it is to rule."""
         config = self.config
         if config.router is None:
             return None
 
         def one_more(index: int) -> tuple[Engine, Executor, CostModel]:
-            made = another(index)
+            made = self.another(index)
             instances.append(made)
             return made.engine, made.executor, made.cost
 
@@ -456,18 +467,9 @@ class _Builder:
         return quantizer
 
     def ask(self, kind: str, method: Callable[..., Any], *args: Any) -> Any:
-        """Call a plugin while the run is being composed; what it raises is reported with its name."""
-        try:
-            return method(*args)
-        except ServeLabError:
-            raise
-        except Exception as exc:
-            name = getattr(self.config, kind).name
-            raise PluginError(
-                f"{kind} {name!r} raised {type(exc).__name__}: {exc}",
-                where=f"{getattr(method, '__name__', method)}(), while the run was composed",
-                do="mend the plugin; SERVELAB_TRACEBACK=1 shows where",
-            ) from exc
+        """Call a selected plugin."""
+        name = getattr(self.config, kind).name
+        return _asked(kind, name, getattr(method, "__name__", str(method)), method, *args)
 
     def __call__(self, kind: str, choice: Choice, place: tuple[str, ...] = ()) -> Any:
         """A plugin, or a part of one at a place told by keys."""

@@ -16,6 +16,9 @@ servelab: write an LLM-serving technique once as a plugin; run it on a real engi
   python run.py                                    the default run: a real model serves chat requests
   python run.py +experiment=scripted               placeholder tokens at stated prices on the virtual clock;
                                                    needs no model and no torch
+  python run.py executor=sim model=llama2_7b hardware=a100_80g workload=burstgpt
+                                                   a model and a device that you do not have: memory and
+                                                   time as described, neither weights nor torch
   python run.py model=local model.path=PATH        another model: a folder or a GGUF file
   python run.py model=hub model.repo=OWNER/NAME    another model: one of the Hugging Face hub
   python run.py +scheduler=NAME +quant=NAME         choose parts (kind=name and +kind=name are the same)

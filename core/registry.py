@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn, cast
@@ -365,12 +365,12 @@ class Registry:
                 raise _refusal(broken)
         raise self._nobody(kind, name, {*self.names(kind), *others})
 
-    def _nobody(self, kind: str, name: str, known: Collection[str]) -> PluginError:
+    def _nobody(self, kind: str, name: str, known: Iterable[str]) -> PluginError:
         """Nobody declares it; names the packages that might have."""
         from servelab.core.help import choices
 
         do = nearest(name, known)
-        if name not in known and name in choices().get(kind, ()):
+        if name in choices().get(kind, ()):
             do = (
                 f"{name} is a file of settings, which stands for a whole section only ({kind}={name}); here "
                 f"name what is in it: python run.py {kind}={name} --cfg job --package {kind}"

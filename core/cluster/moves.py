@@ -258,7 +258,7 @@ class Moves:
             self.driver.apart(move.source, now, lambda: source.moving.stop(r))
 
     def _invite(self, move: Move, r: Request) -> Request:
-        return self._members[move.target].engine.moving.invite(r)
+        return self._members[move.target].engine.moving.invite(r, with_kv=move.mode != "recompute")
 
     def _uninvite(self, move: Move, now: int) -> None:
         guest, move.guest = move.guest, None

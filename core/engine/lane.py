@@ -205,6 +205,8 @@ class Lane:
             return 1
         for r in batch.requests:
             left = r.max_new_tokens - r.generated - r.expected + 1
+            if left == r.max_new_tokens:  # its first token: a router may send it on
+                return 1
             if left < steps:
                 steps = left
         if steps > 1 and engine.ledger.windows and engine.somebody_waits:

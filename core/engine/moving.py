@@ -76,10 +76,11 @@ class Moving:
         engine.ledger.release(r.lease)
         engine.teach(record)
 
-    def invite(self, r: Request) -> Request:
-        """A guest without pages, for a request that is elsewhere."""
+    def invite(self, r: Request, *, with_kv: bool) -> Request:
+        """A guest without pages, for a request from elsewhere; ``with_kv``: what left a window stays away."""
         guest = Request(r.spec, r.arrival_ns, r.max_new_tokens, self._engine.ledger.open(r.id))
-        guest.lease.first = list(r.lease.first)
+        if with_kv:
+            guest.lease.first = list(r.lease.first)
         self.guests[r.id] = guest
         return guest
 

@@ -49,7 +49,8 @@ class ClusterRun:
         report_ns: time between reports; 0: at once.
         costs: cost models; default: all alike.
         foresight: executors know when requests end, so that holds run in one launch.
-        schedulers: one per instance; default: first come first served.
+        schedulers: one per instance, or what makes one, also for instances that are started later;
+            default: first come first served.
         kvcaches: likewise; default: pages of 4 tokens.
         stores: prefix stores, likewise; default: none.
         cluster: settings of ``Cluster``.
@@ -67,9 +68,9 @@ class ClusterRun:
         costs: Sequence[ToyCost] | None = None,
         foresight: bool = True,
         react: Any = None,
-        schedulers: Sequence[Any] | None = None,
-        kvcaches: Sequence[KVCache | None] | None = None,
-        stores: Sequence[PrefixStore | None] | None = None,
+        schedulers: Sequence[Any] | Callable[[], Any] | None = None,
+        kvcaches: Sequence[KVCache | None] | Callable[[], KVCache] | None = None,
+        stores: Sequence[PrefixStore | None] | Callable[[], PrefixStore] | None = None,
         cluster: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -77,10 +78,11 @@ class ClusterRun:
         self.records: list[Record] = []
         self.executors = [ToyExecutor(self.truths, foresight=foresight) for _ in range(instances)]
         costs = costs or [ToyCost() for _ in range(instances)]
-        schedulers = schedulers or [Fcfs(hold=hold) for _ in range(instances)]
         kwargs.setdefault("checks", "full")
         self._kwargs = kwargs
-        kvcaches, stores = kvcaches or [None] * instances, stores or [None] * instances
+        self._makers: list[Any] = [x if callable(x) else None for x in (schedulers, kvcaches, stores)]
+        schedulers = _each(schedulers or (lambda: Fcfs(hold=hold)), instances)
+        kvcaches, stores = _each(kvcaches, instances), _each(stores, instances)
         self.engines = [
             make_engine(
                 scheduler,
@@ -122,7 +124,16 @@ class ClusterRun:
 
     def _another(self, index: int) -> tuple[Engine, ToyExecutor, ToyCost]:
         executor, cost = ToyExecutor(self.truths), ToyCost()
-        engine = make_engine(Fcfs(), index=index, horizon=executor.horizon, cost=cost, **self._kwargs)
+        scheduler, kvcache, store = (make and make() for make in self._makers)
+        engine = make_engine(
+            scheduler or Fcfs(),
+            index=index,
+            horizon=executor.horizon,
+            cost=cost,
+            kvcache=kvcache,
+            prefix=store,
+            **self._kwargs,
+        )
         self.engines.append(engine)
         self.executors.append(executor)
         return engine, executor, cost
@@ -161,3 +172,10 @@ class ClusterRun:
 
     def steps(self) -> list[StepDone]:
         return self.of(StepDone)
+
+
+def _each(given: Sequence[Any] | Callable[[], Any] | None, instances: int) -> Sequence[Any]:
+    """One for each instance."""
+    if given is None:
+        return [None] * instances
+    return [given() for _ in range(instances)] if callable(given) else given

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
-from servelab.core.client import NoTraffic
 from servelab.core.config import RunConfig, validate
 from servelab.core.errors import ConfigError, nearest
 from servelab.core.families import KINDS
 from servelab.core.given import is_factory, spec_of
+from servelab.core.records import RequestFinished
 from servelab.core.registry import Registry
+from servelab.core.request import Arrival
 from servelab.core.spec import PluginSpec
 
 FAMILIES = tuple(kind for kind in KINDS if kind not in ("observer", "workload", "task"))
@@ -22,12 +23,28 @@ _OURS = ("workload", "task", "clock", "slo", "observers")
 """Sections that an ``LLM`` decides itself."""
 _NO_TRAFFIC = PluginSpec(
     name="python",
-    factory="servelab.core.client:NoTraffic",
+    factory="servelab.plugins.llm.setup:NoTraffic",
     summary="requests come from Python",
     provides=frozenset({"workload.prompt_ids"}),
 )
 _hydra = Lock()
 """Hydra's state is global."""
+
+
+class NoTraffic:
+    """A workload without requests of its own: everything comes through the mailbox."""
+
+    def __init__(self, config: None = None, context: object = None) -> None:
+        pass
+
+    def arrivals(self) -> Iterator[Arrival]:
+        return iter(())
+
+    def react(self, finished: RequestFinished) -> Iterable[Arrival]:
+        return ()
+
+    def describe(self) -> dict[str, Any]:
+        return {}
 
 
 def configure(

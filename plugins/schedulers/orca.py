@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from servelab.core.api import Context, Hold, KVBudget, RequestView, StepPlan, StepView
+from servelab.core.api import Context, Hold, StepPlan, StepView
 from servelab.plugins.schedulers._decode import decode
 from servelab.plugins.schedulers._device import check_device
 from servelab.plugins.schedulers._reserve import Door, Reserve
@@ -70,13 +70,9 @@ class Orca:
         short = decode(plan, running, pages, self.config.max_num_seqs)
         steady = not short and len(plan.work) == len(running) > 0
         if not short and len(view.waiting):
-            steady = not self._admit(view, plan, running, pages) and steady
+            door = Door(view, plan, running, pages, self.config.max_num_seqs, self.config.reserve)
+            steady = not door.opens_to(view.waiting) and steady
         if steady and self.config.hold_steps > 1:
             # who waits keeps waiting: places and reservations only come back at an event
             plan.hold = Hold(self.config.hold_steps)
         return plan
-
-    def _admit(self, view: StepView, plan: StepPlan, running: list[RequestView], pages: KVBudget) -> bool:
-        """Waiting requests in order, up to the first that does not fit; True if any was let in or refused."""
-        door = Door(view, plan, running, pages, self.config.max_num_seqs, self.config.reserve)
-        return door.opens_to(view.waiting)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from servelab.core.api import ServeLabError
+from servelab.core.run_folder import RESULTS_FILE
 
-RESULTS_FILE = "results.json"
 EXPERIMENT_FILE = "experiment.json"
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.engine.test_reuse import store
 
 from servelab.core.errors import CapabilityError, PluginError
 from servelab.core.events import InstanceLost
@@ -29,6 +30,7 @@ from servelab.core.families.router import (
     SetShare,
 )
 from servelab.core.metrics import Timeline, summarize
+from servelab.core.plan import Pin, Release
 from servelab.core.records import (
     ActionDropped,
     InstanceChanged,
@@ -37,9 +39,9 @@ from servelab.core.records import (
     from_dict,
     to_dict,
 )
-from servelab.core.request import Arrival, Cancel, RequestSpec
+from servelab.core.request import Arrival, Cancel, RequestSpec, RequestView
 from servelab.core.testing.cluster import ClusterRun, To
-from servelab.core.testing.fakes import arrival, raises_in
+from servelab.core.testing.fakes import Fcfs, ToyKV, arrival, raises_in, step_by_step, toy_layout
 from servelab.plugins.commands.explain.reader import _Events
 
 # a step of the toys takes 1000 ns and 10 per token; the network 100 ns and 1 per byte, 2 per token of KV
@@ -644,22 +646,28 @@ class Anything(RoutesAnyhow):
         return self.rng.choice((None, self.now + self.rng.randrange(1, 3000)))
 
 
+STEMS = ([1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4, 9, 9, 9, 9] * 3)
+
+
 def traffic(seed: int) -> list[Arrival | Cancel]:
     rng = Random(seed)
     at, items = 0, list[Arrival | Cancel]()
     for i in range(14):
         at += rng.choice((0, 300, 1010, 2500))
         program = rng.choice((None, None, "p"))
+        prompt = rng.randrange(1, 25)
         items.append(
             arrival(
                 f"r{i}",
-                rng.randrange(1, 25),
+                prompt,
                 rng.randrange(1, 25),
                 at=at,
                 n=rng.choice((1, 1, 1, 2)),
                 program=program,
                 turn=i,
                 is_last_turn=False,
+                context_tokens=prompt // 2 if program else 0,
+                prompt_ids=STEMS[i % 2][:prompt],
             )
         )
         if rng.randrange(8) == 0:
@@ -700,32 +708,55 @@ def test_whatever_a_router_does_nothing_is_lost_or_doubled(
     assert result["completed"] == sum(1 for _, how, _ in once.ends().values() if how == "completed")
 
 
-@settings(max_examples=20)
+class Keeps(Fcfs):
+    """Keeps every other turn of a program."""
+
+    def on_turn_end(self, request: RequestView) -> Pin | Release:
+        return Pin(until_ns=10**9) if request.prompt_tokens % 2 else Release()
+
+
+def holds() -> Fcfs:
+    return Fcfs(hold=16)
+
+
+WORLDS: dict[str, dict[str, Callable[[], Any]]] = {
+    "plain": {"schedulers": holds},
+    "in chunks": {"schedulers": lambda: Fcfs(hold=16, chunk=5)},
+    "window": {"schedulers": holds, "kvcaches": lambda: ToyKV(toy_layout(4, windows=[6]))},
+    "two pools": {"schedulers": holds, "kvcaches": lambda: ToyKV(toy_layout(4, 8))},
+    "store": {"schedulers": holds, "stores": store},
+    "kept": {"schedulers": lambda: Keeps(hold=16)},
+}
+"""What an instance is made of: by argument of ``ClusterRun``, how to make one."""
+
+
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6),
     st.integers(2, 3),
     st.sampled_from([0, 700, 4000, 10**6]),
     st.sampled_from([Anything, RoutesAnyhow]),
+    st.sampled_from(sorted(WORLDS)),
 )
-@example(6, 3, 10**6, Anything)  # a plan makes room for a pull
-@example(14, 3, 4000, Anything)
+@example(6, 3, 10**6, Anything, "plain")  # a plan makes room for a pull
+@example(14, 3, 4000, Anything, "plain")
+@example(0, 2, 0, RoutesAnyhow, "in chunks")  # the last chunk of a prompt is one token, as in a hold
+@example(12, 3, 700, Anything, "window")  # without its KV a request needs pages for its whole prompt
 def test_holds_change_nothing_that_a_router_does(
-    seed: int, instances: int, report_ns: int, router: type[RoutesAnyhow]
+    seed: int, instances: int, report_ns: int, router: type[RoutesAnyhow], world: str
 ) -> None:
     """Also where steps within a held launch are not reported, and the router acts in the middle of one."""
-    from servelab.core.testing.fakes import step_by_step
-
     runs = [
         ClusterRun(
             traffic(seed),
             router(seed),
             instances,
-            hold=16,
             report_ns=report_ns,
             foresight=foresight,
             shares=True,
             pages=24,
             cluster={"network_bytes_per_s": 1e7},
+            **WORLDS[world],
         ).go()
         for foresight in (True, False)
     ]

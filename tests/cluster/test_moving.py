@@ -23,7 +23,7 @@ from servelab.core.records import (
     RequestPreempted,
 )
 from servelab.core.request import Cancel, Phase, RequestSpec, RequestView
-from servelab.core.testing.cluster import ClusterRun
+from servelab.core.testing.cluster import ClusterRun, To
 from servelab.core.testing.fakes import (
     TOY_MODEL,
     Fcfs,
@@ -174,6 +174,29 @@ def test_room_for_refused_drafts_is_given_back_at_the_target() -> None:
     (moved,) = run.of(RequestMigrated)
     assert (moved.tokens, moved.bytes) == (5, 16) and 2050 < moved.t_ns < 2300
     assert seen == [(0, 12, 16), (5, 13, 3)], "2 pages, and one of who looked first"
+
+
+def test_without_its_kv_a_request_needs_pages_for_all_of_its_prompt() -> None:
+    """Of 30 tokens those in a window of 8 lie on 2 or 3 pages; computed again, 9 for 34."""
+    seen: list[tuple[int, ...]] = []
+    items = [arrival("a", 30, 20), arrival("look", at=5500)]
+    kvcaches = [ToyKV(toy_layout(4, windows=[8])) for _ in range(2)]
+    look = lambda view: seen.append((view.row(0).free_pages, view.row(1).free_pages))  # noqa: E731
+    run = ClusterRun(items, Acts(3500, [move("a", 0, 1, "recompute")], look), kvcaches=kvcaches).go()
+    (moved,) = run.of(RequestMigrated)
+    first = next(x for x in run.steps() if x.engine == 1)
+    assert moved.t_ns < 5500 < first.t_ns and first.tokens == [34]
+    assert seen == [(16, 16 - 9)]
+
+
+@pytest.mark.parametrize("hold", [1, 16])
+def test_a_first_token_is_known_at_once_also_in_a_hold(hold: int) -> None:
+    """The last chunk of 6 tokens is one, beside a decode: both are held, and a goes on elsewhere."""
+    items = [arrival("b", 4, 30), arrival("a", 6, 5, at=1500)]
+    route = To(lambda r, v: Dispatch(prefill=0, decode=int(r.id == "a")))
+    run = ClusterRun(items, route, schedulers=[Fcfs(hold=hold, chunk=5), Fcfs()]).go()
+    (moved,) = run.of(RequestMigrated)
+    assert (moved.tokens, moved.stopped_ns) == (6, 4130) and run.where()["a"] == 1
 
 
 def test_pages_evicted_for_a_guest_are_told_by_its_new_instance() -> None:

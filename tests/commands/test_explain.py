@@ -40,9 +40,8 @@ def planned(t: float, number: int, work: dict[str, int], **more: Any) -> Planned
     lists: dict[str, Any] = {
         name: [] for name in ("preempted", "swapped_in", "rejected", "aborted", "deferred")
     }
-    return Planned(
-        t_ns=round(t * MS), lane=0, step=number, work=list(work.items()), held=1, **{**lists, **more}
-    )
+    who: dict[str, Any] = {"requests": list(work), "tokens": list(work.values())}
+    return Planned(t_ns=round(t * MS), lane=0, step=number, held=1, **who, **{**lists, **more})
 
 
 def a_small_run() -> list[Record]:

@@ -9,6 +9,7 @@ import pytest
 
 from servelab.core.compose import compose
 from servelab.core.config import validate
+from servelab.core.context import Context
 from servelab.core.errors import CapabilityError, PluginCallError, PluginError
 from servelab.core.facts import ModelFacts
 from servelab.core.layout import KVLayout, Pool
@@ -149,3 +150,17 @@ def test_what_fails_while_composing_is_named_and_closing_does_not_hide_it(
     with pytest.raises(PluginError, match="executor 'failing' raised OSError: first") as info:
         composed(raw, registry)
     assert any("second" in note for note in info.value.__notes__)
+
+
+def test_instances_have_one_layout(raw: dict[str, Any], registry: Registry) -> None:
+    """What a kvcache proposes follows from model and settings, not from who asks."""
+
+    class Capricious(Paged):
+        def __init__(self, config: PagedConfig, ctx: Context) -> None:
+            super().__init__(PagedConfig(page_tokens=16 + ctx.instance), ctx)
+
+    spec = replace(registry.spec("kvcache", "paged"), name="capricious")
+    registry.add("kvcache", spec, factory=Capricious, config=PagedConfig)
+    raw |= {"kvcache": "capricious", "router": "round_robin", "cluster": {"instances": 2}}
+    with pytest.raises(PluginError, match="'capricious' proposed another layout for instance 1"):
+        composed(raw, registry)

@@ -34,6 +34,7 @@ from servelab.core.run_folder import (
     begin,
     check_place,
     config_text,
+    write_file,
 )
 from servelab.core.usage import Usage
 from servelab.plugins.executors.scripted import ScriptedExecutor
@@ -242,5 +243,23 @@ def test_a_place_that_can_be_made_is_left_as_it_is(tmp_path: Path, monkeypatch: 
     check_place(["hydra.run.dir=file${seed}"])  # beside the file
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     (tmp_path / "outputs").touch()
-    with pytest.raises(ServeLabError, match=r"hydra\.run\.dir=outputs"):
-        check_place([])
+    (tmp_path / "multirun").touch()
+    for args, told in (
+        ([], "hydra.run.dir=outputs"),
+        (["-m"], "hydra.sweep.dir=multirun"),
+        (["++hydra.run.dir=file"], "hydra.run.dir=file"),
+    ):
+        with pytest.raises(ServeLabError) as raised:
+            check_place(args)
+        assert raised.value.where == told
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "results.json"
+    write_file(path, "old")
+    write_file(path, "new")
+    assert path.read_text() == "new" and [one.name for one in path.parent.iterdir()] == ["results.json"]
+    path.with_name("results.json.part").mkdir()  # in the way of what is being written
+    with pytest.raises(ServeLabError, match=r"results\.json cannot be written"):
+        write_file(path, "newer")
+    assert path.read_text() == "new"

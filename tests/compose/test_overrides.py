@@ -152,6 +152,7 @@ def test_ones_own_folder_must_be_there(tmp_path: Path) -> None:
     [
         (["model", "=", "toy"], "'model' is no setting", "write model=... without spaces"),
         (["executor:sim"], "'executor:sim' is no setting", "--help"),
+        (["workload={name:", "synthetic}"], "a bracket is not closed", "'workload=...'"),
         (
             ["workload.steps=[{step:", "scale}]"],
             "a bracket is not closed",

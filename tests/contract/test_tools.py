@@ -14,7 +14,8 @@ from servelab.core.families.quant import ScaleLevel, WeightFormat
 from servelab.core.metrics import Timeline
 from servelab.core.records import RECORDS, RunFinished, RunStarted
 from servelab.core.testing import ConformanceError, suite_of
-from servelab.core.testing.quant import QuantSuite, floor_db
+from servelab.core.testing.linears import floor_db
+from servelab.core.testing.quant import QuantSuite
 from servelab.core.testing.recorded import cut, steps, whole
 from servelab.core.testing.tensors import check_describes_without_tensors
 from servelab.core.testing.traps import forbidden_calls

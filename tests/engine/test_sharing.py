@@ -300,7 +300,7 @@ def drawn(draw: st.DrawFn) -> Job:
 
 
 several = st.lists(drawn(), min_size=1, max_size=5)
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=100)
 
 
 def exact(jobs: Sequence[Job]) -> list[Fraction]:

@@ -55,6 +55,12 @@ def test_a_queue_without_chance_has_its_exact_capacity(do: Do, tmp_path: Path) -
     assert {"experiment.json", "experiment.html", "experiment.md", "probes.svg", "probes.png"} <= files
 
 
+def test_seeds_that_differ_have_an_interval(do: Do) -> None:
+    chance = {**QUEUE, "workload": {**QUEUE["workload"], "process": "poisson"}}
+    (row,) = do({**TASK, "lo": 5, "at_most": {"p99_queueing_ms": 100.0}}, **chance)["rows"]
+    assert row["spread"] is not None and "Every seed" not in row["note"]
+
+
 def test_taken_up_again_it_measures_nothing_twice(do: Do, tmp_path: Path) -> None:
     task = {**TASK, "seeds": 1}
     first = do(task, "first", **QUEUE)

@@ -61,6 +61,7 @@ def test_looking_loads_no_plugin(args: list[str], hydra: bool, repository: Path,
 
 def test_help_lists_groups_and_examples(run_py: Command) -> None:
     text = run_py("--help").stdout
+    assert "executor=sim model=llama2_7b hardware=a100_80g workload=burstgpt" in text
     schedulers = next(line for line in text.splitlines() if line.startswith("  +scheduler="))
     assert schedulers.endswith(", vllm_v1")
     for line in (

@@ -23,7 +23,8 @@ Deviations:
 
 Faithful when: worked values by hand (Llama-3-8B on A100, H100 and H200; Llama-2-7B operation by operation);
 monotone; chunks cost at least the whole; a batch of decodes at most its members; a hold equals its steps; the
-breakdown adds up to the price; fits reproduce their errors on measured matrix products.
+breakdown adds up to the price; lanes side by side use no more than there is; fits reproduce their errors on
+measured matrix products.
 
 Tier: stable.
 """

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from servelab.core.logs import EVENTS_FILE, PLANS_FILE
 from servelab.core.metrics import RESULT_SCHEMA, SummaryOptions, Timeline, summarize
-from servelab.core.run_folder import RESULTS_FILE, RunFolder, write_file
+from servelab.core.run_folder import CONFIG_FILE, ENV_FILE, RESULTS_FILE, RunFolder, write_file
 from servelab.plugins.observers.report import facts, plots
 from servelab.plugins.observers.report.facts import NONE, mib, number, percent, words
 from servelab.plugins.observers.report.html import CSS, Markup, fold, join, section, table, tag, text
@@ -35,8 +35,8 @@ FILES = {
     RESULTS_FILE: "every figure; the keys of vllm bench serve, and more under servelab",
     EVENTS_FILE: "what happened, one JSON object per line",
     PLANS_FILE: "every decision of the scheduler, with its reasons",
-    "resolved_config.yaml": "every effective setting",
-    "env.json": "machine, library versions, commit",
+    CONFIG_FILE: "every effective setting",
+    ENV_FILE: "machine, library versions, commit",
     "servelab.log": "messages of the program",
 }
 ARXIV = re.compile(r"\b(?:arXiv:)?(\d{4}\.\d{4,5})\b")
