@@ -104,7 +104,9 @@ def _hydra(args: Sequence[str]) -> None:
 
 def job(cfg: DictConfig) -> float | None:
     """One job of Hydra's, a run of its own or one of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import CompactHydraException
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -115,10 +117,11 @@ def job(cfg: DictConfig) -> float | None:
         with taking(Interruptions()):
             return run(raw)  # type: ignore[arg-type]
     except (ServeLabError, OmegaConfBaseException, MemoryError) as exc:
-        # of this class Hydra prints the message alone and exits with 1
-        raise CompactHydraException(f"servelab: {_with_notes(_explained(exc))}") from (
-            exc if _wants_traceback() else None
-        )
+        message = f"servelab: {_with_notes(_explained(exc))}"
+        if HydraConfig.get().mode is RunMode.RUN and not _wants_traceback():
+            sys.exit(message)  # Hydra would put lines of its own around it
+        # of this class it prints no traceback, and a sweep goes on
+        raise CompactHydraException(message) from (exc if _wants_traceback() else None)
 
 
 def run(raw: dict[str, Any]) -> float | None:

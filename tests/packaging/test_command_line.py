@@ -59,6 +59,17 @@ def test_looking_loads_no_plugin(args: list[str], hydra: bool, repository: Path,
     assert done.stdout.splitlines()[-1] == f"LOADED [] [] {hydra}"
 
 
+@pytest.mark.parametrize(
+    "setting", ["workload.num_requests=0", "executor.num_kv_pages=1", "workload.nonsense=1"]
+)
+def test_an_error_is_our_words_and_nothing_else(setting: str, run_py: Command) -> None:
+    done = run_py(SCRIPTED, "observers=[]", setting)
+    assert done.returncode == 1 and done.stdout == ""
+    first, *more = done.stderr.rstrip().splitlines()
+    assert first.startswith("servelab: ") and all(line.startswith("  ") for line in more)
+    assert more[-1].startswith("  do:")
+
+
 def test_help_lists_groups_and_examples(run_py: Command) -> None:
     text = run_py("--help").stdout
     assert "executor=sim model=llama2_7b hardware=a100_80g workload=burstgpt" in text
