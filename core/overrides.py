@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from servelab.core.errors import ConfigError, nearest
@@ -167,7 +168,7 @@ def check_choices(argv: Sequence[str]) -> list[str]:
 
 def _own_folder(argv: Sequence[str]) -> Path | None:
     """The folder that ``--config-dir`` names."""
-    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+    for arg, following in pairwise([*argv, ""]):
         flag, stated, value = arg.partition("=")
         if flag in ("-cd", "--config-dir"):
             folder = Path(value if stated else following)
