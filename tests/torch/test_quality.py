@@ -215,7 +215,7 @@ def test_a_quantized_run_reports_its_quality(composed: Any, tmp_path: Path, caps
     assert result["tokenizer_id"] == info["model"] == info["tokenizer"]
     assert info["quality"]["corpus"]["part"] == "evaluation"
     out = capsys.readouterr().out
-    assert "reference weights: none" in out and "flatter" not in out
+    assert "Reference weights: none" in out and "flatter" not in out
     row = next(line for line in out.splitlines() if line.startswith("  plain"))
     assert f"{measured[-1].kl_mean:.5f}" in row and "594" in row
 
